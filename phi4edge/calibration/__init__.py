@@ -1,0 +1,1 @@
+"""Corpora, the streamed forward pass, Hessians and the imatrix."""

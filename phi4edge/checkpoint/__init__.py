@@ -1,0 +1,1 @@
+"""Checkpoints: config.json, safetensors headers, bounded reads, and the hub."""

@@ -1,0 +1,96 @@
+"""Reads tensors of a checkpoint by slice, as float32, never a whole file.
+
+Plain positional reads, not a memory map: pages of a map count as resident until they are evicted,
+and peak RSS is a promise here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CheckpointReader", "open_checkpoint"]
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.checkpoint.hub import resolve_model
+from phi4edge.checkpoint.index import CheckpointIndex, TensorRef, open_index
+from phi4edge.core.errors import InputError
+
+_TORCH = {
+    "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
+    "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
+    "BOOL": torch.bool,
+}  # fmt: skip
+
+
+def read_tensor(ref: TensorRef, rows: slice | None = None) -> Tensor:
+    """The tensor (or the rows ``start:stop`` of it) that ``ref`` points at, in its stored dtype.
+
+    Raises:
+        InputError: the file ends early or cannot be read.
+    """
+    offset, shape = ref.offset, ref.shape
+    if rows is not None:
+        start, stop, _ = rows.indices(shape[0])
+        row_bytes = ref.nbytes // max(shape[0], 1)
+        offset, shape = offset + start * row_bytes, (max(stop - start, 0), *shape[1:])
+        nbytes = shape[0] * row_bytes
+    else:
+        nbytes = ref.nbytes
+    buffer: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(nbytes, dtype=np.uint8)
+    try:
+        with open(ref.path, "rb", buffering=0) as file:
+            view, done = buffer.data, 0
+            while done < nbytes:
+                count = os.preadv(file.fileno(), [view[done:]], offset + done)
+                if count == 0:
+                    raise InputError(f"{ref.path}: {ref.name}: file ends {nbytes - done} bytes early")
+                done += count
+    except OSError as error:
+        raise InputError(f"{ref.path}: cannot be read ({error.strerror})") from error
+    return torch.from_numpy(buffer).view(_TORCH[ref.dtype]).reshape(shape)
+
+
+@dataclass(frozen=True)
+class CheckpointReader:
+    """Weights of a checkpoint by name, float32, checked for NaN and Inf as they pass."""
+
+    index: CheckpointIndex
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shapes."""
+        return self.index.config
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """Tensor ``name`` (or rows of it) in float32.
+
+        Raises:
+            InputError: no such tensor, or a value in it that is not finite.
+        """
+        ref = self.index.tensors.get(name)
+        if ref is None:
+            raise InputError(f"{self.index.folder}: tensor {name} is missing")
+        values = read_tensor(ref, rows).float()
+        # A sum is finite only if all terms are (overflow of a float32 sum is re-examined).
+        if not torch.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
+            bad = int((~torch.isfinite(values)).sum())
+            first = (~torch.isfinite(values)).nonzero()[0].tolist()
+            if rows is not None:
+                first[0] += rows.start or 0
+            raise InputError(
+                f"{ref.path.name}: {name} holds {bad} value(s) that are NaN or Inf, the first at {first}",
+                "the weights are damaged; download the shard again",
+            )
+        return values
+
+
+def open_checkpoint(model: str | Path) -> CheckpointReader:
+    """Open a local folder, or a hub id where there is network, for reading."""
+    return CheckpointReader(open_index(resolve_model(str(model))))

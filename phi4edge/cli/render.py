@@ -1,0 +1,56 @@
+"""What the command line prints: the result on stdout, everything else on stderr.
+
+With ``--json`` stdout is one document, ``{"schema": "phi4edge/<command>/1", "ok": true, "data": …}`` or
+``{"schema": …, "ok": false, "error": {"code", "message", "hint"}}``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["emit", "emit_error", "envelope", "table"]
+
+import json
+from collections.abc import Sequence
+from typing import Any
+
+import click
+
+from phi4edge.core.errors import Phi4EdgeError
+
+
+def envelope(command: str, data: Any) -> dict[str, Any]:
+    """The document of a command that succeeded."""
+    return {"schema": f"phi4edge/{command}/1", "ok": True, "data": data}
+
+
+def emit(command: str, data: Any, text: str, *, as_json: bool) -> None:
+    """Print a command's result: the JSON document, or ``text``."""
+    if as_json:
+        click.echo(json.dumps(envelope(command, data), indent=2, ensure_ascii=False, allow_nan=False))
+    else:
+        click.echo(text)
+
+
+def emit_error(command: str, error: Phi4EdgeError, *, as_json: bool, code: int) -> None:
+    """Print an error: the JSON document on stdout, or ``Error:`` and ``Hint:`` lines on stderr."""
+    if as_json:
+        body = {"code": code, "message": error.message, "hint": error.hint}
+        document = {"schema": f"phi4edge/{command}/1", "ok": False, "error": body}
+        click.echo(json.dumps(document, indent=2, ensure_ascii=False))
+        return
+    click.echo(f"Error: {error.message}", err=True)
+    if error.hint:
+        click.echo(f"Hint: {error.hint}", err=True)
+
+
+def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:
+    """A plain-text table; columns whose index is in ``numeric`` are set flush right."""
+    widths = [max(len(str(row[i])) for row in (headers, *rows)) for i in range(len(headers))]
+
+    def line(cells: Sequence[str]) -> str:
+        parts = [
+            str(c).rjust(w) if i in numeric else str(c).ljust(w)
+            for i, (c, w) in enumerate(zip(cells, widths, strict=True))
+        ]
+        return "  ".join(parts).rstrip()
+
+    return "\n".join([line(headers), line(["─" * w for w in widths]), *(line(row) for row in rows)])

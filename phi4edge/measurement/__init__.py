@@ -1,0 +1,1 @@
+"""Reference logits, drift, speed and the fingerprint of the machine."""

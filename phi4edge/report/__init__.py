@@ -1,0 +1,1 @@
+"""Results side by side: comparison, gates, JSON, Markdown, HTML."""

@@ -1,0 +1,1 @@
+"""Runtimes that serve an artifact: one file each."""

@@ -1,0 +1,1 @@
+"""Devices: profiles, the catalog, what fits, and the roofline."""

@@ -1,0 +1,68 @@
+"""The shape of a writer: one module a format, with the four names below, and its reader beside it.
+
+    def refusal(model: QuantizedModel, options: WriteOptions) -> str | None     why the format cannot hold it
+    def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact
+    def matches(path: Path) -> bool                                             is this path such an artifact?
+    def read(path: Path) -> ArtifactReader                                      the reader, a WeightSource
+
+``read(write(m)).quantized(name)`` gives the codes and parameters of ``m.load(name)`` bit for bit.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Artifact", "ArtifactReader", "WriteOptions"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.events import SILENT, Progress
+from phi4edge.quant.linear import QuantizedLinear
+
+
+@dataclass(frozen=True)
+class WriteOptions:
+    """What the caller may choose about an artifact."""
+
+    head: str = "q8_0"  # type of lm_head and embedding where the format quantizes them: q8_0, q6_k, f16
+    embedding: str = "q8_0"
+    force: bool = False  # replace an existing artifact
+    progress: Progress = field(default=SILENT, compare=False)
+
+
+@dataclass(frozen=True)
+class Artifact:
+    """A finished artifact on disk."""
+
+    path: Path  # the file, or the folder
+    format: str
+    scheme: str
+    files: Mapping[str, str]  # file name → sha256
+    nbytes: int  # of all files
+    quantized_fraction: float  # share of the parameters that are stored as integer codes
+
+
+class ArtifactReader(Protocol):
+    """An artifact as a source of weights, and of the codes they were stored as."""
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shapes."""
+        ...
+
+    @property
+    def metadata(self) -> Mapping[str, Any]:
+        """What the file says of itself."""
+        ...
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """Tensor by checkpoint name, float32, dequantized."""
+        ...
+
+    def quantized(self, name: str) -> QuantizedLinear | None:
+        """Codes of linear ``name`` (no ".weight"), or None where it is stored in floating point."""
+        ...
