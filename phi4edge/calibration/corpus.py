@@ -1,0 +1,207 @@
+"""From a corpus name or path to token chunks: what calibration runs through the model.
+
+A corpus is a recipe of parts with shares (``calibration/*.toml``), a text file, or a JSONL file. Samples are
+chunks of equal length, cut from the documents in an order that the seed decides.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BUILTIN", "Corpus", "load_corpus", "load_texts"]
+
+import hashlib
+import random
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from phi4edge.calibration.sources import PYTHON_KINDS, Document, file_documents, python_documents
+from phi4edge.core.errors import InputError, UsageError, closest
+from phi4edge.core.resources import data_folder
+
+BUILTIN = "builtin"
+_PART_KEYS = ("kind", "path", "share", "chat")
+
+
+class ChatTokenizer(Protocol):
+    """What of a tokenizer this module uses."""
+
+    add_bos: bool
+    bos_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def apply_chat_template(self, messages: list[dict[str, str]], *, add_generation_prompt: bool = False) -> str: ...
+
+
+@dataclass(frozen=True)
+class Part:
+    """One source of a corpus and its share of the samples."""
+
+    kind: str
+    path: Path | None
+    share: float
+    chat: bool
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """Token chunks and where they come from."""
+
+    name: str
+    sha256: str  # of the chunks' token ids
+    tokens: Tensor  # [samples, length] int64
+
+
+def _parts(spec: str, chat: bool | None) -> tuple[list[Part], bool]:
+    """The parts of corpus ``spec`` and whether its evaluation half is meant."""
+    name, _, half = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
+    if half not in ("", "eval", "calibration"):
+        raise UsageError(f"corpus {spec!r}: no half called {half!r}", "write NAME, NAME:calibration or NAME:eval")
+    recipe = Path(name) if name.endswith(".toml") else data_folder("calibration") / f"{name}.toml"
+    looks_like_name = "/" not in name and "." not in name
+    if not recipe.is_file():
+        if looks_like_name and not Path(name).exists():
+            known = sorted(p.stem for p in data_folder("calibration").glob("*.toml"))
+            near = closest(name, known)
+            hint = f"did you mean {near!r}?" if near else f"known corpora: {', '.join(known)}; or give a file"
+            raise InputError(f"no corpus {name!r}", hint)
+        if half:
+            raise UsageError(f"corpus {spec!r}: a file has no halves", "evaluate on another file")
+        return [Part("file", Path(name), 1.0, bool(chat))], False
+    try:
+        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{recipe}: not valid TOML ({error})") from error
+    entries = table.get("part", [])
+    if not entries:
+        raise InputError(f"{recipe}: no [[part]] in it", "see calibration/README.md")
+    return [_part(entry, recipe, chat) for entry in entries], half == "eval"
+
+
+def _part(entry: dict[str, Any], recipe: Path, chat: bool | None) -> Part:
+    for key in entry:
+        if key not in _PART_KEYS:
+            near = closest(key, _PART_KEYS)
+            raise InputError(f"{recipe}: unknown key {key!r} in a part", f"did you mean {near!r}?" if near else None)
+    kind = str(entry.get("kind", "file"))
+    if kind not in ("file", *PYTHON_KINDS):
+        raise InputError(f"{recipe}: unknown kind {kind!r}", f"known: file, {', '.join(PYTHON_KINDS)}")
+    if kind == "file" and "path" not in entry:
+        raise InputError(f"{recipe}: a part of kind file needs a path")
+    share = float(entry.get("share", 1.0))
+    if not share > 0:
+        raise InputError(f"{recipe}: share {share} is not positive")
+    path = recipe.parent / str(entry["path"]) if kind == "file" else None
+    return Part(kind, path, share, bool(entry.get("chat", False)) if chat is None else chat)
+
+
+def _documents(part: Part, evaluation: bool) -> Iterator[Document]:
+    if part.path is not None:
+        yield from file_documents(part.path)
+    else:
+        yield from python_documents(part.kind, evaluation=evaluation)
+
+
+def load_texts(spec: str) -> Iterator[str]:
+    """Plain texts of a corpus for evaluation: a file's in its order, a recipe's parts mixed by their shares."""
+    parts, evaluation = _parts(spec, False)
+    if len(parts) == 1:
+        yield from (document.text or _plain(document) for document in _documents(parts[0], evaluation))
+        return
+    streams = [(part.share, iter(_shuffled(list(_documents(part, evaluation)), seed=0))) for part in parts]
+    sent = [0.0] * len(streams)  # characters of each, over its share
+    alive = set(range(len(streams)))
+    while alive:
+        turn = min(alive, key=lambda i: (sent[i], i))
+        document = next(streams[turn][1], None)
+        if document is None:
+            alive.discard(turn)
+            continue
+        text = document.text or _plain(document)
+        sent[turn] += len(text) / streams[turn][0]
+        yield text
+
+
+def _plain(document: Document) -> str:
+    return "".join(f"{message['content']}\n" for message in document.messages)
+
+
+def _shuffled(documents: list[Document], seed: int) -> list[Document]:
+    random.Random(seed).shuffle(documents)
+    return documents
+
+
+def _allot(total: int, shares: list[float]) -> list[int]:
+    """Split ``total`` by ``shares``: largest remainders get what whole numbers leave over."""
+    exact = [total * share / sum(shares) for share in shares]
+    counts = [int(e) for e in exact]
+    by_remainder = sorted(range(len(exact)), key=lambda i: (counts[i] - exact[i], i))
+    for i in by_remainder[: total - sum(counts)]:
+        counts[i] += 1
+    return counts
+
+
+def load_corpus(
+    spec: str,
+    tokenizer: ChatTokenizer,
+    *,
+    samples: int,
+    sequence_length: int,
+    seed: int = 0,
+    chat: bool | None = None,
+) -> Corpus:
+    """Tokenize corpus ``spec`` into ``samples`` chunks of ``sequence_length`` tokens.
+
+    ``chat`` true or false overrides what the recipe says of its parts; None leaves it to the recipe.
+
+    Raises:
+        InputError: the corpus is empty, or shorter than asked.
+    """
+    if samples < 1 or sequence_length < 2:
+        raise UsageError(f"samples {samples} × sequence_length {sequence_length} is no corpus")
+    parts, evaluation = _parts(spec, chat)
+    counts = _allot(samples, [part.share for part in parts])
+    chunks: list[list[int]] = []
+    for part, count in zip(parts, counts, strict=True):
+        if count:
+            chunks += _chunks(part, evaluation, tokenizer, count, sequence_length, seed, spec)
+    random.Random(seed).shuffle(chunks)
+    tokens = torch.tensor(chunks, dtype=torch.int64)
+    return Corpus(spec, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), tokens)
+
+
+def _chunks(
+    part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int, spec: str
+) -> list[list[int]]:
+    documents = _shuffled(list(_documents(part, evaluation)), seed)
+    if not documents:
+        raise InputError(f"corpus {spec}: {part.path or part.kind} is empty")
+    head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
+    body = length - len(head)
+    stream: list[int] = []
+    for document in documents:
+        stream += tokenizer.encode(_render(document, part.chat, tokenizer))
+        if len(stream) >= count * body:
+            break
+    if len(stream) < count * body:
+        raise InputError(
+            f"corpus {spec}: {part.path or part.kind} has {len(stream)} tokens, "
+            f"but {count} samples of {length} need {count * body}",
+            f"give more text, or --samples {max(len(stream) // body, 1)} at most"
+            if len(stream) >= body
+            else "give more text",
+        )
+    return [head + stream[i * body : (i + 1) * body] for i in range(count)]
+
+
+def _render(document: Document, chat: bool, tokenizer: ChatTokenizer) -> str:
+    if document.messages and (chat or not document.text):
+        return tokenizer.apply_chat_template(list(document.messages))
+    if chat:
+        return tokenizer.apply_chat_template([{"role": "user", "content": document.text}], add_generation_prompt=True)
+    return document.text

@@ -1,0 +1,46 @@
+"""The shape of a solver: a pure function from a :class:`Problem` to a :class:`Solution`.
+
+NEEDS_HESSIAN: bool
+def solve(problem: Problem, options: SolverOptions) -> Solution
+"""
+
+from __future__ import annotations
+
+__all__ = ["Problem", "Solution", "SolverOptions"]
+
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from phi4edge.core.events import Event
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import Scheme
+
+
+@dataclass(frozen=True)
+class Problem:
+    """One weight matrix to round: min tr((W − Ŵ) H (W − Ŵ)ᵀ) over the grid of ``scheme``."""
+
+    name: str
+    weight: Tensor  # [out_features, in_features] float32
+    hessian: Tensor | None  # [in_features, in_features] float32, XᵀX / tokens; None: identity
+    scheme: Scheme
+
+
+@dataclass(frozen=True)
+class SolverOptions:
+    """What a user may set."""
+
+    damp_percent: float = 0.01  # of the mean of diag H, added to the diagonal
+    act_order: bool = False  # most excited columns first, groups fixed beforehand (static groups)
+    rows: int = 8192  # rows of W solved at a time; bounds RAM
+
+
+@dataclass(frozen=True)
+class Solution:
+    """Codes, and what a report needs to know of how they came about."""
+
+    linear: QuantizedLinear
+    loss: float  # tr(E H Eᵀ) / out_features with the undamped H; the mean squared error where H is None
+    damp_percent: float  # that was used in the end
+    events: tuple[Event, ...] = ()

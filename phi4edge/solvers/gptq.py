@@ -1,0 +1,140 @@
+"""GPTQ: round column by column, each rounding error made good by the columns that follow.
+
+Source: Frantar et al., "GPTQ", arXiv 2210.17323, Algorithm 1; the objective is
+
+    min tr(E H Eᵀ),  E = W − Q,  H = XᵀX / tokens (damped)
+
+    W [rows, n]  weights             Q  their values on the grid
+    R [n, n]     upper triangular, H = R Rᵀ
+    M            R with each column divided by its diagonal entry
+
+What differs from the reference on purpose: no inverse is formed. With H = R Rᵀ the objective is ‖E R‖², whose
+column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper makes greedily is to round
+
+    w̃ᵢ = wᵢ + Σ_{j<i} (wⱼ − qⱼ) Mⱼᵢ.
+
+One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
+sum over finished columns is one matrix product a block. R is the flipped lower factor of the flipped H.
+
+Scales: searched at the start of each group on w̃, weighted by diag H, so that they answer for the errors handed on
+to the group. With ``act_order`` columns go in order of falling diag H while the groups stay where they are (static
+groups, scales searched on W), so no permuted g_idx ever reaches an artifact.
+"""
+
+from __future__ import annotations
+
+__all__ = ["NEEDS_HESSIAN", "solve"]
+
+import math
+
+import torch
+from torch import Tensor
+
+from phi4edge.core.errors import Phi4EdgeError
+from phi4edge.core.events import Event
+from phi4edge.quant.grid import Grid, Params, grid_for
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.search import search
+from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._loss import layer_loss
+
+NEEDS_HESSIAN = True
+_BLOCK = 128  # columns between two products with all finished ones
+_SUB = 32  # columns between two products inside a block
+_MAX_DAMP = 1.0
+
+
+def solve(problem: Problem, options: SolverOptions) -> Solution:
+    """Codes of ``problem.weight`` by GPTQ; a Hessian of None is the identity, which gives RTN's codes.
+
+    Raises:
+        InputError: the group size does not divide in_features.
+        Phi4EdgeError: H cannot be factored even when damped by its whole mean diagonal.
+    """
+    W, n = problem.weight, problem.weight.shape[1]
+    groups = problem.scheme.groups(n, problem.name)
+    H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
+    diagonal = H.diagonal().clone()
+    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    M, damp, events = _factor(H, order, options.damp_percent, problem.name)
+    grid = grid_for(problem.scheme)
+    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
+    params: dict[str, list[Tensor]] = {field: [] for field in grid.fields}
+    for start in range(0, W.shape[0], options.rows):
+        rows = W[start : start + options.rows]
+        part = _loop(grid, rows, groups, diagonal, M, order)
+        codes[start : start + options.rows] = part[0]
+        for field in grid.fields:
+            params[field].append(part[1][field])
+    linear = QuantizedLinear(problem.name, problem.scheme, codes, {f: torch.cat(p) for f, p in params.items()})
+    return Solution(linear, layer_loss(W, linear, problem.hessian), damp, events)
+
+
+def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:
+    """M for the damped H in the given column order; damping is raised tenfold until H can be factored."""
+    mean = float(H.diagonal().mean())
+    events: list[Event] = []
+    # A dead column (input always zero) has no say: any diagonal will do.
+    dead = int((H.diagonal() == 0).sum())
+    if dead:
+        events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
+    asked = damp
+    while True:
+        flipped = (H if order is None else H[order][:, order]).flip(0, 1)  # a copy
+        flipped.diagonal().add_(damp * mean if mean > 0 else 1.0)
+        lower, info = torch.linalg.cholesky_ex(flipped)
+        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+            break
+        damp = max(damp * 10, 1e-4)
+        if damp > _MAX_DAMP or not math.isfinite(mean):
+            raise Phi4EdgeError(f"{name}: the Hessian cannot be factored even with damping {damp / 10:g}")
+    if damp != asked:
+        detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
+        events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
+    R = lower.flip(0, 1)
+    return R.div_(R.diagonal().clone()[None, :]), damp, tuple(events)
+
+
+def _loop(
+    grid: Grid, W: Tensor, groups: int, diagonal: Tensor, M: Tensor, order: Tensor | None
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Codes [rows, n] and parameters of some rows. Works on transposes, where a column is contiguous."""
+    rows, n = W.shape
+    size = n // groups
+    static = order is not None or groups == 1
+    columns = list(range(n)) if order is None else order.tolist()
+    original = (W if order is None else W[:, order]).T.contiguous()  # [n, rows]
+    E = torch.empty_like(original)
+    Q = torch.empty(n, rows, dtype=torch.uint8, device=W.device)
+    found: list[Params] = []
+    steps: list[tuple[Tensor, Tensor]] = []  # a and b [rows] of each group
+    if static:
+        found = [search(grid, W.reshape(rows, groups, size), diagonal.reshape(groups, size))]
+        a, b = grid.steps(found[0])
+        steps = list(zip(a.T.contiguous(), b.T.contiguous(), strict=True))
+    block = _BLOCK if static else size * math.ceil(_BLOCK / size)
+    sub = _SUB if static else math.gcd(size, _SUB)
+    for start in range(0, n, block):
+        stop = min(start + block, n)
+        work = torch.addmm(original[start:stop], M[:start, start:stop].T, E[:start])
+        for first in range(start, stop, sub):
+            last = min(first + sub, stop)
+            if not static and first % size == 0:
+                group = slice(first, first + size)
+                shift = work[first - start : first - start + size] - original[group]
+                # What GPTQ's updates make of the group before its first column is rounded: w + shift · M_GG⁻¹.
+                torch.linalg.solve_triangular(M[group, group].T, shift, upper=False, unitriangular=True, out=shift)
+                values = (original[group] + shift).T.contiguous()[:, None, :]
+                found.append(search(grid, values, diagonal[None, group]))
+                a, b = grid.steps(found[-1])
+                steps.append((a[:, 0], b[:, 0]))
+            for i in range(first, last):
+                a, b = steps[columns[i] // size]
+                q = grid.encode(work[i - start], a, b)
+                Q[columns[i]] = q
+                torch.sub(original[i], a * q + b, out=E[i])
+                if i + 1 < last:
+                    work[i + 1 - start : last - start].addr_(M[i, i + 1 : last], E[i])
+            if last < stop:
+                work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
+    return Q.T, {field: torch.cat([params[field] for params in found], dim=1) for field in grid.fields}

@@ -1,0 +1,24 @@
+"""Fixtures that many tests share."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+from support import write_checkpoint
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+@pytest.fixture(scope="session")
+def phi4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of Phi-4's kind: plain rope, untied head, GQA, two shards. Do not write into it."""
+    return write_checkpoint(tmp_path_factory.mktemp("phi4"), "phi4", shards=2)
+
+
+@pytest.fixture(scope="session")
+def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small model of Phi-4-mini's kind: longrope, partial rotary, tied head. Do not write into it."""
+    return write_checkpoint(tmp_path_factory.mktemp("mini"), "mini")

@@ -1,0 +1,159 @@
+"""Solvers: GPTQ is the paper's algorithm, never worse than rounding to nearest where it can know."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from phi4edge.core.errors import InputError
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.quant.search import search
+from phi4edge.solvers import gptq, rtn
+from phi4edge.solvers._api import Problem, SolverOptions
+
+SCHEMES = ["w4g32", "w4g16", "w4g64", "w4row", "w4g32-asym", "w8g32", "w8g64-asym", "q4_0", "q4_1", "q8_0"]
+TINY_DAMP = SolverOptions(damp_percent=1e-6)
+
+
+def problem(scheme: str | Scheme, rows: int = 24, columns: int = 128, seed: int = 0, rank: int = 16) -> Problem:
+    """Correlated inputs (low rank plus noise), as a trained model's are."""
+    generator = torch.Generator().manual_seed(seed)
+    mixing = torch.randn(rank, columns, generator=generator)
+    inputs = torch.randn(1024, rank, generator=generator) @ mixing + 0.3 * torch.randn(
+        1024, columns, generator=generator
+    )
+    weight = torch.randn(rows, columns, generator=generator) / columns**0.5
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    return Problem("layer", weight, inputs.T @ inputs / 1024, scheme)
+
+
+def naive_obq(p: Problem, damp: float) -> Tensor:
+    """Optimal Brain Quantization, column by column in float64 with the explicit inverse (arXiv 2208.11580)."""
+    W, grid = p.weight.double().clone(), grid_for(p.scheme)
+    rows, n = W.shape
+    assert p.hessian is not None
+    H = p.hessian.double()
+    H = H + damp * H.diagonal().mean() * torch.eye(n, dtype=torch.float64)
+    groups = p.scheme.groups(n)
+    size = n // groups
+    codes = torch.empty(rows, n)
+    inverse = torch.linalg.inv(H)
+    for i in range(n):
+        if i % size == 0:
+            part = W[:, i : i + size].float().reshape(rows, 1, size)
+            params = search(grid, part, p.hessian.diagonal()[i : i + size].reshape(1, size))
+            a, b = (s[:, 0] for s in grid.steps(params))
+        q = grid.encode(W[:, i].float(), a, b)
+        codes[:, i] = q
+        error = (W[:, i] - (a.double() * q.double() + b.double())) / inverse[i, i]
+        W -= error[:, None] * inverse[i][None, :]
+        # Take column i out of the problem: one step of Gaussian elimination on the inverse.
+        inverse = inverse - inverse[:, i : i + 1] @ inverse[i : i + 1] / inverse[i, i]
+        inverse[i, i] = 1.0
+    return codes.to(torch.uint8)
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g32-asym", "q4_0", "q4_1", "w8g64"])
+def test_gptq_codes_equal_naive_obq(name: str) -> None:
+    p = problem(name)
+    ours = gptq.solve(p, SolverOptions(damp_percent=0.01)).linear.codes
+    theirs = naive_obq(p, 0.01)
+    # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way.
+    assert int((ours != theirs).any(dim=1).sum()) <= 1
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gptq_with_identity_hessian_is_rtn(name: str) -> None:
+    p = problem(name)
+    eye = Problem(p.name, p.weight, torch.eye(128), p.scheme)
+    a, b = gptq.solve(eye, SolverOptions()).linear, rtn.solve(eye, SolverOptions()).linear
+    assert torch.equal(a.codes, b.codes)
+    assert all(torch.equal(a.params[f], b.params[f]) for f in a.params)
+
+
+@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("name", SCHEMES)
+def test_gptq_error_is_at_most_rtn_on_correlated_inputs(name: str, seed: int) -> None:
+    p = problem(name, seed=seed)
+    for options in (TINY_DAMP, SolverOptions(damp_percent=0.01, act_order=True)):
+        assert gptq.solve(p, options).loss < 0.7 * rtn.solve(p, options).loss
+
+
+@pytest.mark.parametrize("act_order", [False, True])
+def test_rows_are_independent_of_how_they_are_chunked(act_order: bool) -> None:
+    p = problem("w4g32", rows=50)
+    whole = gptq.solve(p, SolverOptions(act_order=act_order)).linear
+    parts = gptq.solve(p, SolverOptions(act_order=act_order, rows=7)).linear
+    assert int((whole.codes != parts.codes).any(dim=1).sum()) <= 1
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_codes_stay_on_the_grid_and_dequantize_to_their_steps(name: str) -> None:
+    linear = gptq.solve(problem(name), SolverOptions()).linear
+    grid = grid_for(linear.scheme)
+    assert int(linear.codes.min()) >= grid.low
+    assert int(linear.codes.max()) <= grid.high
+    scale = linear.params["scales"].float().repeat_interleave(128 // linear.params["scales"].shape[1], dim=1)
+    if linear.scheme.symmetric:
+        assert torch.equal(linear.dequantize(), scale * (linear.codes.float() - grid.middle))
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_weights_already_on_the_grid_are_kept(name: str) -> None:
+    p = problem(name)
+    on_grid = Problem(p.name, rtn.solve(p, SolverOptions()).linear.dequantize(), p.hessian, p.scheme)
+    for solver in (rtn, gptq):
+        kept = solver.solve(on_grid, SolverOptions()).linear.dequantize()
+        assert float((kept - on_grid.weight).norm() / on_grid.weight.norm()) < 2e-3
+
+
+def test_scale_search_beats_absmax_in_the_weighted_error() -> None:
+    p = problem("w4g32", rows=200)
+    assert p.hessian is not None
+    grid, h = grid_for(p.scheme), p.hessian.diagonal().reshape(4, 32)
+    x = p.weight.reshape(200, 4, 32)
+    searched, absmax = search(grid, x, h), {"scales": (x.abs().amax(-1) / 7).half()}
+
+    def error(params: dict[str, Tensor]) -> float:
+        a, b = (s[:, :, None] for s in grid.steps(params))
+        return float((h * (x - (a * grid.encode(x, a, b) + b)) ** 2).sum())
+
+    assert error(dict(searched)) < 0.75 * error(absmax)
+
+
+def test_a_singular_hessian_is_damped_until_it_factors_and_the_event_says_so() -> None:
+    p = problem("w4g32")
+    ones = torch.ones(128, 128)
+    solution = gptq.solve(Problem("layer", p.weight, ones, p.scheme), SolverOptions(damp_percent=0.0))
+    assert [e.kind for e in solution.events] == ["damping_raised"]
+    assert solution.damp_percent > 0
+    assert torch.isfinite(solution.linear.dequantize()).all()
+
+
+def test_dead_columns_are_reported_and_harmless() -> None:
+    p = problem("w4g32")
+    assert p.hessian is not None
+    H = p.hessian.clone()
+    H[5], H[:, 5] = 0, 0
+    solution = gptq.solve(Problem("layer", p.weight, H, p.scheme), SolverOptions())
+    assert [e.kind for e in solution.events] == ["dead_columns"]
+    # The dead column is rounded with its group, not zeroed: other data may excite it.
+    assert float((solution.linear.dequantize() - p.weight)[:, 5].abs().max()) < float(p.weight.abs().max())
+
+
+def test_a_zero_weight_matrix_stays_zero() -> None:
+    for name in SCHEMES:
+        p = problem(name)
+        zero = Problem("layer", torch.zeros_like(p.weight), p.hessian, p.scheme)
+        for solver in (rtn, gptq):
+            assert not solver.solve(zero, SolverOptions()).linear.dequantize().any()
+
+
+def test_a_group_size_that_does_not_divide_is_refused_with_valid_ones() -> None:
+    p = problem("w4g32", columns=48)
+    for solver in (rtn, gptq):
+        with pytest.raises(InputError, match="in_features 48 is not divisible by group_size 32") as caught:
+            solver.solve(p, SolverOptions())
+        assert "8, 12, 16, 24, 48" in (caught.value.hint or "")
