@@ -30,8 +30,11 @@ _PART_KEYS = ("kind", "path", "share", "chat")
 class ChatTokenizer(Protocol):
     """What of a tokenizer this module uses."""
 
-    add_bos: bool
-    bos_id: int | None
+    @property
+    def add_bos(self) -> bool: ...
+
+    @property
+    def bos_id(self) -> int | None: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -166,37 +169,43 @@ def load_corpus(
         raise UsageError(f"samples {samples} × sequence_length {sequence_length} is no corpus")
     parts, evaluation = _parts(spec, chat)
     counts = _allot(samples, [part.share for part in parts])
-    chunks: list[list[int]] = []
-    for part, count in zip(parts, counts, strict=True):
-        if count:
-            chunks += _chunks(part, evaluation, tokenizer, count, sequence_length, seed, spec)
+    pools = [
+        _chunks(part, evaluation, tokenizer, count, sequence_length, seed)
+        for part, count in zip(parts, counts, strict=True)
+    ]
+    missing = samples - sum(map(len, pools))
+    for i, part in enumerate(parts):
+        # A part that is all used up leaves its share to those that have more.
+        if missing > 0 and len(pools[i]) == counts[i]:
+            pools[i] = _chunks(part, evaluation, tokenizer, counts[i] + missing, sequence_length, seed)
+            missing = samples - sum(map(len, pools))
+    if missing > 0:
+        have = samples - missing
+        raise InputError(
+            f"corpus {spec} has {have * sequence_length} tokens in whole samples, "
+            f"but {samples} samples of {sequence_length} need {samples * sequence_length}"
+            if have
+            else f"corpus {spec} is empty or shorter than one sample of {sequence_length} tokens",
+            f"give more text, or at most {have} samples" if have else "give more text",
+        )
+    chunks = [chunk for pool in pools for chunk in pool]
     random.Random(seed).shuffle(chunks)
     tokens = torch.tensor(chunks, dtype=torch.int64)
     return Corpus(spec, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), tokens)
 
 
 def _chunks(
-    part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int, spec: str
+    part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int
 ) -> list[list[int]]:
-    documents = _shuffled(list(_documents(part, evaluation)), seed)
-    if not documents:
-        raise InputError(f"corpus {spec}: {part.path or part.kind} is empty")
+    """At most ``count`` samples of a part; fewer where its text ends."""
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
     stream: list[int] = []
-    for document in documents:
+    for document in _shuffled(list(_documents(part, evaluation)), seed) if count else ():
         stream += tokenizer.encode(_render(document, part.chat, tokenizer))
         if len(stream) >= count * body:
             break
-    if len(stream) < count * body:
-        raise InputError(
-            f"corpus {spec}: {part.path or part.kind} has {len(stream)} tokens, "
-            f"but {count} samples of {length} need {count * body}",
-            f"give more text, or --samples {max(len(stream) // body, 1)} at most"
-            if len(stream) >= body
-            else "give more text",
-        )
-    return [head + stream[i * body : (i + 1) * body] for i in range(count)]
+    return [head + stream[i * body : (i + 1) * body] for i in range(min(count, len(stream) // body))]
 
 
 def _render(document: Document, chat: bool, tokenizer: ChatTokenizer) -> str:

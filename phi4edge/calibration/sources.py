@@ -16,6 +16,7 @@ import sysconfig
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -55,8 +56,13 @@ def in_evaluation_half(name: str) -> bool:
     return hashlib.sha256(name.encode()).digest()[0] % 2 == 1
 
 
-def python_documents(kind: str, *, evaluation: bool) -> Iterator[Document]:
+@lru_cache(maxsize=6)
+def python_documents(kind: str, *, evaluation: bool) -> tuple[Document, ...]:
     """Documents of the installed Python of one ``kind`` (see PYTHON_KINDS) from one half, in a fixed order."""
+    return tuple(_python_documents(kind, evaluation))
+
+
+def _python_documents(kind: str, evaluation: bool) -> Iterator[Document]:
     if kind == "python-docs":
         from pydoc_data.topics import topics
 

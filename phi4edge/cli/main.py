@@ -16,6 +16,9 @@ from collections.abc import Sequence
 
 import click
 
+# Threads that spin while they wait cost a busy machine a factor of ten; read when the OpenMP runtime starts.
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
 from phi4edge import __version__
 from phi4edge.cli.render import emit_error
 from phi4edge.core.errors import Phi4EdgeError, UsageError, closest

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["common", "force_option"]
+__all__ = ["common", "corpus_options", "force_option"]
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -27,3 +27,30 @@ def common(function: F) -> F:
 
 
 force_option = click.option("--force", is_flag=True, help="Replace what already lies at --out.")
+
+
+def corpus_options(function: F) -> F:
+    """``--corpus``, ``--samples``, ``--sequence-length``, ``--seed``, ``--chat-template``; None where not given."""
+    for decorator in (
+        click.option(
+            "--chat-template/--no-chat-template",
+            default=None,
+            help="Run text through the model's chat template.  [default: as the corpus says]",
+        ),
+        click.option("--seed", type=int, envvar="PHI4EDGE_SEED", help="Order of the documents.  [default: 0]"),
+        click.option(
+            "--sequence-length",
+            type=int,
+            envvar="PHI4EDGE_SEQUENCE_LENGTH",
+            help="Tokens a sample.  [default: 512]",
+        ),
+        click.option("--samples", type=int, envvar="PHI4EDGE_SAMPLES", help="Calibration samples.  [default: 128]"),
+        click.option(
+            "--corpus",
+            metavar="PATH|NAME",
+            envvar="PHI4EDGE_CORPUS",
+            help="Text, JSONL or recipe file, or the name of a corpus.  [default: builtin]",
+        ),
+    ):
+        function = decorator(function)
+    return function

@@ -61,7 +61,7 @@ def o_input(qkv: Tensor, rotary: Rotary, config: ModelConfig) -> Tensor:
     def heads(part: Tensor) -> Tensor:
         return part.reshape(batch, length, -1, config.head_dim).transpose(1, 2)
 
-    query, key, value = (heads(p) for p in qkv.split((config.q_size, config.kv_size, config.kv_size), dim=-1))
+    query, key, value = (heads(p) for p in torch.split(qkv, [config.q_size, config.kv_size, config.kv_size], dim=-1))
     query, key = apply_rotary(query, rotary), apply_rotary(key, rotary)
     repeat = config.num_heads // config.num_kv_heads
     if repeat > 1:

@@ -39,6 +39,18 @@ class QuantizedLinear:
         """The matrix that the codes stand for, [out_features, in_features] float32."""
         return grid_for(self.scheme).decode(self.codes, self.params)
 
+    def rows(self, start: int, stop: int) -> QuantizedLinear:
+        """Some rows of it, without a copy."""
+        return QuantizedLinear(
+            self.name, self.scheme, self.codes[start:stop], {f: p[start:stop] for f, p in self.params.items()}
+        )
+
+    def to(self, device: str) -> QuantizedLinear:
+        """The same on another device."""
+        return QuantizedLinear(
+            self.name, self.scheme, self.codes.to(device), {f: p.to(device) for f, p in self.params.items()}
+        )
+
     def to_tensors(self) -> dict[str, Tensor]:
         """What the run directory stores: 4-bit codes two to a byte, parameters as they are."""
         codes = pack_nibbles(self.codes) if self.scheme.bits == 4 else self.codes

@@ -25,6 +25,12 @@ class Problem:
     weight: Tensor  # [out_features, in_features] float32
     hessian: Tensor | None  # [in_features, in_features] float32, XᵀX / tokens; None: identity
     scheme: Scheme
+    mean_square: Tensor | None = None  # [in_features]: diag H, where the whole of H was not needed
+
+    @property
+    def importance(self) -> Tensor | None:
+        """diag H, [in_features], or None where nothing is known of the inputs."""
+        return self.mean_square if self.hessian is None else self.hessian.diagonal()
 
 
 @dataclass(frozen=True)
@@ -33,7 +39,7 @@ class SolverOptions:
 
     damp_percent: float = 0.01  # of the mean of diag H, added to the diagonal
     act_order: bool = False  # most excited columns first, groups fixed beforehand (static groups)
-    rows: int = 8192  # rows of W solved at a time; bounds RAM
+    rows: int = 512  # rows of W solved together, on one core; codes do not depend on how many cores there are
 
 
 @dataclass(frozen=True)
@@ -41,6 +47,6 @@ class Solution:
     """Codes, and what a report needs to know of how they came about."""
 
     linear: QuantizedLinear
-    loss: float  # tr(E H Eᵀ) / out_features with the undamped H; the mean squared error where H is None
+    loss: float  # tr(E H Eᵀ) / out_features with the undamped H, or with what is known of H
     damp_percent: float  # that was used in the end
     events: tuple[Event, ...] = ()

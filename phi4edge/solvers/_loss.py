@@ -5,18 +5,19 @@ from __future__ import annotations
 __all__ = ["layer_loss"]
 
 import torch
-from torch import Tensor
 
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.solvers._api import Problem
 
 _ROWS = 4096
 
 
-def layer_loss(weight: Tensor, linear: QuantizedLinear, hessian: Tensor | None) -> float:
-    """tr(E H Eᵀ) / out_features with E = W − Ŵ, or the mean of E² a row where there is no Hessian."""
+def layer_loss(problem: Problem, linear: QuantizedLinear) -> float:
+    """tr(E H Eᵀ) / out_features with E = W − Ŵ; H is its diagonal, or the identity, where no more is known."""
     total = 0.0
-    dequantized = linear.dequantize()
-    for start in range(0, weight.shape[0], _ROWS):
-        E = weight[start : start + _ROWS] - dequantized[start : start + _ROWS]
-        total += float(((E @ hessian if hessian is not None else E) * E).sum(dtype=torch.float64))
-    return total / weight.shape[0]
+    H, h = problem.hessian, problem.importance
+    for start in range(0, linear.out_features, _ROWS):
+        E = problem.weight[start : start + _ROWS] - linear.rows(start, start + _ROWS).dequantize()
+        weighed = E @ H if H is not None else E * h if h is not None else E
+        total += float((weighed * E).sum(dtype=torch.float64))
+    return total / linear.out_features

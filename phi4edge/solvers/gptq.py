@@ -26,6 +26,7 @@ from __future__ import annotations
 __all__ = ["NEEDS_HESSIAN", "solve"]
 
 import math
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -34,6 +35,7 @@ from phi4edge.core.errors import Phi4EdgeError
 from phi4edge.core.events import Event
 from phi4edge.quant.grid import Grid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.search import search
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
@@ -58,16 +60,15 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
     M, damp, events = _factor(H, order, options.damp_percent, problem.name)
     grid = grid_for(problem.scheme)
-    codes = torch.empty(W.shape, dtype=torch.uint8, device=W.device)
-    params: dict[str, list[Tensor]] = {field: [] for field in grid.fields}
-    for start in range(0, W.shape[0], options.rows):
-        rows = W[start : start + options.rows]
-        part = _loop(grid, rows, groups, diagonal, M, order)
-        codes[start : start + options.rows] = part[0]
-        for field in grid.fields:
-            params[field].append(part[1][field])
-    linear = QuantizedLinear(problem.name, problem.scheme, codes, {f: torch.cat(p) for f, p in params.items()})
-    return Solution(linear, layer_loss(W, linear, problem.hessian), damp, events)
+    pieces = [
+        partial(_loop, grid, W[start : start + options.rows], groups, diagonal, M, order)
+        for start in range(0, W.shape[0], options.rows)
+    ]
+    parts = run_parallel(pieces)
+    codes = torch.cat([codes for codes, _ in parts])
+    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
+    linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
+    return Solution(linear, layer_loss(problem, linear), damp, events)
 
 
 def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:

@@ -8,10 +8,13 @@ from __future__ import annotations
 
 __all__ = ["NEEDS_HESSIAN", "solve"]
 
+from functools import partial
+
 import torch
 
-from phi4edge.quant.grid import grid_for
+from phi4edge.quant.grid import Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.search import search
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
@@ -25,21 +28,20 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     Raises:
         InputError: the group size does not divide in_features.
     """
-    W, H = problem.weight, problem.hessian
+    W, h = problem.weight, problem.importance
     rows, columns = W.shape
     groups = problem.scheme.groups(columns, problem.name)
     grid = grid_for(problem.scheme)
-    importance = None if H is None else H.diagonal().reshape(groups, -1)
-    params: dict[str, list[torch.Tensor]] = {field: [] for field in grid.fields}
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
-    for start in range(0, rows, options.rows):
+    importance = None if h is None else h.reshape(groups, -1)
+
+    def solve_rows(start: int) -> tuple[torch.Tensor, Params]:
         part = W[start : start + options.rows].reshape(-1, groups, columns // groups)
-        found = search(grid, part, importance)
-        a, b = grid.steps(found)
-        codes[start : start + options.rows] = (
-            grid.encode(part, a[:, :, None], b[:, :, None]).reshape(-1, columns).to(torch.uint8)
-        )
-        for field in grid.fields:
-            params[field].append(found[field])
-    linear = QuantizedLinear(problem.name, problem.scheme, codes, {f: torch.cat(p) for f, p in params.items()})
-    return Solution(linear, layer_loss(W, linear, H), 0.0)
+        params = search(grid, part, importance)
+        a, b = grid.steps(params)
+        return grid.encode(part, a[:, :, None], b[:, :, None]).reshape(-1, columns).to(torch.uint8), params
+
+    parts = run_parallel([partial(solve_rows, start) for start in range(0, rows, options.rows)])
+    codes = torch.cat([found for found, _ in parts])
+    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
+    linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
+    return Solution(linear, layer_loss(problem, linear), 0.0)

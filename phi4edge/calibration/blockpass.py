@@ -1,0 +1,102 @@
+"""All calibration samples on their way through one block, stopped before each of its linears.
+
+Only two arrays live between stops: the residual stream, and the input of o_proj or down_proj. What the norms make
+of the residual stream is cheap enough to be computed again.
+
+    stage 0 qkv_proj     input norm(hidden)          then attention → scratch
+    stage 1 o_proj       input scratch               then hidden += …
+    stage 2 gate_up_proj input norm(hidden)          then silu(gate)·up → scratch
+    stage 3 down_proj    input scratch               then hidden += …
+"""
+
+from __future__ import annotations
+
+__all__ = ["BlockPass", "Stores"]
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from phi4edge.calibration.store import ActivationStore
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.model.block import down_input, o_input, rms_norm
+from phi4edge.model.forward import embed
+from phi4edge.model.rope import Rotary
+from phi4edge.model.source import WeightSource
+
+_EMBEDDED = 1 << 26  # values embedded at a time
+
+
+@dataclass(frozen=True)
+class Stores:
+    """The arrays of a calibration, kept from block to block."""
+
+    hidden: ActivationStore  # [samples, length, hidden]
+    attention: ActivationStore  # [samples, length, q]
+    activation: ActivationStore  # [samples, length, intermediate]
+
+    @classmethod
+    def create(cls, config: ModelConfig, samples: int, length: int, scratch: Path | None) -> Stores:
+        """Empty arrays, in RAM or (``scratch`` names a folder) in files."""
+        widths = {"hidden": config.hidden_size, "attention": config.q_size, "activation": config.intermediate_size}
+        return cls(
+            **{
+                name: ActivationStore(samples, length, width, scratch / f"{name}.scratch" if scratch else None)
+                for name, width in widths.items()
+            }
+        )
+
+    def fill(self, source: WeightSource, tokens: Tensor) -> None:
+        """Begin with the embeddings of ``tokens`` [samples, length], a bounded number of samples at a time."""
+        group = max(1, _EMBEDDED // (tokens.shape[1] * source.config.hidden_size))
+        for i in range(0, tokens.shape[0], group):
+            self.hidden.write(i, embed(source, tokens[i : i + group]))
+
+
+@dataclass(frozen=True)
+class BlockPass:
+    """One block's pass. One sample is computed at a time, so that no result depends on the RAM at hand."""
+
+    input_norm: Tensor
+    post_norm: Tensor
+    config: ModelConfig
+    rotary: Rotary
+    stores: Stores
+    device: str = "cpu"
+
+    def inputs(self, stage: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
+        """Inputs of the stage's linear: (sample, [1, length, in_features] on the device)."""
+        stop = self.stores.hidden.shape[0] if stop is None else stop
+        for i in range(start, stop):
+            yield i, self._input(stage, i)
+
+    def _input(self, stage: int, sample: int) -> Tensor:
+        if stage in (1, 3):
+            store = self.stores.attention if stage == 1 else self.stores.activation
+            return store.read(sample, sample + 1).to(self.device)
+        hidden = self.stores.hidden.read(sample, sample + 1).to(self.device)
+        gain = self.input_norm if stage == 0 else self.post_norm
+        return rms_norm(hidden, gain.to(self.device), self.config.rms_norm_eps)
+
+    def advance(self, stage: int, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
+        """Send everything through the stage's linear with ``weight``; yields the next stage's inputs as they come.
+
+        After stage 3 the block's outputs are yielded, and they are the residual stream. Exhaust the iterator.
+        """
+        weight = weight.to(self.device)
+        for i, x in self.inputs(stage):
+            out = F.linear(x, weight)
+            if stage == 0:
+                following = o_input(out, self.rotary, self.config)
+                self.stores.attention.write(i, following)
+            elif stage == 2:
+                following = down_input(out)
+                self.stores.activation.write(i, following)
+            else:
+                hidden = self.stores.hidden.read(i, i + 1).to(self.device) + out
+                self.stores.hidden.write(i, hidden)
+                following = self._input(2, i) if stage == 1 else hidden
+            yield i, following

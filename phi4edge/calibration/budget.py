@@ -1,0 +1,76 @@
+"""RAM, planned before the first tensor is read: what must be there, and what moves to disk to keep a budget."""
+
+from __future__ import annotations
+
+__all__ = ["SOLVER_ROWS", "MemoryPlan", "plan_memory"]
+
+import os
+from dataclasses import dataclass
+
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.errors import TargetError
+from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
+from phi4edge.core.recipe import Recipe
+
+_SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
+SOLVER_ROWS = 512  # rows of a weight matrix that a core solves together
+_DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
+
+
+@dataclass(frozen=True)
+class MemoryPlan:
+    """How a run keeps to its budget; all sizes in bytes."""
+
+    budget: int
+    least: int  # the smallest budget that this run could keep
+    expected: int  # planned peak RSS
+    spill: bool  # activations live in files, not in RAM
+
+
+def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> MemoryPlan:
+    """Choose where activations live; what is computed together never depends on the budget, so neither do the codes.
+
+    Raises:
+        TargetError: the budget is below the least that would do.
+    """
+    base = rss_bytes() + _SLACK
+    shapes = list(config.linear_shapes.values())
+    widest = max(columns for _, columns in shapes)
+    block = sum(out * columns for out, columns in shapes) * 4
+    largest = max(out * columns for out, columns in shapes)
+    reading = largest * 6  # one tensor as stored beside its float32 form
+    embedding = 16384 * config.hidden_size * 6
+    if recipe.corpus is None:
+        needed = base + block + reading + 3 * largest * 4
+        limit = _limit(budget)
+        _check(limit, needed, needed)
+        return MemoryPlan(limit, needed, needed, False)
+    tokens = recipe.corpus.sequence_length  # one sample is computed at a time
+    # Widest moment of a forward pass through one block, its attention included.
+    working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
+    # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
+    cores = os.cpu_count() or 1
+    solving = (4 * widest * widest * 4 if recipe.method != "rtn" else 0) + cores * SOLVER_ROWS * widest * 13
+    candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
+    filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
+    stores = recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
+    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
+    limit = _limit(budget)
+    _check(limit, least, least)
+    spill = least + stores > limit
+    return MemoryPlan(limit, least, least + (0 if spill else stores), spill)
+
+
+def _limit(budget: int | None) -> int:
+    if budget is not None:
+        return budget
+    available = available_bytes()
+    return int((available if available is not None else 8 * 2**30) * _DEFAULT_SHARE) + rss_bytes()
+
+
+def _check(limit: int, least: int, needed: int) -> None:
+    if limit < least:
+        raise TargetError(
+            f"a RAM budget of {format_bytes(limit)} is too small; this run needs {format_bytes(needed)}",
+            f"give --ram-budget {-(-least // 2**20)}MiB or more, or a shorter --sequence-length",
+        )

@@ -1,0 +1,91 @@
+"""Activations of all calibration samples: in RAM where they fit, in a file where the budget asks for it.
+
+The file is read and written by position, a few samples at a time, so what is resident is what is in use.
+"""
+
+from __future__ import annotations
+
+__all__ = ["ActivationStore"]
+
+import hashlib
+import os
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from phi4edge.core.atomic import atomic_file
+from phi4edge.core.errors import InputError
+
+
+class ActivationStore:
+    """An array [samples, length, width] float32."""
+
+    def __init__(self, samples: int, length: int, width: int, path: Path | None = None) -> None:
+        self.shape = (samples, length, width)
+        self._row = length * width * 4  # bytes of a sample
+        self._memory = torch.empty(samples, length, width) if path is None else None
+        self._file: int | None = None
+        if path is not None:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_TRUNC, 0o644)
+            path.unlink()  # scratch: the space is given back however the process ends
+            os.posix_fallocate(self._file, 0, max(samples * self._row, 1))
+
+    @property
+    def nbytes(self) -> int:
+        """Size of the array in bytes."""
+        return self.shape[0] * self._row
+
+    def read(self, start: int, stop: int) -> Tensor:
+        """Samples ``start:stop``; treat as read-only."""
+        if self._memory is not None:
+            return self._memory[start:stop]
+        assert self._file is not None
+        out = np.empty((stop - start, *self.shape[1:]), dtype=np.float32)
+        _transfer(os.preadv, self._file, out.reshape(-1).view(np.uint8).data, start * self._row)
+        return torch.from_numpy(out)
+
+    def write(self, start: int, values: Tensor) -> None:
+        """Put ``values`` [count, length, width] at sample ``start``."""
+        if self._memory is not None:
+            self._memory[start : start + values.shape[0]] = values
+            return
+        assert self._file is not None
+        flat = values.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1).view(np.uint8)
+        _transfer(os.pwritev, self._file, flat.data, start * self._row)
+
+    def save(self, path: Path) -> None:
+        """Write the array to ``path`` atomically, raw little-endian float32."""
+        with atomic_file(path) as file:
+            for i in range(self.shape[0]):
+                file.write(self.read(i, i + 1).contiguous().numpy().tobytes())
+
+    def load(self, path: Path, sha256: str) -> bool:
+        """Fill the array from ``path``; False where the file is missing or not the one that was saved."""
+        if not path.is_file() or path.stat().st_size != self.nbytes:
+            return False
+        digest = hashlib.sha256()
+        with path.open("rb") as file:
+            for i in range(self.shape[0]):
+                data = bytearray(file.read(self._row))
+                digest.update(data)
+                self.write(i, torch.frombuffer(data, dtype=torch.float32).reshape(1, *self.shape[1:]))
+        return digest.hexdigest() == sha256
+
+    def close(self) -> None:
+        """Give back RAM or disk."""
+        self._memory = None
+        if self._file is not None:
+            os.close(self._file)
+            self._file = None
+
+
+def _transfer(call: object, descriptor: int, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        count = call(descriptor, [view[done:]], offset + done)  # type: ignore[operator]
+        if count == 0:
+            raise InputError("scratch file of activations ended early")
+        done += count

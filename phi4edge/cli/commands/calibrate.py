@@ -1,0 +1,59 @@
+"""``phi4edge calibrate MODEL --out RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phi4edge.cli.options import common, corpus_options
+from phi4edge.cli.progress import progress_for
+from phi4edge.cli.render import emit
+from phi4edge.core.memory import format_bytes, parse_bytes
+from phi4edge.core.recipe import CorpusRecipe
+
+
+@click.command("calibrate")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory; goes to its calibration/.")
+@corpus_options
+@click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
+@click.option("--resume/--restart", default=True, help="Keep a finished calibration, or measure anew.")
+@common
+def command(
+    model: str,
+    out: Path,
+    corpus: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    chat_template: bool | None,
+    ram_budget: str | None,
+    resume: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Tokenize a corpus and measure the inputs of every linear of the full-precision MODEL.
+
+    Writes tokens and imatrix to --out/calibration. A later `quantize` into the same --out takes the same corpus.
+    """
+    from phi4edge.stages.calibrate import calibrate
+
+    given = {"corpus": corpus, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    given = {key: value for key, value in {**given, "chat_template": chat_template}.items() if value is not None}
+    recipe = CorpusRecipe(**given)  # type: ignore[arg-type]
+    manifest = calibrate(
+        model,
+        recipe,
+        out,
+        restart=not resume,
+        ram_budget=parse_bytes(ram_budget) if ram_budget else None,
+        progress=progress_for(quiet),
+    )
+    data = {**manifest["data"], "out": str(out)}
+    text = (
+        f"{out}/calibration: {data['tokens']} tokens of {recipe.corpus}, imatrix of {len(data['imatrix'])} linears\n"
+        f"time {data['seconds']:.1f} s, peak RSS {format_bytes(data['peak_rss_bytes'])}"
+    )
+    emit("calibrate", data, text, as_json=as_json)

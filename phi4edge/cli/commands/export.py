@@ -1,0 +1,67 @@
+"""``phi4edge export RUN --format F --out PATH``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import click
+
+from phi4edge.cli.options import common, force_option
+from phi4edge.cli.progress import progress_for
+from phi4edge.cli.render import emit
+from phi4edge.core.memory import format_bytes
+from phi4edge.core.registry import names
+
+_TYPES = click.Choice(["q8_0", "q6_k", "f16"])
+
+
+@click.command("export")
+@click.argument("run", type=click.Path(path_type=Path))
+@click.option("--format", "format_name", type=click.Choice(names("phi4edge.writers")), required=True)
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
+@click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
+@click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
+@click.option("--head", type=_TYPES, default="q8_0", show_default=True, help="Type of lm_head in a GGUF.")
+@click.option("--embedding", type=_TYPES, default="q8_0", show_default=True, help="Type of the embedding in a GGUF.")
+@click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
+@force_option
+@common
+def command(
+    run: Path,
+    format_name: str,
+    out: Path,
+    target: str | None,
+    context: int | None,
+    head: str,
+    embedding: str,
+    model: str | None,
+    force: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Write the codes of finished run directory RUN into an artifact, bit for bit, without rounding again."""
+    from phi4edge.stages.export import export
+    from phi4edge.stages.fitting import check_run_fits
+    from phi4edge.writers._api import WriteOptions
+
+    if target is not None:
+        check_run_fits(
+            run, target, format_name=format_name, context=context, head=head, embedding=embedding, model=model
+        )
+    options = WriteOptions(head=head, embedding=embedding, force=force, progress=progress_for(quiet))
+    artifact = export(run, format_name, out, options, model=model)
+    data = {
+        "path": str(artifact.path),
+        "format": artifact.format,
+        "scheme": artifact.scheme,
+        "bytes": artifact.nbytes,
+        "quantized_fraction": artifact.quantized_fraction,
+        "files": dict(artifact.files),
+        "target": target,
+    }
+    text = (
+        f"{artifact.path}: {artifact.format} {artifact.scheme}, {format_bytes(artifact.nbytes)}, "
+        f"{100 * artifact.quantized_fraction:.1f} % of the parameters as integer codes"
+    )
+    emit("export", data, text, as_json=as_json)

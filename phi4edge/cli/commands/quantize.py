@@ -1,0 +1,151 @@
+"""``phi4edge quantize MODEL --out RUN``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi4edge.cli.options import common, corpus_options
+from phi4edge.cli.progress import progress_for
+from phi4edge.cli.render import emit
+from phi4edge.core.errors import UsageError
+from phi4edge.core.memory import format_bytes, parse_bytes
+from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.core.registry import names
+from phi4edge.quant.scheme import scheme_from_options
+
+
+def recipe_text(recipe: Recipe) -> str:
+    """The recipe in a line."""
+    corpus = recipe.corpus
+    text = "data-free" if corpus is None else f"{corpus.corpus}, {corpus.samples} × {corpus.sequence_length} tokens"
+    return f"{recipe.method} {recipe.scheme}, calibration: {text}"
+
+
+def _summary_text(data: dict[str, Any], out: str) -> str:
+    lines = [
+        f"{out}: {data['method']} {data['scheme']}, {len(data['linears'])} linears, "
+        f"{100 * data['quantized_fraction']:.1f} % of the parameters",
+        f"time {data['performance']['seconds']:.1f} s, peak RSS {format_bytes(data['performance']['peak_rss_bytes'])}",
+    ]
+    kinds: dict[str, int] = {}
+    for event in data["events"]:
+        kinds[event["kind"]] = kinds.get(event["kind"], 0) + 1
+    if kinds:
+        lines.append("events: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items()))
+    return "\n".join(lines)
+
+
+@click.command("quantize")
+@click.argument("model")
+@click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to begin or to go on with.")
+@click.option(
+    "--method",
+    type=click.Choice(names("phi4edge.solvers")),
+    default="gptq",
+    show_default=True,
+    envvar="PHI4EDGE_METHOD",
+    help="gptq compensates rounding errors; rtn rounds to nearest on searched scales.",
+)
+@click.option("--bits", type=int, help="4 or 8.  [default: 4]")
+@click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q4_1, q8_0, …")
+@click.option("--group-size", type=int, help="Input channels that share a scale; -1: a whole row.  [default: 32]")
+@click.option("--symmetric/--asymmetric", default=None, help="Grid with or without zero points.  [default: symmetric]")
+@click.option("--act-order", is_flag=True, help="Most excited columns first; groups stay in place (static groups).")
+@click.option(
+    "--damp-percent",
+    type=float,
+    default=0.01,
+    show_default=True,
+    help="Share of the mean of diag H added to the diagonal.",
+)
+@corpus_options
+@click.option(
+    "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
+)
+@click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
+@click.option(
+    "--device",
+    type=click.Choice(["cpu", "cuda"]),
+    default="cpu",
+    show_default=True,
+    envvar="PHI4EDGE_DEVICE",
+    help="Where blocks are computed (cuda: not measured on hardware).",
+)
+@click.option(
+    "--resume/--restart", default=True, help="Go on with a run begun before, or begin anew.  [default: resume]"
+)
+@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@common
+def command(
+    model: str,
+    out: Path,
+    method: str,
+    bits: int | None,
+    scheme: str | None,
+    group_size: int | None,
+    symmetric: bool | None,
+    act_order: bool,
+    damp_percent: float,
+    corpus: str | None,
+    samples: int | None,
+    sequence_length: int | None,
+    seed: int | None,
+    chat_template: bool | None,
+    guard: bool,
+    ram_budget: str | None,
+    device: str,
+    resume: bool,
+    dry_run: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Solve integer codes for every linear of MODEL (a folder or hub id), block by block, into run directory --out.
+
+    Killed at any instant, the same command goes on from the last finished block and gives the same bytes. With
+    --method rtn and no --corpus no data is needed.
+    """
+    from phi4edge.stages.calibrate import corpus_of_run
+    from phi4edge.stages.quantize import plan, quantize
+
+    given = {"corpus": corpus, "samples": samples, "sequence_length": sequence_length, "seed": seed}
+    given = {key: value for key, value in {**given, "chat_template": chat_template}.items() if value is not None}
+    calibration: CorpusRecipe | None
+    if method == "rtn" and not given:
+        calibration = None
+    elif not given and (prepared := corpus_of_run(out)) is not None:
+        calibration = prepared
+    elif corpus == "none":
+        if method != "rtn":
+            raise UsageError(f"--method {method} needs calibration text", "use --method rtn, or name a --corpus")
+        calibration = None
+    else:
+        calibration = CorpusRecipe(**given)  # type: ignore[arg-type]
+    recipe = Recipe(
+        method=method,
+        scheme=scheme_from_options(scheme, bits, group_size, symmetric).name,
+        corpus=calibration,
+        damp_percent=damp_percent,
+        act_order=act_order,
+        guard=guard,
+    )
+    budget = parse_bytes(ram_budget) if ram_budget else None
+    if dry_run:
+        data = plan(model, recipe, ram_budget=budget, device=device)
+        memory = data["memory"]
+        text = (
+            f"{recipe_text(recipe)}\n{data['linears']} linears in {data['blocks']} blocks, "
+            f"{data['codes_bytes'] / 2**20:.0f} MiB of codes\nRAM: about {format_bytes(memory['expected'])} "
+            f"(estimated), at least {format_bytes(memory['least'])}; activations "
+            f"{'on disk' if memory['spill'] else 'in RAM'}; nothing was written"
+        )
+        emit("quantize", data, text, as_json=as_json)
+        return
+    summary = quantize(
+        model, recipe, out, restart=not resume, ram_budget=budget, device=device, progress=progress_for(quiet)
+    )
+    data = {**summary.manifest["data"], "out": str(out), "performance": summary.performance}
+    emit("quantize", data, _summary_text(data, str(out)), as_json=as_json)

@@ -1,0 +1,115 @@
+"""What the commands that look at targets share: their options, how a sum is shown, and a failure that shows it."""
+
+from __future__ import annotations
+
+__all__ = ["emit_failure", "fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any, NoReturn, TypeVar
+
+import click
+
+from phi4edge.cli.render import envelope, table
+from phi4edge.core import registry
+from phi4edge.core.errors import Phi4EdgeError
+from phi4edge.targets.fit import HEAD_TYPES, KV_BYTES, Fit
+from phi4edge.targets.profile import Profile
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+target_path_option = click.option(
+    "--target-path",
+    "target_path",
+    type=click.Path(path_type=Path),
+    multiple=True,
+    metavar="FOLDER",
+    help="A folder with target files of your own, before $PHI4EDGE_TARGET_PATH; may be repeated.",
+)
+
+
+def fit_options(function: F) -> F:
+    """``--context``, ``--kv``, ``--head`` and ``--embedding``: what is asked to fit.
+
+    The command receives ``context: int | None``, ``kv: str | None``, ``head: str`` and ``embedding: str``.
+    """
+    for decorator in (
+        click.option(
+            "--embedding",
+            type=click.Choice(HEAD_TYPES),
+            default="q8_0",
+            show_default=True,
+            help="Type of an embedding that is not the head too.",
+        ),
+        click.option(
+            "--head", type=click.Choice(HEAD_TYPES), default="q8_0", show_default=True, help="Type of the head."
+        ),
+        click.option(
+            "--kv", type=click.Choice(tuple(KV_BYTES)), help="Type of the KV cache; the runtime's first by default."
+        ),
+        click.option(
+            "--context", type=click.IntRange(min=1), metavar="N", help="Tokens of context; the target's by default."
+        ),
+    ):
+        function = decorator(function)
+    return function
+
+
+def fit_document(profile: Profile, model: str, fit: Fit) -> dict[str, Any]:
+    """A sum as JSON; byte counts are whole numbers."""
+    request = fit.request
+    return {
+        "target": profile.id,
+        "model": model,
+        "fits": fit.fits,
+        "scheme": request.scheme.name,
+        "format": request.format,
+        "context": request.context,
+        "kv": request.kv,
+        "needed_bytes": fit.needed_bytes,
+        "usable_bytes": fit.usable_bytes,
+        "usable_estimated": profile.usable_ram_gb.estimated,
+        "lines": [asdict(line) for line in fit.lines],
+    }
+
+
+def fit_text(profile: Profile, model: str, fit: Fit) -> str:
+    """A sum as a table."""
+    rows = [
+        (line.label, f"{line.nbytes / 1e9:.3f}", line.how + (", estimated" if line.estimated else ""))
+        for line in fit.lines
+    ]
+    figure, left = profile.usable_ram_gb, fit.usable_bytes - fit.needed_bytes
+    rows.append(("needed", f"{fit.needed_bytes / 1e9:.3f}", ""))
+    rows.append(
+        ("usable", f"{fit.usable_bytes / 1e9:.3f}", figure.text("GB") if figure.estimated else figure.source or "")
+    )
+    rows.append(("left" if left >= 0 else "missing", f"{abs(left) / 1e9:.3f}", "fits" if fit.fits else "does not fit"))
+    title = f"{model} at {fit.request.text()}, {fit.request.format}, on {profile.id}"
+    text = f"{title}\n\n" + table(("", "GB", ""), rows, numeric=(1,))
+    if fit.fits and figure.low is not None and fit.needed_bytes > figure.low * 1e9:
+        text += f"\n\nNote: as little as {figure.low:g} GB may be usable, which would not do: {figure.reason}"
+    return text
+
+
+def writable_formats() -> frozenset[str]:
+    """The formats that this version writes: the plug-ins in ``phi4edge/writers``, none of them imported."""
+    return frozenset(registry.names("phi4edge.writers"))
+
+
+def emit_failure(command: str, data: Any, text: str, error: Phi4EdgeError, *, as_json: bool) -> NoReturn:
+    """Show what was computed, then fail: ``text`` and the error's two lines, or one document with both.
+
+    Raises:
+        Phi4EdgeError: ``error``, after ``text`` is on stdout.
+        click.exceptions.Exit: with ``error``'s exit code, after the document is on stdout.
+    """
+    if not as_json:
+        click.echo(text)
+        raise error
+    body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+    document = envelope(command, data) | {"ok": False, "error": body}
+    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
+    raise click.exceptions.Exit(error.exit_code)

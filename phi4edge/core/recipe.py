@@ -1,0 +1,67 @@
+"""What a run was asked to do: everything that decides its codes, as one value.
+
+Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe TOML, and these defaults.
+"""
+
+from __future__ import annotations
+
+__all__ = ["CorpusRecipe", "Recipe"]
+
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from phi4edge.core.errors import UsageError
+
+
+@dataclass(frozen=True)
+class CorpusRecipe:
+    """Which text is run through the model, and how much of it."""
+
+    corpus: str = "builtin"  # a name from calibration/, a recipe, a text or a JSONL file
+    samples: int = 128
+    sequence_length: int = 512
+    seed: int = 0
+    chat_template: bool | None = None  # None: as the corpus says of its parts
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if self.samples < 1:
+            raise UsageError(f"samples {self.samples} is not positive")
+        if self.sequence_length < 2:
+            raise UsageError(f"sequence_length {self.sequence_length} is too short", "use at least 2")
+
+    @property
+    def tokens(self) -> int:
+        """Calibration tokens in all."""
+        return self.samples * self.sequence_length
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How codes are solved for."""
+
+    method: str = "gptq"
+    scheme: str = "w4g32"
+    corpus: CorpusRecipe | None = CorpusRecipe()  # None: data-free
+    damp_percent: float = 0.01
+    act_order: bool = False
+    sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
+    guard: bool = True  # compare every linear with RTN on samples kept aside
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not 0 <= self.damp_percent <= 1:
+            raise UsageError(f"damp_percent {self.damp_percent} is not between 0 and 1")
+        if self.sink_share is not None and not 0 <= self.sink_share < 1:
+            raise UsageError(f"sink_share {self.sink_share} is not between 0 and 1")
+        if self.corpus is not None and self.guard and self.corpus.samples < 2:
+            raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
+
+    @property
+    def held_out(self) -> int:
+        """Samples kept aside from the Hessians: an eighth, at least one."""
+        return 0 if self.corpus is None or not self.guard else max(1, self.corpus.samples // 8)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The recipe as a JSON object."""
+        return asdict(self)

@@ -1,0 +1,37 @@
+"""Independent pieces of work side by side, each on one core.
+
+Work on a few hundred rows is too small to be split inside an operation: the threads of a pool would wait for each
+other after every one. So pieces are given to Python threads (torch releases the GIL while it computes), each of which
+computes on one core. What comes out does not depend on how many there are.
+"""
+
+from __future__ import annotations
+
+__all__ = ["run_parallel"]
+
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+def run_parallel(pieces: Sequence[Callable[[], T]]) -> list[T]:
+    """Results of ``pieces``, in order, computed on as many cores as torch was given."""
+    threads = torch.get_num_threads()
+    inference = torch.is_inference_mode_enabled()
+
+    def run(piece: Callable[[], T]) -> T:
+        with torch.inference_mode(inference):
+            return piece()
+
+    try:
+        torch.set_num_threads(1)
+        if threads == 1 or len(pieces) == 1:
+            return [piece() for piece in pieces]
+        with ThreadPoolExecutor(min(threads, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
+            return list(pool.map(run, pieces))
+    finally:
+        torch.set_num_threads(threads)

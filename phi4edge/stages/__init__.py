@@ -1,0 +1,1 @@
+"""The stations of the flow that touch disk and clocks: calibrate, quantize, export, verify."""

@@ -1,0 +1,138 @@
+"""Calibrate: what several runs share, measured on the full-precision model.
+
+Tokenizes the corpus and sends it through the model block by block, keeping the mean square of every linear's
+inputs: the imatrix, as llama.cpp's own tool measures it. It goes to ``RUN/calibration``, a run directory of its own,
+so that `quantize` into the same RUN takes the same corpus.
+"""
+
+from __future__ import annotations
+
+__all__ = ["calibrate", "corpus_of_run"]
+
+import time
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from phi4edge.calibration.blockpass import BlockPass, Stores
+from phi4edge.calibration.budget import MemoryPlan, plan_memory
+from phi4edge.calibration.corpus import load_corpus
+from phi4edge.calibration.statistics import InputMoments
+from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
+from phi4edge.core.atomic import write_bytes, write_json
+from phi4edge.core.events import SILENT, Progress
+from phi4edge.core.hashing import sha256_json
+from phi4edge.core.memory import peak_rss_bytes
+from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.core.workdir import CALIBRATION, Workdir
+from phi4edge.model.block import LINEARS, load_block
+from phi4edge.model.rope import rotary_table
+from phi4edge.stages.inputs import check_tokenizer, hash_checkpoint, note_location, open_inputs
+from phi4edge.stages.run_reader import IMATRIX, MANIFEST, read_json
+
+TOKENS = "tokens.safetensors"
+
+
+def corpus_of_run(run: Path) -> CorpusRecipe | None:
+    """The corpus that ``calibrate`` prepared in ``run``, or None where it did not."""
+    manifest = run / CALIBRATION / MANIFEST
+    return CorpusRecipe(**read_json(manifest)["data"]["recipe"]) if manifest.is_file() else None
+
+
+def calibrate(
+    model: str | Path,
+    recipe: CorpusRecipe,
+    out: Path,
+    *,
+    restart: bool = False,
+    ram_budget: int | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Tokenize the corpus and measure the imatrix of ``model`` into ``out/calibration``; returns its manifest.
+
+    Raises:
+        InputError: the model or the corpus is not usable.
+        ResumeError: begun with other inputs.
+    """
+    checkpoint = open_checkpoint(model)
+    tokenizer = check_tokenizer(checkpoint.index)
+    memory = plan_memory(checkpoint.config, Recipe(method="rtn", corpus=recipe, guard=False), ram_budget)
+    corpus = load_corpus(
+        recipe.corpus,
+        tokenizer,
+        samples=recipe.samples,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        chat=recipe.chat_template,
+    )
+    folder = out / CALIBRATION
+    hashes = hash_checkpoint(checkpoint.index, folder)
+    inputs = {"kind": "calibrate", "recipe": asdict(recipe), **open_inputs(recipe, corpus.sha256, hashes)}
+    with Workdir.open(folder, inputs, restart=restart) as work:
+        note_location(checkpoint.index, folder, hashes)
+        if (folder / MANIFEST).is_file() and (folder / IMATRIX).is_file():
+            found = read_json(folder / MANIFEST)
+            assert isinstance(found, dict)
+            return found
+        started = time.monotonic()
+        write_bytes(folder / TOKENS, save({"tokens": corpus.tokens.to(torch.int32)}))
+        with torch.inference_mode():
+            imatrix = _measure(checkpoint, corpus.tokens, memory, folder, progress)
+        write_bytes(folder / IMATRIX, save(imatrix))
+        work.commit({"performance": {"seconds": time.monotonic() - started}}, [TOKENS, IMATRIX])
+        manifest = {
+            "schema": "phi4edge/calibrate/1",
+            "ok": True,
+            "data": {
+                "model": checkpoint.index.folder.name,
+                "recipe": asdict(recipe),
+                "key": sha256_json(inputs),
+                "tokens": recipe.tokens,
+                "corpus_sha256": corpus.sha256,
+                "imatrix": {name: float(values.mean()) for name, values in imatrix.items()},
+                "peak_rss_bytes": peak_rss_bytes(),
+                "seconds": time.monotonic() - started,
+            },
+        }
+        write_json(folder / MANIFEST, manifest)
+        return manifest
+
+
+def _measure(
+    checkpoint: CheckpointReader, tokens: Tensor, memory: MemoryPlan, folder: Path, progress: Progress
+) -> dict[str, Tensor]:
+    """``<linear>.imatrix`` [in_features] float32 for every linear: means of squared inputs, full precision."""
+    config = checkpoint.config
+    samples, length = tokens.shape
+    stores = Stores.create(config, samples, length, folder / "hidden" if memory.spill else None)
+    rotary = rotary_table(config.rope, length)
+    stores.fill(checkpoint, tokens)
+    imatrix: dict[str, Tensor] = {}
+    progress.start("calibrate", config.num_layers, "block")
+    for layer in range(config.num_layers):
+        block = load_block(checkpoint, layer)
+        passing = BlockPass(block.input_norm, block.post_norm, config, rotary, stores)
+        arriving = passing.inputs(0)
+        for stage, (name, weight) in enumerate(
+            zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)
+        ):
+            progress.status(f"block {layer} {name}")
+            moments = InputMoments(weight.shape[1], full=False)
+            for _, x in arriving:
+                moments.add(x)
+            imatrix[f"model.layers.{layer}.{name}.imatrix"] = moments.result().mean_square
+            arriving = passing.advance(stage, weight)
+        for _ in arriving:
+            pass
+        progress.advance()
+    progress.finish()
+    return imatrix
+
+
+def read_imatrix(path: Path) -> dict[str, Tensor]:
+    """The imatrix file of a run or a calibration: linear name to mean squared inputs."""
+    return {name.removesuffix(".imatrix"): values for name, values in load_file(path).items()}

@@ -1,0 +1,86 @@
+"""What a run depends on, hashed: the part of ``run.json`` that must not change between two processes."""
+
+from __future__ import annotations
+
+__all__ = ["check_tokenizer", "hash_checkpoint", "open_inputs"]
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from phi4edge import __version__
+from phi4edge.checkpoint.index import CheckpointIndex
+from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.core.atomic import write_json
+from phi4edge.core.hashing import sha256_file
+from phi4edge.core.recipe import CorpusRecipe
+from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
+
+_PIECE = 1 << 22  # weights in RAM at a time
+LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
+CODE = 1  # raised when the same recipe would give other codes
+
+
+def open_inputs(corpus: CorpusRecipe | None, corpus_sha256: str | None, hashes: dict[str, str]) -> dict[str, Any]:
+    """The inputs that every kind of run has in common."""
+    return {
+        "code": f"{__version__}/{CODE}",
+        "checkpoint": hashes,
+        "corpus_sha256": corpus_sha256 if corpus is not None else None,
+    }
+
+
+def _stamps(paths: Iterable[Path]) -> dict[str, list[int]]:
+    return {path.name: [path.stat().st_size, path.stat().st_mtime_ns] for path in paths}
+
+
+def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
+    """SHA-256 of every file of the checkpoint, whose weights are found to be finite on the way.
+
+    Files are read again only where size or time differ from ``run``'s record.
+
+    The record is written when the run directory exists; it is a note of where things lay, not an input.
+    """
+    paths = (*index.side_files, *index.shards)
+    stamps = _stamps(paths)
+    note = run / LOCATION
+    known: dict[str, Any] = {}
+    if note.is_file():
+        try:
+            known = json.loads(note.read_text(encoding="utf-8"))
+        except json.JSONDecodeError:
+            known = {}
+    if known.get("folder") == str(index.folder.resolve()) and known.get("stamps") == stamps:
+        return dict(known["sha256"])
+    check_finite(CheckpointReader(index))
+    return {path.name: sha256_file(path) for path in paths}
+
+
+def check_finite(checkpoint: CheckpointReader) -> None:
+    """Read every tensor once, a bounded piece at a time.
+
+    Raises:
+        InputError: a weight is NaN or Inf; the tensor is named.
+    """
+    for name, shape in checkpoint.config.tensor_shapes().items():
+        rows = max(1, _PIECE // max(shape[-1], 1)) if len(shape) > 1 else shape[0]
+        for start in range(0, shape[0], rows):
+            checkpoint.tensor(name, slice(start, min(start + rows, shape[0])))
+
+
+def note_location(index: CheckpointIndex, run: Path, hashes: dict[str, str]) -> None:
+    """Record where the checkpoint lies, for ``export`` and for the next process."""
+    stamps = _stamps((*index.side_files, *index.shards))
+    write_json(run / LOCATION, {"folder": str(index.folder.resolve()), "stamps": stamps, "sha256": hashes})
+
+
+def check_tokenizer(index: CheckpointIndex) -> Tokenizer:
+    """The checkpoint's tokenizer, after its vocabulary was held against the embedding.
+
+    Raises:
+        InputError: no tokenizer, or more ids than embeddings.
+    """
+    tokenizer = load_tokenizer(index.folder)
+    tokenizer.check_vocabulary(index.config)
+    return tokenizer

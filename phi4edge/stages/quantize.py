@@ -1,0 +1,356 @@
+"""Quantize: block by block, each of the four linears solved on what the quantized model feeds it.
+
+For every block: load its weights; for each linear gather H over the calibration samples (but for those kept
+aside), solve, compare with rounding to nearest on the samples kept aside, and send everything on through the
+weights that were chosen. A block is committed with its codes and the residual stream after it; a process that
+starts again goes on from there, and gives the same bytes.
+"""
+
+from __future__ import annotations
+
+__all__ = ["QuantizeSummary", "plan", "quantize"]
+
+import time
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from phi4edge.calibration.blockpass import BlockPass, Stores
+from phi4edge.calibration.budget import SOLVER_ROWS, MemoryPlan, plan_memory
+from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.calibration.statistics import InputMoments, LayerStats
+from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
+from phi4edge.core.atomic import write_bytes, write_json
+from phi4edge.core.errors import MissingToolError
+from phi4edge.core.events import SILENT, Event, Progress
+from phi4edge.core.hashing import sha256_file, sha256_json
+from phi4edge.core.memory import format_bytes, peak_rss_bytes, rss_bytes
+from phi4edge.core.recipe import Recipe
+from phi4edge.core.registry import load as load_plugin
+from phi4edge.core.workdir import Workdir
+from phi4edge.model.block import LINEARS, Block, load_block
+from phi4edge.model.rope import rotary_table
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.stages.guard import held_out_errors
+from phi4edge.stages.inputs import check_tokenizer, hash_checkpoint, note_location, open_inputs
+from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, read_block, read_manifest
+
+
+@dataclass(frozen=True)
+class QuantizeSummary:
+    """A finished run: its manifest, which is the same for every process that ends it, and what it cost."""
+
+    path: Path
+    manifest: dict[str, Any]
+    performance: dict[str, Any]
+
+
+def quantize(
+    model: str | Path,
+    recipe: Recipe,
+    out: Path,
+    *,
+    restart: bool = False,
+    ram_budget: int | None = None,
+    device: str = "cpu",
+    progress: Progress = SILENT,
+) -> QuantizeSummary:
+    """Solve every linear of ``model`` as ``recipe`` says, into run directory ``out``.
+
+    Raises:
+        InputError: the model or the corpus is not usable; nothing is written then.
+        TargetError: ``ram_budget`` cannot be kept.
+        ResumeError: ``out`` was begun with other inputs.
+    """
+    checkpoint = open_checkpoint(model)
+    job = _prepare(checkpoint, recipe, ram_budget, device)
+    hashes = hash_checkpoint(checkpoint.index, out)
+    shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
+    inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}
+    with Workdir.open(out, inputs, restart=restart) as work:
+        note_location(checkpoint.index, out, hashes)
+        manifest = _finished(work, checkpoint.config.num_layers)
+        if manifest is None:
+            with torch.inference_mode():
+                _solve_blocks(job, work, progress)
+            manifest = _finish(job, work, sha256_json(inputs))
+        return QuantizeSummary(out, manifest, _performance(work))
+
+
+def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, device: str = "cpu") -> dict[str, Any]:
+    """The same checks as :func:`quantize`, and what it would do; writes nothing and reads no weight."""
+    job = _prepare(open_checkpoint(model), recipe, ram_budget, device)
+    config = job.checkpoint.config
+    return {
+        "model": job.checkpoint.index.folder.name,
+        "recipe": recipe.as_dict(),
+        "blocks": config.num_layers,
+        "linears": config.num_layers * len(LINEARS),
+        "codes_bytes": int(config.linear_parameters * job.scheme.bits_per_weight / 8),
+        "memory": asdict(job.memory),
+    }
+
+
+@dataclass(frozen=True)
+class _Job:
+    checkpoint: CheckpointReader
+    recipe: Recipe
+    scheme: Scheme
+    corpus: Corpus | None
+    memory: MemoryPlan
+    device: str
+
+
+def _prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None, device: str) -> _Job:
+    """Everything that can be refused is refused here, before the first weight is read."""
+    config, scheme = checkpoint.config, parse_scheme(recipe.scheme)
+    load_plugin("phi4edge.solvers", recipe.method)
+    for name, (_, columns) in config.linear_shapes.items():
+        scheme.groups(columns, f"model.layers.0.{name}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
+    tokenizer = check_tokenizer(checkpoint.index)
+    memory = plan_memory(config, recipe, ram_budget)
+    corpus = None
+    if recipe.corpus is not None:
+        c = recipe.corpus
+        corpus = load_corpus(
+            c.corpus, tokenizer, samples=c.samples, sequence_length=c.sequence_length, seed=c.seed, chat=c.chat_template
+        )
+    return _Job(checkpoint, recipe, scheme, corpus, memory, device)
+
+
+def _solve_blocks(job: _Job, work: Workdir, progress: Progress) -> None:
+    config = job.checkpoint.config
+    done = _check_committed(work)
+    progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
+    if work.repaired:
+        progress.note(work.repaired)
+    stream = _Stream(job, work, done, progress) if job.corpus is not None else None
+    for layer in range(done, config.num_layers):
+        started = time.monotonic()
+        block = load_block(job.checkpoint, layer)
+        solved, records, events = _solve_block(job, block, layer, stream, progress)
+        files = [f"blocks/{layer:05d}.safetensors"]
+        write_bytes(work.path / files[0], save({k: v for tensors in solved for k, v in tensors.items()}))
+        record: dict[str, Any] = {"block": layer, "linears": records, "events": [e.as_dict() for e in events]}
+        if stream is not None and layer + 1 < config.num_layers:
+            record["hidden"] = stream.save(layer + 1)
+        record["performance"] = {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
+        work.commit(record, files)
+        if stream is not None:
+            stream.forget(layer)
+    progress.finish()
+
+
+def _solve_block(
+    job: _Job, block: Block, layer: int, stream: _Stream | None, progress: Progress
+) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]], list[Event]]:
+    """Tensors to store, one record a linear, and events of one block."""
+    tensors: list[dict[str, Tensor]] = []
+    records: list[dict[str, Any]] = []
+    events: list[Event] = []
+    passing = stream.block_pass(block) if stream is not None else None
+    arriving = passing.inputs(0) if passing is not None else None
+    needs_hessian = bool(load_plugin("phi4edge.solvers", job.recipe.method).NEEDS_HESSIAN)
+    for stage, (name, weight) in enumerate(zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)):
+        full = f"model.layers.{layer}.{name}"
+        progress.status(f"block {layer} {name} · RSS {format_bytes(rss_bytes())}")
+        stats = None
+        if arriving is not None and stream is not None:
+            moments = InputMoments(weight.shape[1], full=needs_hessian, device=job.device)
+            for sample, x in arriving:
+                if sample < stream.kept:
+                    moments.add(x)
+            stats = moments.result(job.recipe.sink_share)
+        linear, record, found = _solve_linear(job, full, weight.to(job.device), stats, passing, stage, stream)
+        tensors.append(linear.to("cpu").to_tensors())
+        if stats is not None:
+            tensors.append({f"{full}.imatrix": stats.mean_square.cpu()})
+        records.append(record)
+        events += found
+        if passing is not None:
+            arriving = passing.advance(stage, linear.dequantize())
+        progress.advance()
+    if arriving is not None:
+        for _ in arriving:  # the block's outputs, written to the residual stream as they come
+            pass
+    return tensors, records, events
+
+
+def _solve_linear(
+    job: _Job,
+    name: str,
+    weight: Tensor,
+    stats: LayerStats | None,
+    passing: BlockPass | None,
+    stage: int,
+    stream: _Stream | None,
+) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
+    recipe = job.recipe
+    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS)
+    problem = Problem(name, weight, stats.hessian if stats else None, job.scheme, stats.mean_square if stats else None)
+    solution: Solution = load_plugin("phi4edge.solvers", recipe.method).solve(problem, options)
+    record: dict[str, Any] = {
+        "name": name,
+        "method": recipe.method,
+        "loss": solution.loss,
+        "damp_percent": solution.damp_percent,
+        "tokens": stats.tokens if stats else 0,
+    }
+    events = list(solution.events)
+    if recipe.method == "rtn" or passing is None or stream is None or not recipe.guard:
+        return solution.linear, record, events
+    rtn: Solution = load_plugin("phi4edge.solvers", "rtn").solve(problem, options)
+    held = passing.inputs(stage, stream.kept)
+    ours, theirs = held_out_errors(held, weight, [solution.linear.dequantize(), rtn.linear.dequantize()])
+    record |= {"loss_rtn": rtn.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
+    if not ours.loses_to(theirs):
+        return solution.linear, record, events
+    where = "first positions" if ours.first > theirs.first else "positions after the first"
+    detail = f"{recipe.method} loses to rtn on held-out {where}; rtn's weights are taken"
+    values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
+    events.append(Event("fallback_to_rtn", name, detail, {k: float(v) for k, v in values.items()}))
+    return rtn.linear, record | {"method": "rtn"}, events
+
+
+class _Stream:
+    """The calibration samples on their way through the blocks."""
+
+    def __init__(self, job: _Job, work: Workdir, done: int, progress: Progress) -> None:
+        assert job.corpus is not None
+        config, tokens = job.checkpoint.config, job.corpus.tokens
+        samples, length = tokens.shape
+        folder = work.path / "hidden"
+        self.stores = Stores.create(config, samples, length, folder if job.memory.spill else None)
+        self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
+        self._config, self._device = config, job.device
+        self._rotary = rotary_table(config.rope, length, job.device)
+        self._folder = folder
+        folder.mkdir(exist_ok=True)
+        for partial in folder.glob("*.partial"):
+            partial.unlink()
+        record = work.records[done - 1].get("hidden") if done else None
+        if record and self.stores.hidden.load(work.path / record["file"], record["sha256"]):
+            return
+        self.stores.fill(job.checkpoint, tokens)
+        for layer in range(done):  # the residual stream was lost: send it through the finished blocks again
+            progress.status(f"recomputing hidden states, block {layer}")
+            self._replay(job, work, layer)
+
+    def block_pass(self, block: Block) -> BlockPass:
+        """The pass through ``block``."""
+        return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, self.stores, self._device)
+
+    def _replay(self, job: _Job, work: Workdir, layer: int) -> None:
+        passing = self.block_pass(load_block(job.checkpoint, layer))
+        for stage, linear in enumerate(read_block(work.path, layer, job.scheme)):
+            for _ in passing.advance(stage, linear.dequantize()):
+                pass
+
+    def save(self, layer: int) -> dict[str, str]:
+        """Keep the residual stream that goes into block ``layer``."""
+        path = self._folder / f"{layer:05d}.bin"
+        self.stores.hidden.save(path)
+        return {"file": f"hidden/{path.name}", "sha256": sha256_file(path)}
+
+    def forget(self, layer: int) -> None:
+        """Drop residual streams that no resume needs any more."""
+        for path in self._folder.glob("*.bin"):
+            if int(path.stem) <= layer:
+                path.unlink()
+
+
+def _check_committed(work: Workdir) -> int:
+    """Number of leading blocks whose files are as the journal says; the rest is done again."""
+    for count, record in enumerate(work.records):
+        for name, digest in record["files"].items():
+            path = work.path / name
+            if not path.is_file() or sha256_file(path) != digest:
+                work.drop_after(count, f"{name} is missing or damaged; block {count} and later ones are done again")
+                return count
+    return len(work.records)
+
+
+def _finished(work: Workdir, blocks: int) -> dict[str, Any] | None:
+    """The manifest of a run that is whole; one that is not loses its manifest and is gone on with."""
+    if (work.path / MANIFEST).is_file() and _check_committed(work) == blocks:
+        return read_manifest(work.path)
+    (work.path / MANIFEST).unlink(missing_ok=True)
+    return None
+
+
+def _finish(job: _Job, work: Workdir, key: str) -> dict[str, Any]:
+    """Write the imatrix and, last of all, the manifest that makes the run complete."""
+    config = job.checkpoint.config
+    if job.corpus is not None:
+        imatrix: dict[str, Tensor] = {}
+        for layer in range(config.num_layers):
+            with safe_open(work.path / f"blocks/{layer:05d}.safetensors", "pt") as file:
+                imatrix |= {k: file.get_tensor(k) for k in file.keys() if k.endswith(".imatrix")}  # noqa: SIM118
+        write_bytes(work.path / IMATRIX, save(imatrix))
+    for leftover in (work.path / "hidden").glob("*.bin"):
+        leftover.unlink()
+    c = job.recipe.corpus
+    events = [event for record in work.records for event in record["events"]]
+    events = [e.as_dict() for e in _length_events(job)] + events
+    manifest = {
+        "schema": "phi4edge/quantize/1",
+        "ok": True,
+        "data": {
+            "model": job.checkpoint.index.folder.name,
+            "scheme": job.scheme.name,
+            "method": job.recipe.method,
+            "recipe": job.recipe.as_dict(),
+            "key": key,
+            "corpus": None
+            if c is None or job.corpus is None
+            else {
+                "name": c.corpus,
+                "samples": c.samples,
+                "held_out": job.recipe.held_out,
+                "sequence_length": c.sequence_length,
+                "tokens": c.tokens,
+                "sha256": job.corpus.sha256,
+            },
+            "quantized_fraction": config.linear_parameters / config.parameters,
+            "bits_per_weight": job.scheme.bits_per_weight,
+            "events": events,
+            "linears": [linear for record in work.records for linear in record["linears"]],
+            "files": {name: digest for record in work.records for name, digest in record["files"].items()},
+        },
+    }
+    write_json(work.path / PERFORMANCE, _performance(work))
+    write_json(work.path / MANIFEST, manifest)
+    return manifest
+
+
+def _length_events(job: _Job) -> list[Event]:
+    """Too few tokens for a Hessian of full rank: GPTQ can then lose to RTN."""
+    c = job.recipe.corpus
+    if c is None or job.recipe.method == "rtn":
+        return []
+    tokens = (c.samples - job.recipe.held_out) * c.sequence_length
+    width = max(columns for _, columns in job.checkpoint.config.linear_shapes.values())
+    if tokens >= 2 * width:
+        return []
+    detail = f"{tokens} calibration tokens for {width} input channels; at least {2 * width} are advised"
+    return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
+
+
+def _performance(work: Workdir) -> dict[str, Any]:
+    """What the run cost, over all processes that worked on it."""
+    blocks = [record["performance"] for record in work.records]
+    return {
+        "seconds": sum(b["seconds"] for b in blocks),
+        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in blocks), default=0),
+        "block_seconds": [b["seconds"] for b in blocks],
+        "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
+    }

@@ -1,0 +1,110 @@
+"""Reads a finished run directory back: the codes, and the checkpoint that holds everything else."""
+
+from __future__ import annotations
+
+__all__ = ["IMATRIX", "MANIFEST", "PERFORMANCE", "open_run", "read_block", "read_json", "read_manifest"]
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+from safetensors import safe_open
+from torch import Tensor
+
+from phi4edge import __version__
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import InputError, ResumeError
+from phi4edge.core.hashing import sha256_json
+from phi4edge.core.workdir import RUN_FILE, differences
+from phi4edge.model.block import LINEARS
+from phi4edge.model.source import QuantizedModel
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.stages.inputs import LOCATION, hash_checkpoint
+
+MANIFEST, PERFORMANCE, IMATRIX = "manifest.json", "performance.json", "imatrix.safetensors"
+
+
+def read_json(path: Path) -> Any:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: damaged ({error})", "quantize again with --restart") from error
+
+
+def read_manifest(run: Path) -> dict[str, Any]:
+    """The manifest of a finished run.
+
+    Raises:
+        InputError: not a run directory, or the run is not finished.
+    """
+    if not (run / RUN_FILE).is_file():
+        raise InputError(f"{run}: not a run directory", "give the --out of a finished `phi4edge quantize`")
+    if not (run / MANIFEST).is_file():
+        raise InputError(f"{run}: the run is not finished", "the same `phi4edge quantize` command goes on with it")
+    manifest = read_json(run / MANIFEST)
+    assert isinstance(manifest, dict)
+    return manifest
+
+
+def read_linear(path: Path, name: str, scheme: Scheme) -> QuantizedLinear:
+    """One linear from a block's file."""
+    with safe_open(path, "pt") as file:
+        tensors: dict[str, Tensor] = {
+            key: file.get_tensor(key)
+            for key in file.keys()  # noqa: SIM118  not a mapping
+            if key.startswith(f"{name}.") and not key.endswith(".imatrix")
+        }
+    return QuantizedLinear.from_tensors(name, scheme, tensors)
+
+
+def read_block(run: Path, layer: int, scheme: Scheme) -> list[QuantizedLinear]:
+    """The four linears of a committed block, in order of use."""
+    path = run / f"blocks/{layer:05d}.safetensors"
+    return [read_linear(path, f"model.layers.{layer}.{name}", scheme) for name in LINEARS]
+
+
+def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
+    """A finished run as writers take it; ``model`` says where the checkpoint lies now if it was moved.
+
+    Raises:
+        InputError: the run is not finished, or its checkpoint is gone.
+        ResumeError: the checkpoint is not the one that the run was made from.
+    """
+    manifest = read_manifest(run)["data"]
+    location = read_json(run / LOCATION)
+    folder = str(model) if model is not None else str(location["folder"])
+    if model is None and not Path(folder).is_dir():
+        raise InputError(f"{folder}: the run's checkpoint is gone", "say where it lies now with --model")
+    checkpoint = open_checkpoint(folder)
+    hashes = hash_checkpoint(checkpoint.index, run)
+    inputs = read_json(run / RUN_FILE)["inputs"]
+    changed = differences(inputs["checkpoint"], hashes, "checkpoint")
+    if changed:
+        raise ResumeError(
+            f"{checkpoint.index.folder} is not the checkpoint of {run}: {'; '.join(changed[:3])}",
+            "give the original one with --model, or quantize again",
+        )
+    config = checkpoint.config
+    scheme = parse_scheme(manifest["scheme"])
+    names = tuple(f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS)
+
+    @lru_cache(maxsize=1)
+    def load(name: str) -> QuantizedLinear:
+        return read_linear(run / f"blocks/{int(name.split('.')[2]):05d}.safetensors", name, scheme)
+
+    corpus = manifest["corpus"]
+    text = "none" if corpus is None else f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
+    provenance = {
+        "version": __version__,
+        "run_key": manifest["key"],
+        "recipe_sha256": sha256_json(manifest["recipe"]),
+        "base_model": manifest["model"],
+        "checkpoint_sha256": sha256_json(inputs["checkpoint"]),
+        "method": manifest["method"],
+        "scheme": scheme.name,
+        "calibration": text,
+        "calibration_sha256": "none" if corpus is None else corpus["sha256"],
+    }
+    return QuantizedModel(checkpoint, scheme, names, load, provenance)

@@ -1,0 +1,120 @@
+"""The ``quantization_config`` of a GPTQ checkpoint: written, and read back with every contradiction named."""
+
+from __future__ import annotations
+
+__all__ = ["ZERO_OFFSET", "GptqFormat", "declares_gptq", "parse_quantization", "quantization_config"]
+
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import phi4edge
+from phi4edge.core.errors import InputError, UsageError
+from phi4edge.quant.scheme import Scheme, parse_scheme, scheme_from_options
+
+ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks, by checkpoint_format
+QUANTIZE_CONFIG = "quantize_config.json"
+
+
+@dataclass(frozen=True)
+class GptqFormat:
+    """What a folder's configuration says of its packed tensors."""
+
+    scheme: Scheme
+    checkpoint_format: str  # a key of ZERO_OFFSET
+    raw: Mapping[str, Any]
+
+    @property
+    def zero_offset(self) -> int:
+        """What has to be added to a stored zero point."""
+        return ZERO_OFFSET[self.checkpoint_format]
+
+
+def quantization_config(scheme: Scheme, checkpoint_format: str) -> dict[str, Any]:
+    """The object that stands in config.json and is quantize_config.json.
+
+    ``meta.scheme`` keeps the grid's name: Q4_0 and w4g32 are the same integers here, not in GGUF.
+    """
+    return {
+        "quant_method": "gptq",
+        "bits": scheme.bits,
+        "group_size": scheme.group_size,
+        "desc_act": False,
+        "sym": scheme.symmetric,
+        "lm_head": False,
+        "checkpoint_format": checkpoint_format,
+        "pack_dtype": "int32",
+        "meta": {"quantizer": [f"phi4edge:{phi4edge.__version__}"], "scheme": scheme.name},
+    }
+
+
+def _load(path: Path) -> dict[str, Any]:
+    try:
+        document = json.loads(path.read_text(encoding="utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not valid JSON ({error})") from error
+    if not isinstance(document, dict):
+        raise InputError(f"{path}: not a JSON object")
+    return document
+
+
+def declares_gptq(folder: Path) -> bool:
+    """Whether ``folder`` claims to be a GPTQ checkpoint; one that is damaged otherwise still does."""
+    if (folder / QUANTIZE_CONFIG).is_file():
+        return True
+    try:
+        declared = _load(folder / "config.json").get("quantization_config")
+    except (InputError, OSError):
+        return False
+    return isinstance(declared, dict) and declared.get("quant_method") == "gptq"
+
+
+def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
+    """The format of ``folder``, whose config.json holds ``config``; quantize_config.json must agree with it.
+
+    Raises:
+        InputError: no such configuration, two that differ, or one that is not understood.
+    """
+    where, raw = folder / "config.json", config.get("quantization_config")
+    beside = folder / QUANTIZE_CONFIG
+    if beside.is_file():
+        other = _load(beside)
+        for key in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
+            if isinstance(raw, dict) and key in raw and key in other and raw[key] != other[key]:
+                raise InputError(f"{folder}: {key} is {raw[key]!r} in config.json, {other[key]!r} in {QUANTIZE_CONFIG}")
+        if raw is None:
+            where, raw = beside, {"quant_method": "gptq", **other}
+    if not isinstance(raw, dict) or raw.get("quant_method") != "gptq":
+        method = raw.get("quant_method") if isinstance(raw, dict) else None
+        raise InputError(f"{where}: quant_method is {method!r}, not 'gptq'")
+    expected: dict[str, tuple[Any, ...]] = {
+        "desc_act": (False,), "pack_dtype": ("int32",), "lm_head": (False,), "dynamic": (None, {})
+    }  # fmt: skip
+    for key, known in expected.items():
+        if raw.get(key, known[0]) not in known:
+            raise InputError(f"{where}: {key} {raw[key]!r} is not supported", f"only {known[0]!r} is")
+    declared = raw.get("checkpoint_format", "gptq")
+    if declared not in ZERO_OFFSET:
+        raise InputError(f"{where}: checkpoint_format {declared!r} is unknown", f"known: {', '.join(ZERO_OFFSET)}")
+    return GptqFormat(_scheme(raw, where), declared, raw)
+
+
+def _scheme(raw: Mapping[str, Any], where: Path) -> Scheme:
+    bits, group_size, symmetric = raw.get("bits"), raw.get("group_size"), raw.get("sym", True)
+    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
+        raise InputError(f"{where}: bits {bits!r}, group_size {group_size!r} and sym {symmetric!r} are no scheme")
+    meta = raw.get("meta")
+    name = meta.get("scheme") if isinstance(meta, dict) else None
+    try:
+        if name is None:
+            return scheme_from_options(None, bits, group_size, symmetric)
+        scheme = parse_scheme(str(name))
+    except UsageError as error:
+        raise InputError(f"{where}: {error.message}", error.hint) from error
+    if (scheme.bits, scheme.group_size, scheme.symmetric) != (bits, group_size, symmetric):
+        raise InputError(
+            f"{where}: meta.scheme {name} contradicts bits {bits}, group_size {group_size}, sym {symmetric}"
+        )
+    return scheme

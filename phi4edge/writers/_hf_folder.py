@@ -1,0 +1,113 @@
+"""What every Hugging Face folder needs beside its codes: the other tensors, side files and a model card."""
+
+from __future__ import annotations
+
+__all__ = ["check_output", "copy_side_files", "model_card", "stored_pieces"]
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+
+from phi4edge.checkpoint.index import TensorRef
+from phi4edge.checkpoint.reader import CheckpointReader, read_tensor
+from phi4edge.core.errors import InputError
+from phi4edge.core.memory import format_bytes
+from phi4edge.model.source import QuantizedModel
+from phi4edge.writers._safetensors import Piece
+
+_PIECE_BYTES = 16 * 2**20
+_LEGAL = ("LICENSE", "LICENSE.md", "LICENSE.txt", "NOTICE", "NOTICE.md", "NOTICE.txt")
+_HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
+
+
+def check_output(model: QuantizedModel, out: Path, nbytes: int) -> None:
+    """Refuse a place that would overwrite the base model, or where ``nbytes`` do not fit.
+
+    Raises:
+        InputError: such a place.
+    """
+    source, target = model.checkpoint.index.folder.resolve(), out.resolve()
+    if target == source or target in source.parents:
+        raise InputError(f"{out}: is, or holds, the base model's own folder", "choose another --out")
+    parent = next(p for p in (target, *target.parents) if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise InputError(
+            f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
+            "free space, or choose another --out",
+        )
+
+
+def copy_side_files(model: QuantizedModel, folder: Path) -> None:
+    """Copy tokenizer, generation settings and licence texts; config.json is the writer's own."""
+    index = model.checkpoint.index
+    legal = [index.folder / name for name in _LEGAL if (index.folder / name).is_file()]
+    for path in (*index.side_files, *legal):
+        if path.name != "config.json":
+            shutil.copyfile(path, folder / path.name)
+
+
+def stored_pieces(checkpoint: CheckpointReader, ref: TensorRef) -> Iterator[Piece]:
+    """A tensor of the checkpoint in its stored dtype, some rows at a time, bit for bit.
+
+    Raises:
+        InputError: a value in it that is NaN or Inf.
+    """
+    if not ref.shape:
+        yield ref.name, read_tensor(ref)
+        return
+    step = max(1, _PIECE_BYTES * ref.shape[0] // max(ref.nbytes, 1))
+    for start in range(0, ref.shape[0], step):
+        rows = slice(start, min(start + step, ref.shape[0]))
+        piece = read_tensor(ref, rows)
+        if piece.is_floating_point() and not bool(torch.isfinite(piece).all()):
+            checkpoint.tensor(ref.name, rows)  # raises, naming the first bad element
+        yield ref.name, piece
+
+
+def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
+    """README.md of an artifact: what it is, what it was made from and how; no measurement."""
+    scheme, provenance = model.scheme, model.provenance
+    base = provenance.get("base_model", "")
+    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    if _HUB_ID.fullmatch(base):
+        front += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
+    front += ["tags:", f"- {format_name}", "- phi3", f"- {scheme.bits}-bit", "- phi4edge"]
+    group = "a whole row" if scheme.group_size < 0 else f"{scheme.group_size} input channels"
+    kind = "symmetric" if scheme.symmetric else "asymmetric"
+    quantized = len(model.linears)
+    made = [f"| {key} | {_cell(value)} |" for key, value in provenance.items()]
+    return "\n".join(
+        [
+            "---",
+            *front,
+            "---",
+            f"# {Path(base).name or model.config.family}, {scheme.name}",
+            "",
+            f"Weights of {model.config.family} rounded to {scheme.bits} bits, {kind}, one scale for {group} "
+            f"({scheme.name}), stored in the {format_name} format. The {quantized} linears of the "
+            f"{model.config.num_layers} blocks are quantized; embedding, norms and head are as in the base model.",
+            "",
+            notes,
+            "",
+            "## How it was made",
+            "",
+            "| | |",
+            "|---|---|",
+            *made,
+            "",
+            "## Licence",
+            "",
+            "The base model's licence covers these weights too; read it on the base model's card"
+            " and in the licence file of this folder, if the base model came with one.",
+            "",
+        ]
+    )
+
+
+def _cell(value: str) -> str:
+    return value.replace("|", "\\|").replace("\n", " ")

@@ -1,0 +1,180 @@
+"""Calibration: corpora, input moments, and the pass through a block."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
+
+from phi4edge.calibration.blockpass import BlockPass, Stores
+from phi4edge.calibration.corpus import load_corpus, load_texts
+from phi4edge.calibration.sources import PYTHON_KINDS, python_documents
+from phi4edge.calibration.statistics import InputMoments
+from phi4edge.calibration.store import ActivationStore
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.hashing import sha256_file
+from phi4edge.model.block import LINEARS, forward_block, load_block
+from phi4edge.model.rope import rotary_table
+
+
+@pytest.fixture(scope="module")
+def tokenizer(phi4_checkpoint: Path) -> Tokenizer:
+    return load_tokenizer(phi4_checkpoint)
+
+
+def test_the_halves_of_the_builtin_corpus_share_no_document() -> None:
+    for kind in PYTHON_KINDS:
+        calibration = {d.text for d in python_documents(kind, evaluation=False)}
+        evaluation = {d.text for d in python_documents(kind, evaluation=True)}
+        assert min(len(calibration), len(evaluation)) > 50
+        # The same words may stand in two files (a licence header); the same piece of 4,000 characters may not.
+        assert not {t for t in calibration & evaluation if len(t) > 2000}
+
+
+def test_the_builtin_corpus_is_the_same_in_another_process(tokenizer: Tokenizer, phi4_checkpoint: Path) -> None:
+    ours = load_corpus("builtin", tokenizer, samples=6, sequence_length=64, seed=3)
+    code = (
+        "from phi4edge.calibration.corpus import load_corpus; from phi4edge.model.tokenizer import load_tokenizer;"
+        f"from pathlib import Path; t = load_tokenizer(Path({str(phi4_checkpoint)!r}));"
+        "print(load_corpus('builtin', t, samples=6, sequence_length=64, seed=3).sha256)"
+    )
+    theirs = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert theirs.stdout.strip() == ours.sha256
+    other = load_corpus("builtin", tokenizer, samples=6, sequence_length=64, seed=4)
+    assert other.sha256 != ours.sha256
+
+
+def test_a_text_file_is_reproduced_piece_by_piece(tmp_path: Path) -> None:
+    text = "".join(f"line {i} of a text\n" for i in range(2000))
+    (tmp_path / "text.txt").write_text(text)
+    assert "".join(load_texts(str(tmp_path / "text.txt"))) == text
+
+
+def test_chat_records_go_through_the_template_only_when_asked(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    path = tmp_path / "pairs.jsonl"
+    path.write_text("".join(json.dumps({"question": f"q{i} ?" * 20, "answer": "yes " * 20}) + "\n" for i in range(40)))
+    start = tokenizer.encode("<|im_start|>")[0]
+    with_chat = load_corpus(str(path), tokenizer, samples=4, sequence_length=64, chat=True)
+    without = load_corpus(str(path), tokenizer, samples=4, sequence_length=64, chat=False)
+    assert (with_chat.tokens == start).any()
+    assert not (without.tokens == start).any()
+
+
+def test_a_mixed_recipe_keeps_its_shares(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 4000)
+    (tmp_path / "mix.toml").write_text(
+        '[[part]]\npath = "a.txt"\nshare = 3\n[[part]]\nkind = "python-docs"\nshare = 1\n'
+    )
+    corpus = load_corpus(str(tmp_path / "mix.toml"), tokenizer, samples=8, sequence_length=32)
+    letters = set(tokenizer.encode("aaaa bbbb " * 10))
+    from_file = sum(set(row.tolist()) <= letters for row in corpus.tokens)
+    assert from_file == 6
+
+
+def test_a_part_that_is_used_up_leaves_its_share_to_the_others(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 20)
+    (tmp_path / "mix.toml").write_text('[[part]]\npath = "a.txt"\n[[part]]\nkind = "python-docs"\n')
+    assert load_corpus(str(tmp_path / "mix.toml"), tokenizer, samples=8, sequence_length=32).tokens.shape == (8, 32)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "is empty or shorter than one sample of 64"),
+        ("a few words " * 10, r"has \d+ tokens in whole samples, but 4 samples of 64 need 256"),
+    ],
+)
+def test_an_empty_or_short_corpus_is_refused(tmp_path: Path, tokenizer: Tokenizer, content: str, message: str) -> None:
+    (tmp_path / "text.txt").write_text(content)
+    with pytest.raises(InputError, match=message):
+        load_corpus(str(tmp_path / "text.txt"), tokenizer, samples=4, sequence_length=64)
+
+
+def test_bad_corpora_name_the_place(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
+    (tmp_path / "none.jsonl").write_text('{"words": "fine"}\n')
+    (tmp_path / "key.toml").write_text('[[part]]\nkind = "python-docs"\nshares = 1\n')
+    (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
+    for name, message in (
+        ("bad.jsonl", r"bad\.jsonl:2: not valid JSON"),
+        ("none.jsonl", r"none\.jsonl:1: record has no text"),
+        ("key.toml", "unknown key 'shares'"),
+        ("latin.txt", "not UTF-8 at byte 3"),
+        ("absent.txt", "no such file"),
+    ):
+        with pytest.raises(InputError, match=message):
+            load_corpus(str(tmp_path / name), tokenizer, samples=4, sequence_length=64)
+    with pytest.raises(InputError, match="no corpus 'bultin'") as caught:
+        load_corpus("bultin", tokenizer, samples=4, sequence_length=64)
+    assert "builtin" in (caught.value.hint or "")
+    with pytest.raises(UsageError, match="a file has no halves"):
+        load_corpus(str(tmp_path / "bad.jsonl") + ":eval", tokenizer, samples=4, sequence_length=64)
+
+
+@pytest.mark.parametrize("width", [48, 300, 2100])
+def test_moments_equal_the_plain_product(width: int) -> None:
+    x = torch.randn(6, 20, width, generator=torch.Generator().manual_seed(0))
+    moments = InputMoments(width, full=True)
+    for i in range(0, 6, 2):
+        moments.add(x[i : i + 2])
+    stats = moments.result()
+    rows = x.reshape(-1, width).double()
+    assert stats.tokens == 120
+    assert stats.hessian is not None
+    assert torch.allclose(stats.hessian.double(), rows.T @ rows / 120, atol=1e-5)
+    assert torch.equal(stats.hessian, stats.hessian.T)
+    assert torch.allclose(stats.mean_square.double(), rows.pow(2).mean(0), rtol=1e-5)
+
+
+def test_first_positions_get_the_share_of_the_trace_that_was_asked_for() -> None:
+    x = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(0))
+    x[:, 0] *= 100  # an attention sink: nearly all of the energy
+    moments = InputMoments(16, full=True)
+    moments.add(x)
+    stats = moments.result(sink_share=0.1)
+    rest = x[:, 1:].reshape(-1, 16)
+    assert stats.hessian is not None
+    assert float((rest.T @ rest).trace() / 200 / stats.hessian.trace()) == pytest.approx(0.9, abs=1e-4)
+    # The imatrix stays the plain mean, as llama.cpp defines it.
+    assert torch.allclose(stats.mean_square, x.reshape(-1, 16).pow(2).mean(0), rtol=1e-4)
+
+
+@pytest.mark.parametrize("on_disk", [False, True])
+def test_a_pass_with_unchanged_weights_is_the_block(phi4_checkpoint: Path, tmp_path: Path, on_disk: bool) -> None:
+    source = open_checkpoint(phi4_checkpoint)
+    config, block = source.config, load_block(source, 1)
+    x = torch.randn(5, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
+    stores = Stores.create(config, 5, 24, tmp_path if on_disk else None)
+    stores.hidden.write(0, x)
+    rotary = rotary_table(config.rope, 24)
+    passing = BlockPass(block.input_norm, block.post_norm, config, rotary, stores)
+    arriving = passing.inputs(0)
+    for stage, weight in enumerate((block.qkv, block.o, block.gate_up, block.down)):
+        widths = [value.shape[-1] for _, value in arriving]
+        assert widths == [weight.shape[1]] * 5, LINEARS[stage]
+        arriving = passing.advance(stage, weight)
+    outputs = torch.cat([value for _, value in arriving])
+    expected = forward_block(block, x, rotary, config)
+    assert float((outputs - expected).norm() / expected.norm()) < 1e-6
+    assert torch.equal(stores.hidden.read(0, 5), outputs)
+
+
+def test_a_store_on_disk_holds_what_one_in_ram_holds(tmp_path: Path) -> None:
+    values = torch.randn(5, 3, 7)
+    for path in (None, tmp_path / "scratch"):
+        store = ActivationStore(5, 3, 7, path)
+        store.write(0, values)
+        store.write(2, values[:1])
+        store.save(tmp_path / "saved.bin")
+        assert torch.equal(store.read(1, 4), torch.stack([values[1], values[0], values[3]]))
+        other = ActivationStore(5, 3, 7, None)
+        assert other.load(tmp_path / "saved.bin", sha256_file(tmp_path / "saved.bin"))
+        assert torch.equal(other.read(0, 5), store.read(0, 5))
+        assert not other.load(tmp_path / "saved.bin", "0" * 64)
+        store.close()
