@@ -7,7 +7,7 @@ no document, and no two pieces of one, are ever on both sides.
 
 from __future__ import annotations
 
-__all__ = ["Document", "file_documents", "python_documents"]
+__all__ = ["PYTHON_KINDS", "Document", "file_documents", "python_documents"]
 
 import ast
 import hashlib

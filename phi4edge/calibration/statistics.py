@@ -48,10 +48,12 @@ class InputMoments:
             stop = min(start + self._block, x.shape[-1])
             self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
 
-    def result(self, sink_share: float | None = None) -> LayerStats:
+    def result(self, sink_share: float | None = None, shrinkage: float = 0.0) -> LayerStats:
         """Means over all rows added; ends the accumulation.
 
         ``sink_share`` is the share of H's trace that first positions get; None leaves them what they have.
+        ``shrinkage`` scales all that is off the diagonal by one less it: what channels have in common on this text
+        is believed that much less.
         """
         first = torch.cat(self._first)
         tokens = self._tokens + first.shape[0]
@@ -71,4 +73,8 @@ class InputMoments:
             H[stop:, start:stop] = H[start:stop, stop:].T
             square = H[start:stop, start:stop]
             square.copy_((square + square.T) / 2)
+        if shrinkage > 0:
+            diagonal = H.diagonal().clone()
+            H.mul_(1 - shrinkage)
+            H.diagonal().copy_(diagonal)
         return LayerStats(mean_square, H, tokens)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["resolve_model"]
+__all__ = ["model_name", "resolve_model"]
 
 import re
 from pathlib import Path
+from typing import Any
 
 from phi4edge.core.errors import InputError, MissingToolError
 
@@ -38,3 +39,16 @@ def resolve_model(model: str) -> Path:
             f"{model}: no such folder, and the hub did not give it ({reason})",
             "check the name, the network and HF_TOKEN; or download it elsewhere and give the folder",
         ) from error
+
+
+def model_name(folder: Path, raw: dict[str, Any]) -> str:
+    """What to call the model in ``folder``: its hub name where that can be known, else the folder's name.
+
+    ``raw`` is its config.json. The hub's cache keeps snapshots in folders named by a hash, below one with the name.
+    """
+    if folder.parent.name == "snapshots":
+        return folder.parent.parent.name.rsplit("--", 1)[-1]
+    named = raw.get("_name_or_path")
+    if isinstance(named, str) and _HUB_ID.fullmatch(named):
+        return named.rsplit("/", 1)[-1]
+    return folder.resolve().name

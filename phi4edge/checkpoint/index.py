@@ -6,7 +6,7 @@ that span against dtype × shape. Starts without torch and reads no weight.
 
 from __future__ import annotations
 
-__all__ = ["DTYPE_BYTES", "CheckpointIndex", "TensorRef", "open_index"]
+__all__ = ["DTYPE_BYTES", "FLOATS", "CheckpointIndex", "TensorRef", "open_index"]
 
 import json
 import math
@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4edge.checkpoint.config import ModelConfig, load_config
+from phi4edge.checkpoint.hub import model_name
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file, sha256_json
 
@@ -56,6 +57,11 @@ class CheckpointIndex:
     folder: Path
     config: ModelConfig
     tensors: Mapping[str, TensorRef]
+
+    @property
+    def name(self) -> str:
+        """What the model is called."""
+        return model_name(self.folder, self.config.raw)
 
     @property
     def shards(self) -> tuple[Path, ...]:

@@ -6,7 +6,7 @@ and peak RSS is a promise here.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointReader", "open_checkpoint"]
+__all__ = ["CheckpointReader", "open_checkpoint", "read_tensor"]
 
 import os
 from dataclasses import dataclass

@@ -6,7 +6,7 @@ A process killed at any instant leaves either the old content, the new content, 
 
 from __future__ import annotations
 
-__all__ = ["atomic_directory", "atomic_file", "fsync_directory", "write_bytes", "write_json"]
+__all__ = ["PARTIAL", "atomic_directory", "atomic_file", "fsync_directory", "write_bytes", "write_json"]
 
 import json
 import os

@@ -46,6 +46,7 @@ class Recipe:
     damp_percent: float = 0.01
     act_order: bool = False
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
+    shrinkage: float = 0.0  # how far H is drawn towards its diagonal
     guard: bool = True  # compare every linear with RTN on samples kept aside
 
     def __post_init__(self) -> None:
@@ -54,6 +55,8 @@ class Recipe:
             raise UsageError(f"damp_percent {self.damp_percent} is not between 0 and 1")
         if self.sink_share is not None and not 0 <= self.sink_share < 1:
             raise UsageError(f"sink_share {self.sink_share} is not between 0 and 1")
+        if not 0 <= self.shrinkage <= 1:
+            raise UsageError(f"shrinkage {self.shrinkage} is not between 0 and 1")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
 

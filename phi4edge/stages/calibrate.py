@@ -88,7 +88,7 @@ def calibrate(
             "schema": "phi4edge/calibrate/1",
             "ok": True,
             "data": {
-                "model": checkpoint.index.folder.name,
+                "model": checkpoint.index.name,
                 "recipe": asdict(recipe),
                 "key": sha256_json(inputs),
                 "tokens": recipe.tokens,

@@ -11,10 +11,12 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, VerifyError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.registry import names
+from phi4edge.core.workdir import RUN_FILE
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.run_reader import open_run
@@ -24,12 +26,17 @@ WRITERS = "phi4edge.writers"
 
 
 def export(run: Path, format_name: str, out: Path, options: WriteOptions, *, model: str | None = None) -> Artifact:
-    """Write run directory ``run`` as ``format_name`` to ``out``.
+    """Write run directory ``run`` as ``format_name`` to ``out``; a checkpoint folder as it is, in float16.
 
     Raises:
         InputError: the run is not finished, the format cannot hold its scheme, or ``out`` exists.
     """
     writer = load_plugin(WRITERS, format_name)
+    if (run / "config.json").is_file() and not (run / RUN_FILE).is_file():
+        if not hasattr(writer, "write_f16"):
+            raise InputError(f"{run}: is a checkpoint, and {format_name} is written from a run", "quantize it first")
+        unrounded: Artifact = writer.write_f16(open_checkpoint(run), out, options)
+        return unrounded
     source = open_run(run, model)
     reason = writer.refusal(source, options)
     if reason is not None:

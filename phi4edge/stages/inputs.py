@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["check_tokenizer", "hash_checkpoint", "open_inputs"]
+__all__ = ["LOCATION", "check_tokenizer", "hash_checkpoint", "note_location", "open_inputs"]
 
 import json
 from collections.abc import Iterable

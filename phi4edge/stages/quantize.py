@@ -89,7 +89,7 @@ def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, de
     job = _prepare(open_checkpoint(model), recipe, ram_budget, device)
     config = job.checkpoint.config
     return {
-        "model": job.checkpoint.index.folder.name,
+        "model": job.checkpoint.index.name,
         "recipe": recipe.as_dict(),
         "blocks": config.num_layers,
         "linears": config.num_layers * len(LINEARS),
@@ -169,7 +169,7 @@ def _solve_block(
             for sample, x in arriving:
                 if sample < stream.kept:
                     moments.add(x)
-            stats = moments.result(job.recipe.sink_share)
+            stats = moments.result(job.recipe.sink_share, job.recipe.shrinkage)
         linear, record, found = _solve_linear(job, full, weight.to(job.device), stats, passing, stage, stream)
         tensors.append(linear.to("cpu").to_tensors())
         if stats is not None:
@@ -305,7 +305,7 @@ def _finish(job: _Job, work: Workdir, key: str) -> dict[str, Any]:
         "schema": "phi4edge/quantize/1",
         "ok": True,
         "data": {
-            "model": job.checkpoint.index.folder.name,
+            "model": job.checkpoint.index.name,
             "scheme": job.scheme.name,
             "method": job.recipe.method,
             "recipe": job.recipe.as_dict(),

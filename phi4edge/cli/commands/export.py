@@ -17,7 +17,13 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 
 @click.command("export")
 @click.argument("run", type=click.Path(path_type=Path))
-@click.option("--format", "format_name", type=click.Choice(names("phi4edge.writers")), required=True)
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(names("phi4edge.writers")),
+    required=True,
+    help="gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime.",
+)
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
 @click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
@@ -40,7 +46,10 @@ def command(
     verbose: int,
     quiet: bool,
 ) -> None:
-    """Write the codes of finished run directory RUN into an artifact, bit for bit, without rounding again."""
+    """Write the codes of finished run directory RUN into an artifact, bit for bit, without rounding again.
+
+    RUN may also be a full-precision checkpoint folder: with --format gguf it is written in float16.
+    """
     from phi4edge.stages.export import export
     from phi4edge.stages.fitting import check_run_fits
     from phi4edge.writers._api import WriteOptions

@@ -1,0 +1,132 @@
+"""``phi4edge run RECIPE.toml | MODEL --target ID…``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
+from phi4edge.cli.render import emit
+from phi4edge.cli.target_options import emit_failure
+from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.memory import parse_bytes
+from phi4edge.core.registry import names
+from phi4edge.core.settings import Table, read_toml
+
+_MACHINE = ("ram_budget", "device")
+_SECTIONS = {
+    "quantize": ("method", "scheme", "damp_percent", "act_order", "sink_share", "shrinkage", "guard", *_MACHINE),
+    "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
+    "export": ("context", "head", "embedding"),
+    "drift": ("text", "context", "chunks", "max_kld", "max_ppl_ratio", "min_top1"),
+    "bench": ("prompt_tokens", "gen_tokens", "repetitions"),
+}
+
+
+def _read(path: Path) -> dict[str, dict[str, Any]]:
+    """The recipe's sections; every key is known, paths are relative to the recipe."""
+    whole = read_toml(path)
+    Table(whole, ("model", "targets", *_SECTIONS), str(path))
+    found: dict[str, dict[str, Any]] = {"": {k: v for k, v in whole.items() if k not in _SECTIONS}}
+    for section, keys in _SECTIONS.items():
+        table = whole.get(section, {})
+        if not isinstance(table, dict):
+            raise InputError(f"{path}: {section}: expected a table, [{section}]")
+        found[section] = dict(Table(table, keys, str(path), section).data)
+    for section, key in (("", "model"), ("calibration", "corpus"), ("drift", "text")):
+        value = found[section].get(key)
+        if isinstance(value, str) and (path.parent / value).exists():
+            found[section][key] = str(path.parent / value)
+    return found
+
+
+@click.command("run")
+@click.argument("what", metavar="RECIPE.toml|MODEL")
+@click.option("--target", "targets", multiple=True, metavar="ID", help="A target; may be repeated.  [default: local]")
+@click.option("--out", type=click.Path(path_type=Path), default=Path("phi4edge-out"), show_default=True)
+@click.option("--method", type=click.Choice(names("phi4edge.solvers")), help="[default: gptq]")
+@click.option("--scheme", help="One scheme for all targets.  [default: what suits each]")
+@click.option("--corpus", metavar="PATH|NAME", help="Calibration text.  [default: builtin]")
+@click.option("--samples", type=int, help="Calibration samples.  [default: 128]")
+@click.option("--text", metavar="PATH|NAME", help="Evaluation text.  [default: builtin:eval]")
+@click.option("--chunks", type=int, help="Chunks of it.  [default: all of a file, 32 of a corpus]")
+@click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
+@click.option("--resume/--restart", default=True, help="Go on with a run, or begin it anew.  [default: resume]")
+@common
+def command(
+    what: str,
+    targets: tuple[str, ...],
+    out: Path,
+    method: str | None,
+    scheme: str | None,
+    corpus: str | None,
+    samples: int | None,
+    text: str | None,
+    chunks: int | None,
+    ram_budget: str | None,
+    resume: bool,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """The whole pipeline: plan, quantize, export, verify, drift, bench and report, into folder --out.
+
+    Takes a MODEL (folder or hub id) with --target, or a RECIPE.toml; a flag given here is stronger than the recipe.
+    Each target gets the scheme and format that its profile calls for. What cannot be measured here is said to be
+    not measured. Exit code 6 when a gate of the recipe fails, with all results written.
+    """
+    from phi4edge.core.recipe import CorpusRecipe, Recipe
+    from phi4edge.measurement.gates import Limits
+    from phi4edge.pipeline import Order, run
+    from phi4edge.runtimes._api import SpeedRequest
+    from phi4edge.targets.choice import Wish
+
+    settings: dict[str, dict[str, Any]] = {"": {"model": what}} | {section: {} for section in _SECTIONS}
+    if what.endswith(".toml"):
+        settings = _read(Path(what))
+        if "model" not in settings[""]:
+            raise InputError(f"{what}: model: missing, expected a string", "model = 'folder or hub id'")
+    flags: dict[str, dict[str, Any]] = {
+        "": {"targets": list(targets) or None},
+        "quantize": {"method": method, "scheme": scheme, "ram_budget": ram_budget},
+        "calibration": {"corpus": corpus, "samples": samples},
+        "drift": {"text": text, "chunks": chunks},
+    }
+    for section, values in flags.items():
+        settings[section] |= {key: value for key, value in values.items() if value is not None}
+    solving, drift = dict(settings["quantize"]), dict(settings["drift"])
+    budget, device = solving.pop("ram_budget", None), solving.pop("device", "cpu")
+    try:
+        limits = Limits(*(drift.pop(key, None) for key in ("max_kld", "max_ppl_ratio", "min_top1")))
+        calibrated = solving.get("method") != "rtn" or settings["calibration"]
+        order = Order(
+            model=str(settings[""]["model"]),
+            targets=tuple(settings[""].get("targets") or ("local",)),
+            out=out,
+            recipe=Recipe(**solving, corpus=CorpusRecipe(**settings["calibration"]) if calibrated else None),
+            scheme_given="scheme" in solving,
+            wish=Wish(**settings["export"]),
+            text=drift.get("text", "builtin:eval"),
+            drift_context=drift.get("context", 512),
+            chunks=drift.get("chunks"),
+            limits=limits,
+            speed=SpeedRequest(**settings["bench"]),
+            ram_budget=parse_bytes(budget) if budget else None,
+            device=device,
+            restart=not resume,
+        )
+    except TypeError as error:
+        raise UsageError(f"{what}: a value has the wrong type ({error})") from error
+    outcome = run(order, progress_for(quiet))
+    lines = [
+        f"{row['target']}: {row['artifact']}"
+        + ("" if row["speed"]["measured"] else f" (speed not measured: {row['speed']['reason']})")
+        for row in outcome.data["targets"]
+    ]
+    shown = "\n".join([*lines, "", outcome.data["summary"], f"report: {outcome.data['report']['html']}"])
+    if outcome.failure is not None:
+        emit_failure("run", outcome.data, shown, outcome.failure, as_json=as_json)
+    emit("run", outcome.data, shown, as_json=as_json)
