@@ -21,7 +21,6 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 import subprocess
 import sys
 import tempfile
@@ -205,23 +204,6 @@ def compare(folder: Path, name: str, ours: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def machine() -> dict[str, Any]:
-    """What the figures were made on."""
-    lines = Path("/proc/cpuinfo").read_text().splitlines() if Path("/proc/cpuinfo").is_file() else []
-    model = next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), None)
-    return {"cpu": model or platform.processor(), "cores": os.cpu_count(), "system": platform.system()}
-
-
-def git() -> dict[str, Any]:
-    """The commit, and whether the code that was run is that commit's."""
-
-    def run(*arguments: str) -> str:
-        return subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=True).stdout.strip()
-
-    sources = ("phi4edge", "tests/support.py", "tests/gptq_support.py", "benchmarks/formats/gptq_interop.py")
-    return {"commit": run("rev-parse", "HEAD"), "dirty": bool(run("status", "--porcelain", "--", *sources))}
-
-
 def versions(python: Path) -> dict[str, str]:
     """Versions of the packages in the peer's environment that matter."""
     script = (
@@ -250,18 +232,10 @@ def table(document: Mapping[str, Any]) -> str:
             f"| {row['case']}{fault} | {row['checkpoint_format']} | {row['torch_kernel']}, "
             f"{row['chosen_kernel']} | {equal} | {figures} |"
         )
+    cpu = document["machine"]["cpu"]
+    cpu = cpu["model"] if isinstance(cpu, dict) else cpu
     peer_versions = ", ".join(f"{name} {version}" for name, version in document["results"]["versions"].items())
-    return "\n".join([*lines, "", f"{peer_versions}; {document['machine']['cpu']}."])
-
-
-def update_readme(document: Mapping[str, Any]) -> None:
-    """Put the table of ``document`` between the README's markers."""
-    readme = HERE / "README.md"
-    text = readme.read_text(encoding="utf-8")
-    begin, end = "<!-- gptq_interop: begin -->", "<!-- gptq_interop: end -->"
-    head, rest = text.split(begin)
-    tail = rest.split(end)[1]
-    readme.write_text(f"{head}{begin}\n{table(document)}\n{end}{tail}", encoding="utf-8")
+    return "\n".join([*lines, "", f"{peer_versions}; {cpu}."])
 
 
 def main() -> int:
@@ -296,14 +270,13 @@ def main() -> int:
             print(f"not measured: the peer ended with {ran.returncode}\n{tail}", file=sys.stderr)
             return 5
         cases = [compare(folder, name, ours) for name, ours in expected.items()]
-    document = {
-        "command": "python benchmarks/formats/gptq_interop.py",
-        "machine": machine(),
-        "git": git(),
-        "results": {"tolerance": TOLERANCE, "tokens": LENGTH, "versions": versions(python), "cases": cases},
-    }
-    RESULT.write_text(json.dumps(document, indent=2) + "\n")
-    update_readme(document)
+    results = {"tolerance": TOLERANCE, "tokens": LENGTH, "versions": versions(python), "cases": cases}
+    sources = ("tests/support.py", "tests/gptq_support.py", "benchmarks/formats/gptq_interop.py")
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from record import record, update_readme  # the peer's environment, which runs this file too, has no phi4edge
+
+    document = record(RESULT, "python benchmarks/formats/gptq_interop.py", results, sources)
+    update_readme(HERE / "README.md", "gptq_interop", table(document))
     print(table(document))
     return 0 if all(row["agrees"] == row["should_agree"] for row in cases) else 8
 
