@@ -12,6 +12,12 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
+@pytest.fixture(scope="session", autouse=True)
+def cache_of_its_own(tmp_path_factory: pytest.TempPathFactory) -> None:
+    """Keep reference stores and other cached things of tests out of the user's cache."""
+    os.environ["PHI4EDGE_CACHE"] = str(tmp_path_factory.mktemp("cache"))
+
+
 @pytest.fixture(scope="session")
 def phi4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of Phi-4's kind: plain rope, untied head, GQA, two shards. Do not write into it."""

@@ -9,7 +9,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.calibration.corpus import load_corpus, load_texts
@@ -21,6 +20,7 @@ from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.hashing import sha256_file
 from phi4edge.model.block import LINEARS, forward_block, load_block
 from phi4edge.model.rope import rotary_table
+from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
 
 @pytest.fixture(scope="module")

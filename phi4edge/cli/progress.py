@@ -6,6 +6,7 @@ __all__ = ["TerminalProgress", "progress_for"]
 
 import sys
 import time
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -14,6 +15,7 @@ from rich.progress import Progress as Bar
 from phi4edge.core.events import SILENT, Progress
 
 _LOG_SECONDS = 15.0
+_PLAIN: dict[str, Any] = {"markup": False, "soft_wrap": True}
 
 
 class TerminalProgress(Progress):
@@ -59,7 +61,9 @@ class TerminalProgress(Progress):
             fresh = self._done - self._first_done
             left = (now - self._began) / fresh * (self._total - self._done)
             counted = f"{self._done}/{self._total} {self._unit}s"
-            self._console.print(f"{self._stage}: {counted}, about {left:.0f} s left · {self._text}", markup=False)
+            self._console.print(
+                f"{self._stage}: {counted}, about {left:.0f} s left · {self._text}", markup=False, soft_wrap=True
+            )
 
     def status(self, text: str) -> None:
         """See :class:`Progress`."""
@@ -82,7 +86,7 @@ class TerminalProgress(Progress):
 
     def note(self, text: str) -> None:
         """See :class:`Progress`."""
-        self._console.print(text, markup=False)
+        self._console.print(text, **_PLAIN)
 
 
 def progress_for(quiet: bool) -> Progress:

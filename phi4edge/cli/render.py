@@ -6,11 +6,11 @@ With ``--json`` stdout is one document, ``{"schema": "phi4edge/<command>/1", "ok
 
 from __future__ import annotations
 
-__all__ = ["emit", "emit_error", "envelope", "table"]
+__all__ = ["emit", "emit_error", "emit_failure", "envelope", "failure_document", "table"]
 
 import json
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -28,6 +28,26 @@ def emit(command: str, data: Any, text: str, *, as_json: bool) -> None:
         click.echo(json.dumps(envelope(command, data), indent=2, ensure_ascii=False, allow_nan=False))
     else:
         click.echo(text)
+
+
+def failure_document(command: str, data: Any, error: Phi4EdgeError) -> dict[str, Any]:
+    """The document of a command that has results and failed all the same."""
+    body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
+    return envelope(command, data) | {"ok": False, "error": body}
+
+
+def emit_failure(command: str, data: Any, text: str, error: Phi4EdgeError, *, as_json: bool) -> NoReturn:
+    """Show what was computed, then fail: ``text`` and the error's two lines, or one document with both.
+
+    Raises:
+        Phi4EdgeError: ``error``, after ``text`` is on stdout.
+        click.exceptions.Exit: with ``error``'s exit code, after the document is on stdout.
+    """
+    if not as_json:
+        click.echo(text)
+        raise error
+    click.echo(json.dumps(failure_document(command, data, error), indent=2, ensure_ascii=False, allow_nan=False))
+    raise click.exceptions.Exit(error.exit_code)
 
 
 def emit_error(command: str, error: Phi4EdgeError, *, as_json: bool, code: int) -> None:

@@ -1,20 +1,18 @@
-"""What the commands that look at targets share: their options, how a sum is shown, and a failure that shows it."""
+"""What the commands that look at targets share: their options and how a sum is shown."""
 
 from __future__ import annotations
 
-__all__ = ["emit_failure", "fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
+__all__ = ["fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
 
-import json
 from collections.abc import Callable
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import Any, TypeVar
 
 import click
 
-from phi4edge.cli.render import envelope, table
+from phi4edge.cli.render import table
 from phi4edge.core import registry
-from phi4edge.core.errors import Phi4EdgeError
 from phi4edge.targets.fit import HEAD_TYPES, KV_BYTES, Fit
 from phi4edge.targets.profile import Profile
 
@@ -97,19 +95,3 @@ def fit_text(profile: Profile, model: str, fit: Fit) -> str:
 def writable_formats() -> frozenset[str]:
     """The formats that this version writes: the plug-ins in ``phi4edge/writers``, none of them imported."""
     return frozenset(registry.names("phi4edge.writers"))
-
-
-def emit_failure(command: str, data: Any, text: str, error: Phi4EdgeError, *, as_json: bool) -> NoReturn:
-    """Show what was computed, then fail: ``text`` and the error's two lines, or one document with both.
-
-    Raises:
-        Phi4EdgeError: ``error``, after ``text`` is on stdout.
-        click.exceptions.Exit: with ``error``'s exit code, after the document is on stdout.
-    """
-    if not as_json:
-        click.echo(text)
-        raise error
-    body = {"code": error.exit_code, "message": error.message, "hint": error.hint}
-    document = envelope(command, data) | {"ok": False, "error": body}
-    click.echo(json.dumps(document, indent=2, ensure_ascii=False, allow_nan=False))
-    raise click.exceptions.Exit(error.exit_code)

@@ -185,7 +185,8 @@ class Tokenizer:
             return []
         vocab = self.raw["model"]["vocab"]
         merging = tokenizers.models.BPE(vocab, self.merges)
-        return [token for token in vocab if [t.id for t in merging.tokenize(token)] != [vocab[token]]]
+        words = (token for token, number in vocab.items() if number not in self.added)
+        return [word for word in words if [t.id for t in merging.tokenize(word)] != [vocab[word]]]
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:

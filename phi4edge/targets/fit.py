@@ -20,6 +20,7 @@ __all__ = [
     "HEAD_TYPES",
     "KV_BYTES",
     "LAYOUTS",
+    "PROCESS_BYTES",
     "Fit",
     "Line",
     "Request",

@@ -26,8 +26,8 @@ import click
 
 from phi4edge import __version__
 from phi4edge.cli.options import common
-from phi4edge.cli.render import emit, table
-from phi4edge.cli.target_options import emit_failure, target_path_option
+from phi4edge.cli.render import emit, emit_failure, table
+from phi4edge.cli.target_options import target_path_option
 from phi4edge.core import registry
 from phi4edge.core.errors import MissingToolError
 from phi4edge.targets.catalog import open_catalog

@@ -9,8 +9,7 @@ import click
 
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
-from phi4edge.cli.render import emit
-from phi4edge.cli.target_options import emit_failure
+from phi4edge.cli.render import emit, emit_failure
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.registry import names

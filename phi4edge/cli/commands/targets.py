@@ -11,9 +11,8 @@ import click
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.published import model_shapes
 from phi4edge.cli.options import common
-from phi4edge.cli.render import emit, table
+from phi4edge.cli.render import emit, emit_failure, table
 from phi4edge.cli.target_options import (
-    emit_failure,
     fit_document,
     fit_options,
     fit_text,

@@ -1,0 +1,128 @@
+"""``phi4edge bench ARTIFACT --target ID``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi4edge.cli.measure_options import checked_out, plus_minus, runtime_options
+from phi4edge.cli.options import common
+from phi4edge.cli.render import emit, envelope, table
+from phi4edge.cli.target_options import target_path_option
+from phi4edge.core import registry
+from phi4edge.core.atomic import write_json
+from phi4edge.core.errors import UsageError
+from phi4edge.core.memory import format_bytes
+
+COMMAND = "bench"
+LOCAL = "local"
+
+
+def _text(data: dict[str, Any]) -> str:
+    artifact, runtime, settings, metrics = data["artifact"], data["runtime"], data["settings"], data["metrics"]
+    rows = []
+    for label, key, spec, scale in (
+        (f"prefill pp{settings['prompt_tokens']}, tok/s", "prefill_tps", ".2f", 1),
+        (f"decode tg{settings['gen_tokens']}, tok/s", "decode_tps", ".2f", 1),
+        ("TTFT, ms", "ttft_s", ".1f", 1000),
+        ("TPOT, ms", "tpot_s", ".2f", 1000),
+        ("load, s", "load_s", ".2f", 1),
+    ):
+        value, error = plus_minus(metrics[key], spec, scale)
+        middle = metrics[key].get("median")
+        rows.append((label, value, error, "" if middle is None else format(middle * scale, spec)))
+    peak, idle = (format_bytes(metrics[key]["value"]) for key in ("peak_rss_bytes", "idle_rss_bytes"))
+    return "\n".join(
+        [
+            f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
+            f"in {runtime['name']} {runtime['version']} on {data['target']} ({data['environment']['cpu']['model']}), "
+            f"{settings['threads']} threads, {settings['repetitions']} repetitions after {settings['warmup']} warm-up",
+            "",
+            table(["", "mean", "", "median"], rows, numeric=(1, 3)),
+            "",
+            f"peak RSS {peak} (of that {idle} before the model was loaded)",
+        ]
+    )
+
+
+def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None:
+    """Refuse to measure this machine under another's name.
+
+    Raises:
+        UsageError: an unknown target or transport, or one that is not this machine.
+    """
+    from phi4edge.targets.catalog import open_catalog
+
+    registry.load("phi4edge.transports", transport)
+    profile = open_catalog(folders).profile(target)
+    if transport != LOCAL or LOCAL not in profile.transports:
+        reached = ", ".join(profile.transports)
+        raise UsageError(
+            f"target {target!r} is reached over {reached}; this version measures only the machine that it runs on",
+            "run bench on the device itself, with --target local",
+        )
+
+
+@click.command("bench")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--target", default=LOCAL, show_default=True, metavar="ID", help="The device; local: this machine.")
+@click.option(
+    "--prompt-tokens",
+    type=click.IntRange(min=0),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of the prompt.",
+)
+@click.option(
+    "--gen-tokens", type=click.IntRange(min=0), default=128, show_default=True, metavar="N", help="Tokens generated."
+)
+@click.option(
+    "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Times each is timed."
+)
+@click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Repetitions not counted.")
+@click.option("--transport", default=LOCAL, show_default=True, metavar="NAME", help="How the device is reached.")
+@target_path_option
+@runtime_options
+@common
+def command(
+    artifact: Path,
+    target: str,
+    prompt_tokens: int,
+    gen_tokens: int,
+    repetitions: int,
+    warmup: int,
+    transport: str,
+    target_path: tuple[Path, ...],
+    runtime: str | None,
+    threads: int | None,
+    flash_attention: str,
+    kv: str,
+    out: Path | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Measure ARTIFACT's prefill and decode speed, TTFT, TPOT and peak RSS in the runtime that serves it.
+
+    Prompt and generation are timed apart and from an empty cache, as llama-bench does; tokenization and sampling are
+    not in the times. Every sample is kept in the document.
+    """
+    from phi4edge.measurement.speed import measure_speed
+    from phi4edge.runtimes._api import Settings, SpeedRequest
+
+    _check_place(target, transport, target_path)
+    checked_out(out)
+    data = measure_speed(
+        artifact,
+        target=target,
+        transport=transport,
+        runtime=runtime,
+        request=SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup),
+        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv),
+    )
+    if out is not None:
+        write_json(out, envelope(COMMAND, data))
+    emit(COMMAND, data, _text(data), as_json=as_json)

@@ -1,0 +1,135 @@
+"""``phi4edge drift ARTIFACT --reference MODEL|STORE --text PATH``."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phi4edge.cli.measure_options import checked_out, plus_minus, runtime_options
+from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
+from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
+from phi4edge.core.atomic import write_json
+from phi4edge.core.memory import format_bytes
+
+COMMAND = "drift"
+_ROWS = (
+    ("PPL(artifact)", "ppl", ".4f", 1),
+    ("PPL(reference)", "ppl_reference", ".4f", 1),
+    ("ln(PPL ratio)", "ln_ppl_ratio", ".5f", 1),
+    ("PPL ratio", "ppl_ratio", ".5f", 1),
+    ("KLD mean", "kld", "kld", 1),
+    ("KLD maximum", "kld_max", "kld", 1),
+    ("KLD 99.9 %", "kld_p999", "kld", 1),
+    ("KLD 99 %", "kld_p99", "kld", 1),
+    ("KLD 95 %", "kld_p95", "kld", 1),
+    ("KLD 90 %", "kld_p90", "kld", 1),
+    ("KLD median", "kld_median", "kld", 1),
+    ("Δp mean, %", "mean_delta_p", ".3f", 100),
+    ("Δp RMS, %", "rms_delta_p", ".3f", 100),
+    ("Same top p, %", "same_top_p", ".3f", 100),
+)
+
+
+def _text(data: dict[str, Any]) -> str:
+    artifact, text, reference, runtime = data["artifact"], data["text"], data["reference"], data["runtime"]
+    lines = [
+        f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
+        f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
+        f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e})",
+        f"text {text['name']}: {text['chunks']} chunks of {text['context']}, {text['positions']:,} positions scored",
+        "",
+    ]
+    cells = [(label, *plus_minus(data["metrics"][key], spec, scale)) for label, key, spec, scale in _ROWS]
+    width = max(len(value) for _, value, _ in cells)
+    lines += [f"{label:<16}{value:>{width}}  {error}".rstrip() for label, value, error in cells]
+    if data["gates"]:
+        lines += ["", *(f"gate {g['name']} {g['limit']:g}: {g['outcome']}" for g in data["gates"])]
+    return "\n".join(lines)
+
+
+@click.command("drift")
+@click.argument("artifact", type=click.Path(path_type=Path))
+@click.option("--reference", required=True, metavar="MODEL|STORE", help="Full-precision checkpoint, or its store.")
+@click.option("--text", metavar="PATH|NAME", help="A text file, or builtin:eval. A store brings its own.")
+@click.option("--context", type=int, metavar="N", help="Tokens a chunk; the second half is scored.  [default: 512]")
+@click.option("--chunks", type=int, metavar="N", help="Chunks to measure.  [default: all of a file, 32 of a corpus]")
+@click.option("--store", type=click.Path(path_type=Path), help="Keep the reference logits here, not in the cache.")
+@click.option("--max-kld", type=float, metavar="X", help="Gate: mean KLD at most X nat (exit 6).")
+@click.option("--max-ppl-ratio", type=float, metavar="Y", help="Gate: PPL at most Y times the reference's.")
+@click.option("--min-top1", type=float, metavar="P", help="Gate: same top token in at least P, 0.95 or 95.")
+@click.option(
+    "--gate-undecided",
+    type=click.Choice(["fail", "pass"]),
+    default="fail",
+    show_default=True,
+    help="A limit that lies within the error of the value.",
+)
+@runtime_options
+@common
+def command(
+    artifact: Path,
+    reference: str,
+    text: str | None,
+    context: int | None,
+    chunks: int | None,
+    store: Path | None,
+    max_kld: float | None,
+    max_ppl_ratio: float | None,
+    min_top1: float | None,
+    gate_undecided: str,
+    runtime: str | None,
+    threads: int | None,
+    flash_attention: str,
+    kv: str,
+    out: Path | None,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
+    """Measure how far ARTIFACT's predictions drift from the full-precision model's, in the runtime that serves it.
+
+    The figures are llama-perplexity's: PPL, KLD with its quantiles, Δp and same-top-p, each with its standard error.
+    The reference's logits are computed once, streamed block by block, and kept for the next artifact.
+
+    A gate compares at 95 % confidence: a value fails when it misses the limit beyond its error, passes when it keeps
+    the limit with its error counted against it, and is undecided in between. A failed gate ends with exit code 6,
+    after the results were written and printed.
+    """
+    from phi4edge.core.workdir import RUN_FILE
+    from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference
+    from phi4edge.measurement.gates import Gate, Limits, gate_error
+    from phi4edge.measurement.reference import is_store
+    from phi4edge.model.source import WeightSource
+    from phi4edge.runtimes._api import Settings
+
+    limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
+    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv)
+    checked_out(out)
+    source: WeightSource | None = None
+    if (artifact / RUN_FILE).is_file():
+        from phi4edge.stages.run_reader import open_run
+
+        source = open_run(artifact)
+    progress = progress_for(quiet)
+    if not is_store(Path(reference)):
+        check_artifact(artifact, runtime=runtime, settings=settings, source=source)
+    found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
+    data = measure_drift(
+        artifact,
+        found,
+        chunks=chunks,
+        runtime=runtime,
+        settings=settings,
+        limits=limits,
+        source=source,
+        progress=progress,
+    )
+    failure = gate_error([Gate(**gate) for gate in data["gates"]])
+    if out is not None:
+        write_json(out, failure_document(COMMAND, data, failure) if failure else envelope(COMMAND, data))
+    if failure:
+        emit_failure(COMMAND, data, _text(data), failure, as_json=as_json)
+    emit(COMMAND, data, _text(data), as_json=as_json)

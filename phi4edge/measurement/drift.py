@@ -1,0 +1,201 @@
+"""How far an artifact's distributions lie from the reference's, position by position, with llama-perplexity's figures.
+
+For the scored positions t of all chunks, with P the reference's and Q the artifact's next-token distribution and x the
+token that follows in the text:
+
+    PPL          exp(mean −ln Q(x))                  SE = PPL · SE(mean)
+    ln ratio     mean(−ln Q(x)) − mean(−ln P(x))     SE from both variances and their covariance
+    KLD          mean Σ_v P(v) (ln P(v) − ln Q(v))
+    Δp           Q(x) − P(x); RMS Δp = √mean Δp²,    SE = SE(mean Δp²) / (2 RMS)
+    same top     share of positions where P and Q have the same most likely token
+    SE(mean)     √((E[a²] − E[a]²) / (n − 1)), as if positions were independent; quantiles interpolate linearly
+
+llama-perplexity leaves out tokens with P(v) < e⁻¹⁶ from the sum of KLD, because its base file cannot hold them; here
+they are in. Positions of one chunk are not independent, so :func:`between_chunks` gives the standard error of chunk
+means as well, and gates use the larger one.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PositionFigures", "between_chunks", "compare_chunk", "position_curve", "summarize"]
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phi4edge.core.errors import InputError
+from phi4edge.measurement.encoding import STEP, StoredChunk, row_blocks
+from phi4edge.measurement.result import Measurement
+
+Array = NDArray[np.float64]
+_KLD_QUANTILES = {
+    "p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.9, "median": 0.5,
+    "p10": 0.1, "p05": 0.05, "p01": 0.01, "p001": 0.001,
+}  # fmt: skip
+_DELTA_QUANTILES = {
+    "p999": 0.999, "p99": 0.99, "p95": 0.95, "p90": 0.9, "p75": 0.75, "median": 0.5,
+    "p25": 0.25, "p10": 0.1, "p05": 0.05, "p01": 0.01, "p001": 0.001,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class PositionFigures:
+    """One value a scored position, each array [chunks, positions]."""
+
+    nll: Array  # −ln Q(x), nat
+    nll_reference: Array  # −ln P(x), nat
+    kld: Array  # KLD(P ‖ Q), nat
+    same_top: NDArray[np.bool_]
+
+    @property
+    def delta_p(self) -> Array:
+        """Q(x) − P(x)."""
+        difference: Array = np.exp(-self.nll) - np.exp(-self.nll_reference)
+        return difference
+
+    @classmethod
+    def stack(cls, chunks: Sequence[PositionFigures]) -> PositionFigures:
+        """Figures of single chunks, each [1, positions], together."""
+        return cls(
+            np.concatenate([c.nll for c in chunks]),
+            np.concatenate([c.nll_reference for c in chunks]),
+            np.concatenate([c.kld for c in chunks]),
+            np.concatenate([c.same_top for c in chunks]),
+        )
+
+
+@torch.inference_mode()
+def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> PositionFigures:
+    """Compare ``logits`` [positions, vocab] float32 of an artifact with the reference's, some rows at a time.
+
+    ``following`` [positions] int64 are the next tokens. With d the reference's distance below its maximum, y the
+    artifact's logit less its maximum, g = −d − y and a = Σ e⁻ᵈ(e⁻ᵍ − 1)/Σ e⁻ᵈ,
+
+        KLD = Σ e⁻ᵈ (e⁻ᵍ − 1 + g) / Σ e⁻ᵈ − (a − ln(1 + a))        ln Σ eʸ = ln Σ e⁻ᵈ + ln(1 + a)
+
+    The terms of the first sum are ≥ 0 and vanish with g, so float32 is enough: errors are 1e-9 nat where the
+    difference of two log-sums would leave 1e-7.
+
+    Raises:
+        InputError: a logit of the artifact that is not finite; the row is named.
+    """
+    positions, vocab = logits.shape
+    codes = torch.from_numpy(reference.codes)
+    nll, kld = torch.empty(positions, dtype=torch.float64), torch.empty(positions, dtype=torch.float64)
+    same = torch.empty(positions, dtype=torch.bool)
+    top = torch.from_numpy(reference.top.astype(np.int64))
+    for rows in row_blocks(positions, vocab):
+        x = logits[rows]
+        maximum = x.amax(dim=1, keepdim=True)
+        same[rows] = (x.gather(1, top[rows, None]) == maximum).squeeze(1)
+        y = x - maximum
+        minus_d = codes[rows].to(torch.float32).mul_(-STEP)
+        gap = minus_d - y
+        chosen = y.gather(1, following[rows, None]).squeeze(1).double()
+        weight = minus_d.exp_()
+        total = weight.sum(dim=1).double()
+        excess = torch.expm1(-gap)
+        mean_excess = torch.linalg.vecdot(weight, excess).double() / total
+        correction = torch.log1p(mean_excess)
+        convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
+        kld[rows] = convex - (mean_excess - correction)
+        nll[rows] = total.log() + correction - chosen
+    bad = (~(torch.isfinite(kld) & torch.isfinite(nll))).nonzero()
+    if bad.numel():
+        raise InputError(f"scored position {int(bad[0])}: logits are NaN or infinite", "the artifact is damaged")
+    reference_nll = -reference.log_prob.astype(np.float64)
+    return PositionFigures(nll.numpy()[None], reference_nll[None], kld.numpy()[None], same.numpy()[None])
+
+
+def _mean(values: Array) -> tuple[float, float | None]:
+    """Mean and its standard error, positions taken as independent."""
+    n = values.size
+    mean = float(values.mean())
+    return mean, float(np.sqrt(values.var() / (n - 1))) if n > 1 else None
+
+
+def _clustered(values: Array) -> float | None:
+    """Standard error of the mean from the spread of chunk means [chunks]; None for a single chunk."""
+    n = values.size
+    return float(np.sqrt(values.var() / (n - 1))) if n > 1 else None
+
+
+def between_chunks(figures: PositionFigures) -> dict[str, float | None]:
+    """Standard errors of what gates look at, from the spread between chunks."""
+    ratio = figures.nll.mean(axis=1) - figures.nll_reference.mean(axis=1)
+    return {
+        "kld": _clustered(figures.kld.mean(axis=1)),
+        "ln_ppl_ratio": _clustered(ratio),
+        "same_top_p": _clustered(figures.same_top.mean(axis=1)),
+    }
+
+
+def summarize(figures: PositionFigures) -> dict[str, Measurement]:
+    """All figures of a drift measurement, by name; shares and Δp are fractions, not per cent."""
+    n = figures.nll.size
+    found: list[Measurement] = []
+
+    def add(name: str, value: float, unit: str, se: float | None = None) -> None:
+        found.append(Measurement(name, float(value), unit, n, se))
+
+    nll, reference = figures.nll.reshape(-1), figures.nll_reference.reshape(-1)
+    (mean_q, se_q), (mean_p, se_p) = _mean(nll), _mean(reference)
+    ln_ratio, se_ratio = _mean(nll - reference)  # the paired difference has the covariance in it
+    add("ppl", np.exp(mean_q), "1", _times(se_q, np.exp(mean_q)))
+    add("ppl_reference", np.exp(mean_p), "1", _times(se_p, np.exp(mean_p)))
+    add("ln_ppl_ratio", ln_ratio, "nat", se_ratio)
+    add("ppl_ratio", np.exp(ln_ratio), "1", _times(se_ratio, np.exp(ln_ratio)))
+    spread = float(nll.std() * reference.std())
+    if spread > 0:
+        covariance = float(((nll - mean_q) * (reference - mean_p)).mean())
+        add("ln_ppl_correlation", covariance / spread, "1")
+    else:
+        found.append(Measurement.missing("ln_ppl_correlation", "1", "all positions have the same log-probability"))
+
+    kld = figures.kld.reshape(-1)
+    add("kld", *_value_unit_se(_mean(kld), "nat"))
+    add("kld_max", kld.max(), "nat")
+    for name, quantile in _KLD_QUANTILES.items():
+        add(f"kld_{name}", np.quantile(kld, quantile), "nat")
+    add("kld_min", kld.min(), "nat")
+
+    delta = figures.delta_p.reshape(-1)
+    add("mean_delta_p", *_value_unit_se(_mean(delta), "fraction"))
+    square, se_square = _mean(delta**2)
+    rms = np.sqrt(square)
+    add("rms_delta_p", rms, "fraction", _times(se_square, 0.5 / rms) if rms > 0 else se_square)
+    add("delta_p_max", delta.max(), "fraction")
+    for name, quantile in _DELTA_QUANTILES.items():
+        add(f"delta_p_{name}", np.quantile(delta, quantile), "fraction")
+    add("delta_p_min", delta.min(), "fraction")
+    add("same_top_p", *_value_unit_se(_mean(figures.same_top.reshape(-1).astype(np.float64)), "fraction"))
+    return {measurement.name: measurement for measurement in found}
+
+
+def _times(se: float | None, factor: float) -> float | None:
+    return None if se is None else float(se * factor)
+
+
+def _value_unit_se(pair: tuple[float, float | None], unit: str) -> tuple[float, str, float | None]:
+    return pair[0], unit, pair[1]
+
+
+def position_curve(figures: PositionFigures, first: int, bins: int = 16) -> list[dict[str, float | int]]:
+    """Means over runs of positions in a chunk: how drift depends on the length of the context before it."""
+    edges = np.linspace(0, figures.nll.shape[1], min(bins, figures.nll.shape[1]) + 1).astype(int)
+    return [
+        {
+            "first": int(first + start),
+            "last": int(first + stop - 1),
+            "kld": float(figures.kld[:, start:stop].mean()),
+            "nll": float(figures.nll[:, start:stop].mean()),
+            "nll_reference": float(figures.nll_reference[:, start:stop].mean()),
+            "same_top_p": float(figures.same_top[:, start:stop].mean()),
+        }
+        for start, stop in pairwise(edges)
+    ]

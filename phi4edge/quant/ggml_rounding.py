@@ -1,0 +1,152 @@
+"""Rounding to GGML blocks without data: for embedding and head, which no Hessian describes.
+
+``quantize_q8_0`` is libggml's own rounding, bit for bit. ``quantize_q6_k`` searches better than libggml's
+reference, which spans each sub-block once and never looks at its integer scales again; here, with x the
+weights of a super-block and d·scale·q what stands for them,
+
+    minimise Σ (x − d·scaleᵦ·q)²      over q ∈ −32…31, scaleᵦ ∈ −128…127, d ∈ float16
+
+by a scale search for each sub-block of 16, several candidates for d, and alternation: codes given the
+scales, scales given the codes, d given both, each in closed form.
+"""
+
+from __future__ import annotations
+
+__all__ = ["quantize_q6_k", "quantize_q8_0", "store_float"]
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from phi4edge.core.errors import InputError
+from phi4edge.quant.ggml import pack_q6_k
+from phi4edge.quant.parallel import run_parallel
+
+_CHUNK = 1 << 17  # weights rounded at a time: what they need stays in a core's cache
+_SPANS = tuple(0.86 + 0.02 * i for i in range(15))  # codes' span over the absmax span; above 1 the extreme is clipped
+_ROUNDS = 2
+
+
+def store_float(values: Tensor, dtype: torch.dtype, where: str) -> Tensor:
+    """``values`` [rows, n] float32 in ``dtype``, as bytes: uint8 [rows, bytes].
+
+    Raises:
+        InputError: a value exceeds float16; the first one is named.
+    """
+    stored = values.to(dtype)
+    low, high = values.aminmax()  # one pass; what could overflow is looked at again
+    if not max(-float(low), float(high)) <= torch.finfo(dtype).max and not bool(torch.isfinite(stored).all()):
+        at = (~torch.isfinite(stored)).nonzero()[0].tolist()
+        raise InputError(
+            f"{where}: {values[tuple(at)].item():.4g} at {at} exceeds float16's 65504",
+            "store it as q8_0 (--head, --embedding), or the whole model as bf16 or f32",
+        )
+    return stored.contiguous().reshape(-1).view(torch.uint8).reshape(values.shape[0], -1)
+
+
+def _in_pieces(values: Tensor, where: str, rounding: Callable[[Tensor, str], Tensor]) -> Tensor:
+    """``rounding`` of some rows at a time, on as many cores as torch was given."""
+    step = max(1, _CHUNK // values.shape[1])
+
+    def piece(start: int) -> Callable[[], Tensor]:
+        return lambda: rounding(values[start : start + step], where)
+
+    return torch.cat(run_parallel([piece(start) for start in range(0, values.shape[0], step)]))
+
+
+def quantize_q8_0(values: Tensor, where: str = "weight") -> Tensor:
+    """Q8_0 blocks of ``values`` [rows, in_features] float32, in_features a multiple of 32: uint8 [rows, bytes].
+
+    As libggml's quantize_row_q8_0_ref: d = absmax / 127 and q = x / d, halves away from zero, with the
+    d that is not yet rounded to float16.
+
+    Raises:
+        InputError: a block's d exceeds float16.
+    """
+    return _in_pieces(values, where, _q8_0)
+
+
+def _q8_0(values: Tensor, where: str) -> Tensor:
+    rows = values.shape[0]
+    x = values.reshape(rows, -1, 32)
+    d = x.abs().amax(dim=2) / 127
+    inverse = 1 / d
+    inverse.masked_fill_(torch.isinf(inverse), 0)  # d is zero, or so small that float16 makes it zero
+    scaled = x * inverse[:, :, None]
+    codes = scaled.round()  # halves to even
+    off = scaled - codes
+    if bool((off.abs() == 0.5).any()):
+        codes += (off == 0.5) & (scaled > 0)
+        codes -= ((off == -0.5) & (scaled < 0)).float()
+    half = store_float(d, torch.float16, f"{where}: scale").reshape(rows, -1, 2)
+    return torch.cat((half, codes.to(torch.int8).view(torch.uint8)), dim=2).reshape(rows, -1)
+
+
+def quantize_q6_k(values: Tensor, where: str = "weight") -> Tensor:
+    """Q6_K blocks of ``values`` [rows, in_features] float32, in_features a multiple of 256: uint8 [rows, bytes].
+
+    Raises:
+        InputError: a super-block's d exceeds float16.
+    """
+    return _in_pieces(values, where, _q6_k)
+
+
+def _q6_k(values: Tensor, where: str) -> Tensor:
+    rows = values.shape[0]
+    x = values.reshape(-1, 16, 16)  # [super-blocks, sub-blocks, 16]
+    wanted = _sub_block_steps(x)  # [super-blocks, 16]
+    extreme = wanted.gather(1, wanted.abs().argmax(1, keepdim=True))
+    best = torch.full((x.shape[0], 1, 1), torch.inf)
+    codes, scales, d = torch.zeros_like(x), torch.zeros_like(wanted), torch.zeros_like(extreme)
+    for top in (-128.0, 127.0, -124.0):  # which integer scale the widest sub-block gets
+        trial = _refine(x, wanted, (extreme / top).to(torch.float16).float())
+        error = ((trial[2] * trial[1])[:, :, None] * trial[0] - x).square_().sum((1, 2), keepdim=True)
+        better = error < best
+        best = torch.where(better, error, best)
+        codes = torch.where(better, trial[0], codes)
+        scales = torch.where(better[:, :, 0], trial[1], scales)
+        d = torch.where(better[:, :, 0], trial[2], d)
+    if not bool(torch.isfinite(best).all()):
+        largest = float(x.abs().max())
+        raise InputError(f"{where}: values up to {largest:.4g} need a Q6_K scale beyond float16's 65504")
+    d = d.reshape(rows, -1).to(torch.float16)
+    return pack_q6_k((codes + 32).to(torch.uint8).reshape(rows, -1), scales.to(torch.int8).reshape(rows, -1), d)
+
+
+def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:
+    zero = denominator == 0
+    return torch.where(zero, torch.zeros_like(numerator), numerator / torch.where(zero, 1.0, denominator))
+
+
+def _sub_block_steps(x: Tensor) -> Tensor:
+    """The step of each sub-block that loses least on its own, of either sign: [super-blocks, 16]."""
+    extreme = x.gather(2, x.abs().argmax(2, keepdim=True))
+    best, step = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
+    for span in _SPANS:
+        for end in (-32.0, 31.0):
+            q = (x * _divide(torch.full_like(extreme, end * span), extreme)).round_().clamp_(-32, 31)
+            along, square = (x * q).sum(2, keepdim=True), (q * q).sum(2, keepdim=True)
+            score = _divide(along * along, square)  # what the error falls by at the best step
+            better = score > best
+            best = torch.where(better, score, best)
+            step = torch.where(better, _divide(along, square), step)
+    return step.squeeze(2)
+
+
+def _refine(x: Tensor, wanted: Tensor, d: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Codes, integer scales and d (a float16 value), improved in turn; they are stored as they stand."""
+    scales = _divide(wanted, d).round_().clamp_(-128, 127)
+    for _ in range(_ROUNDS):
+        codes = _codes(x, scales, d)
+        square = (codes * codes).sum(2)
+        along = (x * codes).sum(2)
+        scales = torch.where(square == 0, scales, _divide(along, square * d).round_().clamp_(-128, 127))
+        d = _divide((along * scales).sum(1, keepdim=True), (square * scales * scales).sum(1, keepdim=True))
+        d = d.to(torch.float16).float()
+    return _codes(x, scales, d), scales, d
+
+
+def _codes(x: Tensor, scales: Tensor, d: Tensor) -> Tensor:
+    step = (d * scales)[:, :, None]
+    return _divide(x, step.expand_as(x)).round_().clamp_(-32, 31)

@@ -1,0 +1,214 @@
+"""Result documents read into typed values, strictly: what is wrong is named with its file and key.
+
+A document is ``{"schema": "phi4edge/<command>/1", "ok": true, "data": …}``. One that failed (``"ok": false``) becomes a
+:class:`Failure`; when it holds data as well (a gate was missed), both are kept. Only what identifies an artifact and
+a condition is required; a figure that is absent stays absent, with that as its reason.
+"""
+
+from __future__ import annotations
+
+__all__ = ["SCHEMAS", "parse_document"]
+
+from collections.abc import Callable
+from typing import Any
+
+from phi4edge.core.errors import UsageError
+from phi4edge.quant.scheme import parse_scheme
+from phi4edge.report.documents import (
+    Artifact,
+    Bench,
+    Document,
+    Drift,
+    Export,
+    Failure,
+    HeldOut,
+    Linear,
+    Quantization,
+    Reference,
+    Runtime,
+    Text,
+)
+from phi4edge.report.fields import Field, Metric, read_metric
+
+_FLOATS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
+
+
+def parse_document(document: Any, file: str, run: str, performance: dict[str, Any] | None = None) -> list[Document]:
+    """The typed values in ``document``; ``run`` names a quantization, ``performance`` is what stands beside it.
+
+    Raises:
+        InputError: a key is missing, or holds something else than it should; file and key are named.
+    """
+    root = Field(document, file)
+    schema = root["schema"].text()
+    found: list[Document] = []
+    if root.object().get("ok") is False:
+        error = root["error"]
+        code, hint = error.get("code"), error.get("hint")
+        command = schema.split("/")[1]
+        failure = Failure(
+            file, command, code.integer() if code else None, error["message"].text(), hint.text() if hint else None
+        )
+        if root.get("data") is None:
+            return [failure]
+        found.append(failure)
+    data = root["data"]
+    if schema == "phi4edge/quantize/1":
+        return [_quantization(data, file, run, performance), *found]
+    return [_READERS[schema](data, file), *found]
+
+
+def _text(field: Field | None) -> str | None:
+    return field.text() if field else None
+
+
+def _object(field: Field | None) -> dict[str, Any]:
+    return field.object() if field else {}
+
+
+def _artifact(field: Field, runtime: Runtime) -> Artifact:
+    scheme, size = _text(field.get("scheme")), field.get("bytes")
+    weight_bytes, parameters = runtime.settings.get("weight_bytes"), runtime.settings.get("parameters")
+    whole = 8 * weight_bytes / parameters if isinstance(weight_bytes, int) and isinstance(parameters, int) else None
+    return Artifact(
+        sha256=field["sha256"].text(),
+        name=field["name"].text(),
+        format=_text(field.get("format")),
+        scheme=scheme,
+        bytes=size.integer(1) if size else None,
+        bits_per_weight=whole or _bits(scheme),
+        bits_of_linears=not whole,
+    )
+
+
+def _bits(scheme: str | None) -> float | None:
+    if scheme is None or scheme in _FLOATS:
+        return _FLOATS.get(scheme or "")
+    try:
+        return parse_scheme(scheme).bits_per_weight
+    except UsageError:
+        return None
+
+
+def _runtime(data: Field) -> Runtime:
+    field = data["runtime"]
+    if isinstance(field.value, str):
+        return Runtime(field.text(), None, {})
+    settings = _object(field.get("settings")) | _object(field.get("details"))
+    return Runtime(field["name"].text(), _text(field.get("version")), settings)
+
+
+def _metrics(data: Field) -> dict[str, Metric]:
+    return {name: read_metric(field) for name, field in data["metrics"].entries()}
+
+
+def _drift(data: Field, file: str) -> Drift:
+    reference, text, metrics, runtime = data["reference"], data["text"], _metrics(data), _runtime(data)
+    if "kld" not in metrics:
+        data["metrics"]["kld"].fail("is missing")
+    floor, chunks, positions = reference.get("noise_floor_kld"), text.get("chunks"), text.get("positions")
+    per_chunk, gates = data.get("per_chunk_kld"), data.get("gates")
+    return Drift(
+        file=file,
+        artifact=_artifact(data["artifact"], runtime),
+        runtime=runtime,
+        reference=Reference(
+            model=reference["model"].text(),
+            fingerprint=reference["fingerprint"].text(),
+            dtype=_text(reference.get("dtype")),
+            encoding=_text(reference.get("encoding")),
+            noise_floor_kld=read_metric(floor).value if floor else None,
+        ),
+        text=Text(
+            name=text["name"].text(),
+            sha256=text["sha256"].text(),
+            context=text["context"].integer(1),
+            chunks=chunks.integer(1) if chunks else None,
+            positions=positions.integer(1) if positions else None,
+        ),
+        metrics=metrics,
+        per_chunk_kld=tuple(item.number() for item in per_chunk.items()) if per_chunk else (),
+        gates=tuple(gate.object() for gate in gates.items()) if gates else (),
+        environment=_object(data.get("environment")),
+    )
+
+
+def _bench(data: Field, file: str) -> Bench:
+    metrics, runtime = _metrics(data), _runtime(data)
+    estimates = {name: metrics[name] for name in metrics if name.endswith("_estimated")}
+    estimates |= {name: read_metric(field) for name, field in data.entries() if name.endswith("_estimated")}
+    return Bench(
+        file=file,
+        artifact=_artifact(data["artifact"], runtime),
+        runtime=runtime,
+        target=data["target"].text(),
+        transport=_text(data.get("transport")),
+        settings=_object(data.get("settings")),
+        metrics={name: metric for name, metric in metrics.items() if name not in estimates},
+        estimates=estimates,
+        environment=_object(data.get("environment")),
+    )
+
+
+def _heldout(field: Field | None) -> HeldOut | None:
+    if field is None or not isinstance(field.value, dict):
+        return HeldOut(field.number(0.0), None) if field else None
+    first = field.get("first")
+    return HeldOut(field["rest"].number(0.0), first.number(0.0) if first else None)
+
+
+def _linear(field: Field) -> Linear:
+    loss, loss_rtn = field.get("loss"), field.get("loss_rtn")
+    return Linear(
+        name=field["name"].text(),
+        method=field["method"].text(),
+        loss=loss.number() if loss else None,
+        loss_rtn=loss_rtn.number() if loss_rtn else None,
+        heldout_error=_heldout(field.get("heldout_error")),
+        heldout_error_rtn=_heldout(field.get("heldout_error_rtn")),
+    )
+
+
+def _quantization(data: Field, file: str, run: str, performance: dict[str, Any] | None) -> Quantization:
+    spent = data.get("performance") or (Field(performance, file, "performance") if performance else None)
+
+    def cost(key: str) -> Field | None:
+        return data.get(key) or (spent.get(key) if spent else None)
+
+    seconds, peak, corpus, events = cost("seconds"), cost("peak_rss_bytes"), data.get("corpus"), data.get("events")
+    for event in events.items() if events else ():
+        event["kind"].text()
+    return Quantization(
+        file=file,
+        run=run,
+        key=_text(data.get("key")),
+        model=data["model"].text(),
+        method=data["method"].text(),
+        scheme=data["scheme"].text(),
+        corpus=corpus.object() if corpus else None,
+        quantized_fraction=data["quantized_fraction"].number(0.0),
+        seconds=seconds.number(0.0) if seconds else None,
+        peak_rss_bytes=peak.integer() if peak else None,
+        events=tuple(event.object() for event in events.items()) if events else (),
+        linears=tuple(_linear(item) for item in data["linears"].items()),
+    )
+
+
+def _export(data: Field, file: str) -> Export:
+    fraction, files = data.get("quantized_fraction"), data.get("files")
+    return Export(
+        file=file,
+        name=data["path"].text().rstrip("/").rsplit("/", 1)[-1],
+        format=data["format"].text(),
+        scheme=_text(data.get("scheme")),
+        quantized_fraction=fraction.number(0.0) if fraction else None,
+        files={name: digest.text() for name, digest in files.entries()} if files else {},
+    )
+
+
+_READERS: dict[str, Callable[[Field, str], Document]] = {
+    "phi4edge/drift/1": _drift,
+    "phi4edge/bench/1": _bench,
+    "phi4edge/export/1": _export,
+}
+SCHEMAS = ("phi4edge/quantize/1", *_READERS)

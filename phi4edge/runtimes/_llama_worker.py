@@ -1,0 +1,280 @@
+"""The process that holds llama.cpp: ``python -m phi4edge.runtimes._llama_worker``, spoken to over its pipes.
+
+llama.cpp lives in a child of its own so that a crash in native code is an error message of ours, and so that peak
+RSS is the runtime's alone. Requests are JSON lines on stdin; answers are JSON lines on stdout, those with
+``nbytes`` followed by as many raw bytes. Whatever else writes to stdout lands on stderr.
+
+    {"op": "load", "path", "context", "settings"}   → {"ok", "vocab_size", "load_s", "details"}
+    {"op": "logits", "tokens": […], "first": n}     → {"ok", "nbytes"} + bytes, again and again until length − first
+                                                      rows of vocab_size float32 have come
+    {"op": "speed", "request"}                      → {"ok", "prefill_s", "ttft_s", "token_s", …}
+    anything that fails                             → {"ok": false, "kind", "message"}
+"""
+
+from __future__ import annotations
+
+__all__ = ["main"]
+
+import ctypes
+import json
+import os
+import random
+import re
+import sys
+import time
+from collections import deque
+from collections.abc import Iterator
+from itertools import pairwise
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phi4edge.core.memory import peak_rss_bytes, rss_bytes
+from phi4edge.runtimes._api import Settings, SpeedRequest
+
+_FLASH = {"auto": -1, "off": 0, "on": 1}
+_LOG_LINES = 400
+_DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml's log levels
+
+
+class WorkerError(Exception):
+    """llama.cpp refused; ``kind`` says whose fault it is."""
+
+    def __init__(self, kind: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+
+
+class Log:
+    """The last lines that llama.cpp logged, and its errors apart."""
+
+    def __init__(self) -> None:
+        self.lines: deque[str] = deque(maxlen=_LOG_LINES)
+        self.errors: deque[str] = deque(maxlen=20)
+        self._level = 0
+
+    def receive(self, level: int, text: bytes, _: Any) -> None:
+        """Callback of llama_log_set; a line can come in pieces."""
+        words = text.decode("utf-8", errors="replace")
+        self._level = self._level if level == _CONTINUED else level
+        if self._level == _DEBUG:
+            return
+        if level == _CONTINUED and self.lines:
+            self.lines[-1] += words.rstrip("\n")
+            return
+        self.lines.append(words.rstrip("\n"))
+        if self._level == _ERROR:
+            self.errors.append(words.strip())
+
+    def reason(self) -> str:
+        """The errors in one line, oldest first, or the last words."""
+        kept = list(self.errors)[-4:] or [line for line in self.lines if line.strip()][-2:]
+        return "; ".join(dict.fromkeys(kept)) or "no reason given"
+
+    def find(self, pattern: str) -> str | None:
+        """The first group of the last line that matches, or None."""
+        found = self.find_all(pattern)
+        return found[-1] if found else None
+
+    def find_all(self, pattern: str) -> list[str]:
+        """The first group of every line that matches, blanks squeezed."""
+        found = (re.search(pattern, line) for line in self.lines)
+        return [" ".join(match[1].split()) for match in found if match]
+
+
+class Engine:
+    """One model and one context of llama.cpp."""
+
+    def __init__(self, path: str, context: int, settings: Settings, log: Log) -> None:
+        import llama_cpp
+
+        self._lib, self._log, self._context, self._settings = llama_cpp, log, context, settings
+        self._callback = llama_cpp.llama_log_callback(log.receive)  # kept: C holds no reference
+        llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        began = time.perf_counter()
+        self._model = self._load(path)
+        self._ctx = self._begin()
+        self.load_s = time.perf_counter() - began
+        self._memory = llama_cpp.llama_get_memory(self._ctx)
+        self._vocab = llama_cpp.llama_model_get_vocab(self._model)
+        self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
+        self._batch = llama_cpp.llama_batch_init(settings.batch, 0, 1)
+
+    def _load(self, path: str) -> Any:
+        params = self._lib.llama_model_default_params()
+        params.n_gpu_layers = self._settings.gpu_layers
+        model = self._lib.llama_model_load_from_file(path.encode(), params)
+        if not model:
+            raise WorkerError("input", self._log.reason())
+        return model
+
+    def _begin(self) -> Any:
+        lib, settings = self._lib, self._settings
+        params = lib.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = self._context, settings.batch, settings.ubatch
+        params.n_seq_max, params.n_outputs_max, params.n_outputs_max_per_seq = 1, 0, 0
+        params.n_threads = params.n_threads_batch = settings.threads
+        params.flash_attn_type = _FLASH[settings.flash_attention]
+        params.offload_kqv = params.op_offload = settings.gpu_layers != 0  # a build with a GPU computes on the CPU too
+        params.type_k = params.type_v = getattr(lib, f"GGML_TYPE_{settings.kv_type.upper()}")
+        context = lib.llama_init_from_model(self._model, params)
+        if not context:
+            raise WorkerError("settings", self._log.reason())
+        return context
+
+    def details(self) -> dict[str, Any]:
+        """What the settings came to, as llama.cpp tells it."""
+        lib = self._lib
+        text = ctypes.create_string_buffer(256)
+        lib.llama_model_desc(self._model, text, len(text))
+        flash = self._log.find(r"Flash Attention (?:was auto, set to )?(enabled|disabled)")
+        known = getattr(lib, "llama_version", None)
+        return {
+            "model": text.value.decode("utf-8", errors="replace"),
+            "weight_bytes": int(lib.llama_model_size(self._model)),
+            "parameters": int(lib.llama_model_n_params(self._model)),
+            "context": int(lib.llama_n_ctx(self._ctx)),
+            "batch": int(lib.llama_n_batch(self._ctx)),
+            "ubatch": int(lib.llama_n_ubatch(self._ctx)),
+            "threads": self._settings.threads,
+            "kv_type": self._settings.kv_type,
+            "gpu_layers": self._settings.gpu_layers,
+            "flash_attention": {"enabled": "on", "disabled": "off"}.get(flash or "", self._settings.flash_attention),
+            "file_type": self._log.find(r"file type\s+= (.+)"),
+            "load_mode": self._log.find(r"load_mode = (\w+)"),
+            "buffers": self._log.find_all(r"^load_tensors:\s+(\S+ model buffer size =\s+[\d.]+ \w+)"),
+            "llama_version": known().decode() if known else None,
+            "system": (lib.llama_print_system_info() or b"").decode("utf-8", errors="replace").strip(" |"),
+        }
+
+    def _decode(self, tokens: list[int], position: int, first: int) -> None:
+        """Submit ``tokens`` from ``position`` on; logits are wanted at positions ≥ ``first``."""
+        batch = self._batch
+        batch.n_tokens = len(tokens)
+        for i, token in enumerate(tokens):
+            batch.token[i] = token
+            batch.pos[i] = position + i
+            batch.n_seq_id[i] = 1
+            batch.seq_id[i][0] = 0
+            batch.logits[i] = position + i >= first
+        code = self._lib.llama_decode(self._ctx, batch)
+        if code != 0:
+            words = "no room in the KV cache" if code == 1 else self._log.reason()
+            raise WorkerError("runtime", f"llama_decode returned {code} at position {position}: {words}")
+
+    def logits(self, tokens: list[int], first: int) -> Iterator[NDArray[np.float32]]:
+        """Logits [length − first, vocab] of one sequence in pieces of rows; a piece is gone when the next is made."""
+        if len(tokens) > self._context:
+            raise WorkerError("runtime", f"{len(tokens)} tokens do not fit a context of {self._context}")
+        self._lib.llama_memory_clear(self._memory, True)
+        for start in range(0, len(tokens), self._settings.batch):
+            part = tokens[start : start + self._settings.batch]
+            self._decode(part, start, first)
+            rows = start + len(part) - max(start, first)
+            if rows > 0:
+                pointer = self._lib.llama_get_logits(self._ctx)
+                yield np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
+
+    def speed(self, request: SpeedRequest) -> dict[str, Any]:
+        """llama-bench's pp and tg: the cache is empty at the start of each, and nothing is sampled."""
+        random_tokens = random.Random(request.seed)
+        prompt = [random_tokens.randrange(self.vocab_size) for _ in range(request.prompt_tokens)]
+        generated = [random_tokens.randrange(self.vocab_size) for _ in range(request.gen_tokens)]
+        if self._lib.llama_vocab_get_add_bos(self._vocab):
+            for tokens in (prompt, generated):
+                tokens[:1] = [self._lib.llama_vocab_bos(self._vocab)] * len(tokens[:1])
+        prefill, ttft, decode = [], [], []
+        for repetition in range(-request.warmup, request.repetitions):
+            seconds = self._time_prompt(prompt) if prompt else None
+            if seconds and repetition >= 0:
+                prefill.append(seconds[0])
+                ttft.append(seconds[1])
+        for repetition in range(-request.warmup, request.repetitions):
+            # One token warms up what a generation touches; the rest would only cost time.
+            each = self._time_tokens(generated[:1] if repetition < 0 else generated) if generated else []
+            if each and repetition >= 0:
+                decode.append(each)
+        return {"prefill_s": prefill, "ttft_s": ttft, "token_s": decode}
+
+    def _time_prompt(self, tokens: list[int]) -> tuple[float, float]:
+        lib = self._lib
+        lib.llama_memory_clear(self._memory, True)
+        began = time.perf_counter()
+        for start in range(0, len(tokens), self._settings.batch):
+            self._decode(tokens[start : start + self._settings.batch], start, len(tokens) - 1)
+        lib.llama_synchronize(self._ctx)
+        finished = time.perf_counter()
+        float(lib.llama_get_logits_ith(self._ctx, -1)[0])
+        return finished - began, time.perf_counter() - began
+
+    def _time_tokens(self, tokens: list[int]) -> list[float]:
+        lib = self._lib
+        lib.llama_memory_clear(self._memory, True)
+        times = [time.perf_counter()]
+        for position, token in enumerate(tokens):
+            self._decode([token], position, position)
+            lib.llama_synchronize(self._ctx)
+            times.append(time.perf_counter())
+        return [later - earlier for earlier, later in pairwise(times)]
+
+
+def _die_with_parent() -> None:
+    """On Linux, have the kernel end this process when the thread that started it ends, however that happens."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None, use_errno=True).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+
+
+def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
+    log = Log()
+    engine: Engine | None = None
+    idle_rss = 0
+    for line in requests:
+        request = json.loads(line)
+        try:
+            if request["op"] == "load":
+                _import_llama()
+                idle_rss = rss_bytes()  # what the interpreter and the bindings take is not the model's
+                engine = Engine(request["path"], request["context"], Settings(**request["settings"]), log)
+                body = {"vocab_size": engine.vocab_size, "load_s": engine.load_s, "details": engine.details()}
+                _answer(answers, body)
+                continue
+            assert engine is not None
+            if request["op"] == "logits":
+                for part in engine.logits(request["tokens"], request["first"]):
+                    _answer(answers, {"nbytes": part.nbytes})
+                    answers.write(part.data)
+                answers.flush()
+            else:
+                samples = engine.speed(SpeedRequest(**request["request"]))
+                _answer(answers, samples | {"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle_rss})
+        except WorkerError as error:
+            _answer(answers, {"kind": error.kind, "message": str(error)}, ok=False)
+
+
+def _import_llama() -> None:
+    try:
+        import llama_cpp  # noqa: F401
+    except (ImportError, OSError, RuntimeError) as error:  # the two latter where its native library does not load
+        raise WorkerError("missing", f"{type(error).__name__}: {error}") from error
+
+
+def _answer(stream: BinaryIO, body: dict[str, Any], *, ok: bool = True) -> None:
+    stream.write(json.dumps({"ok": ok, **body}).encode() + b"\n")
+    stream.flush()
+
+
+def main() -> None:
+    """Serve requests until stdin ends."""
+    _die_with_parent()
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)
+    try:
+        _serve(sys.stdin.buffer, answers)
+    except (BrokenPipeError, KeyboardInterrupt):
+        os._exit(0)  # the parent has gone, or is telling the user itself
+
+
+if __name__ == "__main__":
+    main()

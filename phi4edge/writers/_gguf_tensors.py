@@ -1,0 +1,94 @@
+"""The tensors of a GGUF to be: name, type, shape, and their data in slices of rows, made when they are written."""
+
+from __future__ import annotations
+
+__all__ = ["PLAIN", "PlannedTensor", "plan_tensors"]
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.model.source import QuantizedModel
+from phi4edge.quant.ggml import BLOCK_TYPES, BlockType, pack_linear
+from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
+from phi4edge.writers._gguf_names import FACTORS, gguf_name
+
+PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
+_CHUNK = 1 << 22  # weights in RAM at a time, of a tensor that is not read whole
+
+
+@dataclass(frozen=True)
+class PlannedTensor:
+    """One tensor of the file to be."""
+
+    name: str  # the GGUF's
+    type: BlockType
+    shape: tuple[int, ...]
+    data: Callable[[], Iterator[Tensor]]  # its bytes, uint8 [rows, bytes of a row], some rows at a time
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of its data."""
+        rows = self.shape[0] if len(self.shape) > 1 else 1
+        return rows * self.type.row_bytes(self.shape[-1])
+
+
+def plan_tensors(
+    checkpoint: CheckpointReader, head: str, embedding: str, model: QuantizedModel | None, kind: BlockType
+) -> list[PlannedTensor]:
+    """Every tensor in model order; matrices of the blocks in ``kind``, from ``model``'s codes where there is one."""
+    config = checkpoint.config
+    tables = {"lm_head.weight": head, "model.embed_tokens.weight": head if config.tie_word_embeddings else embedding}
+    plan = []
+    for name, shape in config.tensor_shapes().items():
+        target = gguf_name(name)
+        assert target is not None, f"{name} has no place in a GGUF"
+        linear = name.removesuffix(".weight")
+        if model is not None and linear in model.linears:
+            plan.append(PlannedTensor(target, kind, shape, _codes(model, linear)))
+        else:
+            stored = BLOCK_TYPES["f32"] if len(shape) == 1 else BLOCK_TYPES[tables[name]] if name in tables else kind
+            plan.append(PlannedTensor(target, stored, shape, _rounded(checkpoint, name, shape, stored)))
+    for field, target in FACTORS.items():
+        factors = getattr(config.rope, field)
+        if factors is not None:
+            plan.append(PlannedTensor(target, BLOCK_TYPES["f32"], (len(factors),), _constant(factors)))
+    return plan
+
+
+def _codes(model: QuantizedModel, linear: str) -> Callable[[], Iterator[Tensor]]:
+    def pieces() -> Iterator[Tensor]:
+        whole = model.load(linear)
+        step = max(1, _CHUNK // whole.in_features)
+        for start in range(0, whole.out_features, step):
+            yield pack_linear(whole.rows(start, start + step))
+
+    return pieces
+
+
+def _rounded(
+    checkpoint: CheckpointReader, name: str, shape: tuple[int, ...], kind: BlockType
+) -> Callable[[], Iterator[Tensor]]:
+    def store(values: Tensor) -> Tensor:
+        if kind.name == "q8_0":
+            return quantize_q8_0(values, name)
+        if kind.name == "q6_k":
+            return quantize_q6_k(values, name)
+        return store_float(values, PLAIN[kind.name], name)
+
+    def pieces() -> Iterator[Tensor]:
+        if len(shape) == 1:
+            yield store(checkpoint.tensor(name)[None])
+            return
+        step = max(1, _CHUNK // shape[1])
+        for start in range(0, shape[0], step):
+            yield store(checkpoint.tensor(name, slice(start, start + step)))
+
+    return pieces
+
+
+def _constant(values: tuple[float, ...]) -> Callable[[], Iterator[Tensor]]:
+    return lambda: iter((store_float(torch.tensor([values]), torch.float32, "rope factors"),))

@@ -1,0 +1,238 @@
+"""GGUF of architecture phi3, as llama.cpp and its descendants load it, straight from the codes.
+
+Codes and scales go into blocks as they are (:mod:`phi4edge.quant.ggml`), with no float16 file in between and no
+second rounding. Embedding and head are rounded without data, to q8_0 unless asked otherwise; norms stay float32.
+Fused projections stay fused. :func:`write_f16` writes the unquantized model, the reference of a runtime.
+
+gguf-py lays out the header; the tensors' data is streamed behind it, at most one linear or a slice of rows in RAM.
+"""
+
+from __future__ import annotations
+
+__all__ = ["FORMAT", "GgufReader", "matches", "read", "refusal", "write", "write_f16"]
+
+import shutil
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import BinaryIO
+
+import gguf
+import numpy as np
+
+from phi4edge import __version__
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.core.atomic import atomic_file
+from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.hashing import sha256_file
+from phi4edge.core.memory import format_bytes
+from phi4edge.model.source import QuantizedModel
+from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
+from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
+from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._gguf_metadata import ARCHITECTURE, add_config, add_origin, add_tokenizer, check_tokenizer
+from phi4edge.writers._gguf_reader import GgufReader, matches, read
+from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
+
+FORMAT = "gguf"
+_TABLE_TYPES = ("q8_0", "q6_k", "f16")
+_FILE_TYPES = {
+    "f32": gguf.LlamaFileType.ALL_F32,
+    "f16": gguf.LlamaFileType.MOSTLY_F16,
+    "bf16": gguf.LlamaFileType.MOSTLY_BF16,
+    "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
+    "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+}
+
+
+def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
+    """Why ``model`` cannot become a GGUF, or None when it can. Looks at every code of an 8-bit affine scheme."""
+    reason = _shape_refusal(model, options)
+    if reason:
+        return reason
+    try:
+        _tokenizer(model.checkpoint)
+    except InputError as error:
+        return error.message
+    if model.scheme.grid == "affine" and model.scheme.bits == 8:
+        for linear in model.linears:
+            if bool((model.load(linear).codes == 0).any()):
+                return f"{linear}: holds the code −128, and q8_0 blocks have −127 … 127; quantize with --scheme q8_0"
+    return None
+
+
+def _shape_refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
+    reason = _model_refusal(model.config, {"head": options.head, "embedding": options.embedding})
+    if reason:
+        return reason
+    for name, shape in model.config.tensor_shapes().items():
+        linear = name.removesuffix(".weight")
+        if ".layers." not in name or len(shape) == 1:
+            continue
+        if linear not in model.linears:
+            return f"{linear}: is not quantized, and this writer stores every linear of a block from codes"
+        reason = packing_refusal(model.scheme, shape[1])
+        if reason:
+            return f"{linear}: {reason}"
+    return None
+
+
+def _model_refusal(config: ModelConfig, tables: Mapping[str, str]) -> str | None:
+    """What speaks against the model, or against the types of its head and embedding."""
+    if config.q_size != config.hidden_size:
+        return (
+            f"num_heads × head_dim is {config.q_size} and hidden_size {config.hidden_size}; llama.cpp's phi3 "
+            "wants them equal"
+        )
+    for role, kind in tables.items():
+        if kind not in _TABLE_TYPES and kind not in PLAIN:
+            return f"{role}: unknown type {kind!r}; known are {', '.join(_TABLE_TYPES)}"
+        if config.hidden_size % BLOCK_TYPES[kind].weights:
+            return (
+                f"{role}: hidden_size {config.hidden_size} is not a multiple of {BLOCK_TYPES[kind].weights}, "
+                f"the weights in a {kind} block; f16 has no blocks"
+            )
+    return None
+
+
+def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
+    """Write the file ``out``; RAM is bounded by one linear.
+
+    Raises:
+        InputError: the format cannot hold the model, ``out`` exists, or there is no room for it.
+    """
+    reason = _shape_refusal(model, options)  # of the codes, packing finds what does not fit as it goes
+    if reason:
+        raise InputError(f"gguf cannot hold this run: {reason}", "schemes that fit: w4g32, w4g128, q4_0, q4_1, q8_0")
+    kind = block_type_of(model.scheme)
+    assert kind is not None, "refused above"
+    plan = plan_tensors(model.checkpoint, options.head, options.embedding, model, kind)
+    provenance = {**model.provenance, "scheme": model.scheme.name}
+    name = Path(provenance.get("base_model", model.checkpoint.index.folder.name)).name
+    return _write(model.checkpoint, out, options, plan, _Labels(name, provenance, kind.name, model.scheme.name))
+
+
+def write_f16(checkpoint: CheckpointReader, out: Path, options: WriteOptions, dtype: str = "f16") -> Artifact:
+    """Write the unquantized model: every matrix in ``dtype`` (f16, bf16 or f32), norms in float32.
+
+    float16 cannot hold values beyond 65504, and rounds bfloat16's smallest ones; bf16 holds a bfloat16
+    checkpoint exactly.
+
+    Raises:
+        InputError: a value exceeds float16 (the tensor is named), ``out`` exists, or there is no room for it.
+    """
+    if dtype not in PLAIN:
+        raise UsageError(f"dtype {dtype!r} is not one of {', '.join(PLAIN)}")
+    reason = _model_refusal(checkpoint.config, {})
+    if reason:
+        raise InputError(f"gguf cannot hold this model: {reason}")
+    plan = plan_tensors(checkpoint, dtype, dtype, None, BLOCK_TYPES[dtype])
+    name = checkpoint.index.folder.resolve().name
+    provenance = {"version": __version__, "base_model": name, "method": "none"}
+    return _write(checkpoint, out, options, plan, _Labels(name, provenance, dtype, dtype))
+
+
+@dataclass(frozen=True)
+class _Labels:
+    """What the file says of itself."""
+
+    name: str
+    provenance: Mapping[str, str]
+    file_type: str
+    scheme: str
+
+
+def _write(
+    checkpoint: CheckpointReader, out: Path, options: WriteOptions, plan: list[PlannedTensor], labels: _Labels
+) -> Artifact:
+    tokenizer = _tokenizer(checkpoint)
+    _check_output(out, options.force, sum(tensor.nbytes for tensor in plan))
+    header = gguf.GGUFWriter(None, ARCHITECTURE)
+    add_origin(header, labels.name, checkpoint.config, labels.provenance)
+    header.add_file_type(_FILE_TYPES[labels.file_type])
+    add_config(header, checkpoint.config)
+    add_tokenizer(header, tokenizer, checkpoint.config.vocab_size)
+    for tensor in plan:
+        header.add_tensor_info(
+            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, gguf.GGMLQuantizationType(tensor.type.code)
+        )
+    for note in _notes(checkpoint.config, tokenizer):
+        options.progress.note(f"{out.name}: {note}")
+    options.progress.start(f"export {FORMAT}", len(plan), "tensor")
+    try:
+        with atomic_file(out) as file:
+            header.write_header_to_file(Path(file.name))
+            header.write_kv_data_to_file()
+            header.write_ti_data_to_file()
+            header.close()
+            file.seek(0, 2)
+            for tensor in plan:
+                options.progress.status(tensor.name)
+                _write_tensor(file, tensor, header.data_alignment)
+                options.progress.advance()
+            _pad(file, header.data_alignment)
+    except OSError as error:
+        raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
+    options.progress.finish()
+    integer = sum(prod(tensor.shape) for tensor in plan if tensor.type.name not in PLAIN)
+    return Artifact(
+        path=out,
+        format=FORMAT,
+        scheme=labels.scheme,
+        files={out.name: sha256_file(out)},
+        nbytes=out.stat().st_size,
+        quantized_fraction=integer / checkpoint.config.parameters,
+    )
+
+
+def _tokenizer(checkpoint: CheckpointReader) -> Tokenizer:
+    """The tokenizer, after all that a GGUF demands of it was checked."""
+    tokenizer = load_tokenizer(checkpoint.index.folder)
+    tokenizer.check_vocabulary(checkpoint.config)
+    check_tokenizer(tokenizer)
+    return tokenizer
+
+
+def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
+    """Where llama.cpp will not do what the checkpoint says, because a GGUF cannot tell it."""
+    if config.sliding_window is not None and config.sliding_window < config.context_length:
+        yield (
+            f"llama.cpp ignores this architecture's sliding window of {config.sliding_window} tokens; "
+            "longer texts get other logits there"
+        )
+    stripping = [e["content"] for e in tokenizer.added.values() if e.get("lstrip") or e.get("rstrip")]
+    if stripping:
+        yield (
+            f"{len(stripping)} special tokens such as {stripping[0]!r} swallow the white space beside them in "
+            "tokenizer.json; llama.cpp keeps it"
+        )
+
+
+def _write_tensor(file: BinaryIO, tensor: PlannedTensor, alignment: int) -> None:
+    _pad(file, alignment)
+    start = file.tell()
+    for piece in tensor.data():
+        file.write(piece.contiguous().numpy().data)
+    written = file.tell() - start
+    assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+
+
+def _pad(file: BinaryIO, alignment: int) -> None:
+    file.write(bytes(-file.tell() % alignment))
+
+
+def _check_output(out: Path, force: bool, nbytes: int) -> None:
+    if out.is_dir():
+        raise InputError(f"{out}: is a folder", "give the name of the .gguf file to write")
+    if out.exists() and not force:
+        raise InputError(f"{out}: already exists", "choose another --out, or pass --force to replace it")
+    parent = next(p for p in out.resolve().parents if p.is_dir())
+    free = shutil.disk_usage(parent).free
+    if nbytes > free:
+        raise InputError(
+            f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
+            "free space, or choose another --out",
+        )

@@ -1,0 +1,166 @@
+"""For the tests of GGUF: libggml's own kernels, llama.cpp on a file, and quantized models of any scheme."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import llama_cpp
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.model.source import QuantizedModel
+from phi4edge.quant.ggml import BlockType
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import Scheme, parse_scheme
+
+_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h, up to the field that is needed."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", _TO_FLOAT),
+    )
+
+
+@cache
+def libggml() -> ctypes.CDLL:
+    """The libggml that llama.cpp computes with."""
+    folder = Path(llama_cpp.__file__).parent / "lib"
+    library = ctypes.CDLL(str(next(iter(sorted(folder.glob("libggml-base.*"))))))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    library.ggml_quantize_chunk.restype = ctypes.c_size_t
+    library.ggml_quantize_chunk.argtypes = [
+        ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
+    ]  # fmt: skip
+    return library
+
+
+def traits(kind: BlockType) -> Any:
+    return libggml().ggml_get_type_traits(kind.code).contents
+
+
+def libggml_dequantize(kind: BlockType, packed: Tensor) -> Tensor:
+    """What libggml reads from blocks uint8 [rows, bytes of a row]."""
+    data = packed.contiguous().numpy()
+    count = data.size // kind.nbytes * kind.weights
+    out = np.empty(count, dtype=np.float32)
+    traits(kind).to_float(data.ctypes.data, out.ctypes.data, count)
+    return torch.from_numpy(out).reshape(packed.shape[0], -1)
+
+
+def libggml_quantize(kind: BlockType, values: Tensor) -> Tensor:
+    """libggml's own rounding of [rows, in_features] float32."""
+    data = np.ascontiguousarray(values.numpy())
+    out = np.empty((data.shape[0], kind.row_bytes(data.shape[1])), dtype=np.uint8)
+    written = libggml().ggml_quantize_chunk(
+        kind.code, data.ctypes.data, out.ctypes.data, 0, data.shape[0], data.shape[1], None
+    )
+    assert written == out.nbytes
+    return torch.from_numpy(out)
+
+
+def rounded(name: str, weight: Tensor, scheme: Scheme) -> QuantizedLinear:
+    """``weight`` rounded to the nearest codes of ``scheme``, groups spanned by their extremes."""
+    grid, groups = grid_for(scheme), scheme.groups(weight.shape[1])
+    grouped = weight.reshape(weight.shape[0], groups, -1)
+    low, high = grouped.amin(2), grouped.amax(2)
+    if scheme.symmetric:
+        extreme = torch.where(-low > high, low, high)  # its sign becomes the scale's, on the lowest code
+        params = {"scales": (extreme / (grid.low - grid.middle)).half()}
+    elif scheme.grid == "affine":
+        low, high = low.clamp(max=0), high.clamp(min=0)
+        scales = ((high - low) / grid.high).half()
+        zeros = torch.round(-low / scales.float()).clamp(0, grid.high)
+        params = {"scales": scales, "zeros": zeros.to(torch.uint8)}
+    else:
+        params = {"scales": ((high - low) / grid.high).half(), "mins": low.half()}
+    a, b = grid.steps(params)
+    codes = grid.encode(grouped, a[:, :, None], b[:, :, None]).reshape(weight.shape)
+    return QuantizedLinear(name, scheme, codes.to(torch.uint8), params)
+
+
+def quantized_model(
+    folder: Path, scheme_name: str, change: Callable[[QuantizedLinear], QuantizedLinear] | None = None
+) -> QuantizedModel:
+    """The checkpoint in ``folder`` with all linears rounded, each passed through ``change``."""
+    checkpoint, scheme = open_checkpoint(folder), parse_scheme(scheme_name)
+    config = checkpoint.config
+    names = tuple(f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in config.linear_shapes)
+
+    def load(name: str) -> QuantizedLinear:
+        linear = rounded(name, checkpoint.tensor(f"{name}.weight"), scheme)
+        return linear if change is None else change(linear)
+
+    return QuantizedModel(checkpoint, scheme, names, load, {"base_model": "someone/tiny-phi", "method": "rtn"})
+
+
+@llama_cpp.llama_log_callback
+def _silent(level: int, text: bytes, user_data: ctypes.c_void_p) -> None:
+    """Swallow llama.cpp's log."""
+
+
+class Llama:
+    """llama.cpp on a file, through its C interface; a context manager."""
+
+    def __init__(self, path: Path, *, vocab_only: bool = False) -> None:
+        llama_cpp.llama_log_set(_silent, ctypes.c_void_p(0))
+        llama_cpp.llama_backend_init()
+        params = llama_cpp.llama_model_default_params()
+        params.vocab_only, params.n_gpu_layers = vocab_only, 0
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), params)
+        assert self.model, f"llama.cpp does not load {path}"
+        self.vocab = llama_cpp.llama_model_get_vocab(self.model)
+
+    def __enter__(self) -> Llama:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        llama_cpp.llama_model_free(self.model)
+
+    def logits(self, tokens: NDArray[np.int64], context: int, kv_type: int = llama_cpp.GGML_TYPE_F32) -> Tensor:
+        """Logits [length, vocab] of one sequence, in a context of ``context`` tokens."""
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx = params.n_batch = params.n_ubatch = context
+        params.n_seq_max, params.n_threads, params.n_threads_batch = 1, 1, 1
+        params.type_k = params.type_v = kv_type
+        params.flash_attn_type = 0  # off: its accumulation is float16
+        ctx = llama_cpp.llama_init_from_model(self.model, params)
+        assert ctx, "llama.cpp makes no context"
+        assert llama_cpp.llama_n_ctx(ctx) == context, "a context is rounded up to a multiple of 256"
+        batch = llama_cpp.llama_batch_init(len(tokens), 0, 1)
+        try:
+            batch.n_tokens = len(tokens)
+            for i, token in enumerate(tokens.tolist()):
+                batch.token[i], batch.pos[i], batch.n_seq_id[i], batch.logits[i] = token, i, 1, True
+                batch.seq_id[i][0] = 0
+            assert llama_cpp.llama_decode(ctx, batch) == 0
+            size = llama_cpp.llama_vocab_n_tokens(self.vocab)
+            rows = np.ctypeslib.as_array(llama_cpp.llama_get_logits(ctx), shape=(len(tokens), size))
+            return torch.from_numpy(rows.copy())
+        finally:
+            llama_cpp.llama_batch_free(batch)
+            llama_cpp.llama_free(ctx)
+
+    def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
+        """Ids of ``text`` without added bos."""
+        data = text.encode()
+        ids = (llama_cpp.llama_token * (len(data) + 8))()
+        count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, len(ids), False, parse_special)
+        assert count >= 0
+        return list(ids[:count])

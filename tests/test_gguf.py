@@ -1,0 +1,606 @@
+"""GGUF files: the codes survive, llama.cpp computes the model that was meant, and damage is told."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import gguf as gguf_py
+import llama_cpp
+import numpy as np
+import pytest
+import torch
+from gguf_support import Llama, libggml_dequantize, libggml_quantize, quantized_model
+from support import tiny_config, tiny_weights, write_checkpoint
+from torch import Tensor
+from transformers import Phi3ForCausalLM
+
+from phi4edge.checkpoint.config import parse_config
+from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
+from phi4edge.core.errors import InputError
+from phi4edge.core.events import Progress
+from phi4edge.model.source import QuantizedModel, WeightSource
+from phi4edge.quant.ggml import BLOCK_TYPES
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import parse_scheme
+from phi4edge.writers import _gguf_tensors, gguf
+from phi4edge.writers._api import ArtifactReader, WriteOptions
+from phi4edge.writers._gguf_file import read_gguf
+from phi4edge.writers._gguf_metadata import safe_name
+from phi4edge.writers._gguf_names import checkpoint_name, gguf_name
+
+HELD = ("q4_0", "q4_1", "q8_0", "w4g32", "w4g64", "w4row")  # schemes that blocks hold
+KINDS = ("phi4", "mini")
+
+
+def written(model: QuantizedModel, out: Path, **options: Any) -> ArtifactReader:
+    return gguf.read(gguf.write(model, out, WriteOptions(**options)).path)
+
+
+@pytest.fixture
+def folders(phi4_checkpoint: Path, mini_checkpoint: Path) -> dict[str, Path]:
+    return {"phi4": phi4_checkpoint, "mini": mini_checkpoint}
+
+
+# --- the codes ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("scheme", HELD)
+def test_codes_and_parameters_come_back_bit_for_bit(
+    folders: dict[str, Path], tmp_path: Path, kind: str, scheme: str
+) -> None:
+    model = quantized_model(folders[kind], scheme)
+    reader = written(model, tmp_path / "m.gguf")
+    for name in model.linears:
+        expected, found = model.load(name), reader.quantized(name)
+        assert found is not None
+        assert found.scheme == expected.scheme
+        assert torch.equal(found.codes, expected.codes)
+        for field, values in expected.params.items():
+            assert torch.equal(found.params[field].view(torch.int16), values.view(torch.int16))
+        weight = reader.tensor(f"{name}.weight")
+        assert torch.equal(weight, expected.dequantize())
+        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), weight[3:9])
+
+
+def test_8_bit_affine_codes_without_minus_128_are_held(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    def lift(linear: QuantizedLinear) -> QuantizedLinear:
+        return QuantizedLinear(linear.name, linear.scheme, linear.codes.clamp(min=1), linear.params)
+
+    model = quantized_model(phi4_checkpoint, "w8g64", lift)
+    assert gguf.refusal(model, WriteOptions()) is None
+    reader = written(model, tmp_path / "m.gguf")
+    for name in model.linears:
+        found = reader.quantized(name)
+        assert found is not None
+        assert torch.equal(found.codes, model.load(name).codes)
+
+
+def test_8_bit_affine_codes_with_minus_128_are_refused_by_name(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    def sink(linear: QuantizedLinear) -> QuantizedLinear:
+        codes = linear.codes.clamp(min=1)
+        if linear.name.endswith("1.mlp.down_proj"):
+            codes[5, 6] = 0
+        return QuantizedLinear(linear.name, linear.scheme, codes, linear.params)
+
+    model = quantized_model(phi4_checkpoint, "w8g32", sink)
+    assert "model.layers.1.mlp.down_proj: holds the code −128" in str(gguf.refusal(model, WriteOptions()))
+    with pytest.raises(InputError, match=r"model\.layers\.1\.mlp\.down_proj: code −128 at row 5, column 6"):
+        gguf.write(model, tmp_path / "m.gguf", WriteOptions())
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("scheme", "words"),
+    [("w4g32-asym", "not exact"), ("w8g32-asym", "not exact"), ("w4g16", "group_size 16 is not a multiple of 32")],
+)
+def test_schemes_that_no_block_holds_are_refused_with_the_reason(
+    phi4_checkpoint: Path, tmp_path: Path, scheme: str, words: str
+) -> None:
+    model = quantized_model(phi4_checkpoint, scheme)
+    assert words in str(gguf.refusal(model, WriteOptions()))
+    with pytest.raises(InputError, match=f"model.layers.0.self_attn.qkv_proj: .*{words}"):
+        gguf.write(model, tmp_path / "m.gguf", WriteOptions())
+
+
+def test_a_block_that_is_only_partly_quantized_is_refused(phi4_checkpoint: Path) -> None:
+    whole = quantized_model(phi4_checkpoint, "q4_0")
+    part = QuantizedModel(whole.checkpoint, whole.scheme, whole.linears[1:], whole.load, whole.provenance)
+    assert "self_attn.qkv_proj: is not quantized" in str(gguf.refusal(part, WriteOptions()))
+
+
+# --- embedding and head ------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows suit blocks of 256."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide"), "phi4", hidden_size=256, num_hidden_layers=1)
+
+
+@pytest.mark.parametrize("kind", ["q8_0", "q6_k", "f16"])
+def test_embedding_and_head_are_stored_as_asked(wide_checkpoint: Path, tmp_path: Path, kind: str) -> None:
+    model = quantized_model(wide_checkpoint, "q4_0")
+    artifact = gguf.write(model, tmp_path / "m.gguf", WriteOptions(head=kind, embedding=kind))
+    stored = {t.name: t for t in gguf_py.GGUFReader(artifact.path).tensors}
+    values = model.checkpoint.tensor("lm_head.weight")
+    packed = torch.from_numpy(np.array(stored["output.weight"].data)).view(torch.uint8)
+    block = BLOCK_TYPES[kind]
+    assert stored["output.weight"].tensor_type == stored["token_embd.weight"].tensor_type == block.code
+    assert torch.equal(gguf.read(artifact.path).tensor("lm_head.weight"), libggml_dequantize(block, packed))
+    if kind != "q6_k":  # ours searches better than libggml's
+        assert torch.equal(packed, libggml_quantize(block, values))
+    table = 2 * 512 * 256 if kind != "f16" else 0
+    assert artifact.quantized_fraction == (model.config.linear_parameters + table) / model.config.parameters
+
+
+def test_q6_k_is_refused_where_rows_are_not_whole_blocks(phi4_checkpoint: Path) -> None:
+    model = quantized_model(phi4_checkpoint, "q4_0")
+    reason = gguf.refusal(model, WriteOptions(head="q6_k"))
+    assert reason is not None
+    assert reason.startswith("head: hidden_size 64 is not a multiple of 256")
+    assert "unknown type 'q2_k'" in str(gguf.refusal(model, WriteOptions(embedding="q2_k")))
+
+
+def test_a_tied_head_is_stored_once(mini_checkpoint: Path, tmp_path: Path) -> None:
+    reader = written(quantized_model(mini_checkpoint, "q4_0"), tmp_path / "m.gguf", head="f16", embedding="q8_0")
+    names = {t.name: t.tensor_type.name for t in gguf_py.GGUFReader(tmp_path / "m.gguf").tensors}
+    assert "output.weight" not in names
+    assert names["token_embd.weight"] == "F16"  # the one table is the head
+    assert reader.config.tie_word_embeddings
+
+
+# --- what the file says ------------------------------------------------------------------------
+
+
+def fields(path: Path) -> dict[str, Any]:
+    return {name: field.contents() for name, field in gguf_py.GGUFReader(path).fields.items()}
+
+
+def test_keys_are_those_that_llama_cpp_reads(folders: dict[str, Path], tmp_path: Path) -> None:
+    for kind, folder in folders.items():
+        gguf.write(quantized_model(folder, "q4_0"), tmp_path / f"{kind}.gguf", WriteOptions())
+    phi4, mini = fields(tmp_path / "phi4.gguf"), fields(tmp_path / "mini.gguf")
+    assert {key: phi4[key] for key in phi4 if key.startswith("phi3.")} == {
+        "phi3.context_length": 512,
+        "phi3.rope.scaling.original_context_length": 512,
+        "phi3.embedding_length": 64,
+        "phi3.feed_forward_length": 128,
+        "phi3.block_count": 2,
+        "phi3.attention.head_count": 4,
+        "phi3.attention.head_count_kv": 2,
+        "phi3.attention.layer_norm_rms_epsilon": pytest.approx(1e-5),
+        "phi3.rope.dimension_count": 16,
+        "phi3.rope.freq_base": 250000.0,
+        "phi3.attention.sliding_window": 0,  # so that a runtime knows Phi-4
+    }
+    assert mini["phi3.rope.dimension_count"] == 12
+    assert mini["phi3.attention.sliding_window"] == 4096
+    assert mini["phi3.rope.scaling.original_context_length"] == 64
+    assert mini["phi3.rope.scaling.attn_factor"] == pytest.approx((1 + np.log(2048 / 64) / np.log(64)) ** 0.5)
+    assert phi4["general.architecture"] == "phi3"
+    assert phi4["general.file_type"] == gguf_py.LlamaFileType.MOSTLY_Q4_0
+    assert phi4["general.quantization_version"] == 2
+    assert (phi4["phi4edge.scheme"], phi4["phi4edge.method"]) == ("q4_0", "rtn")
+    names = {t.name for t in gguf_py.GGUFReader(tmp_path / "mini.gguf").tensors}
+    assert {"rope_factors_long.weight", "rope_factors_short.weight"} <= names
+    assert not any("ffn_gate" in name for name in names)
+
+
+def test_a_chat_ends_with_its_own_token_where_eos_is_another(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "phi4", "phi4")
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    (folder / "tokenizer_config.json").write_text(json.dumps(settings | {"eos_token": "<|endoftext|>"}))
+    path = gguf.write_f16(open_checkpoint(folder), tmp_path / "m.gguf", WriteOptions()).path
+    found = fields(path)
+    assert (found["tokenizer.ggml.eos_token_id"], found["tokenizer.ggml.eot_token_id"]) == (0, 3)
+    with Llama(path, vocab_only=True) as llama:
+        assert llama_cpp.llama_vocab_eot(llama.vocab) == 3
+        ends = [i for i in range(512) if llama_cpp.llama_vocab_is_eog(llama.vocab, i)]
+        assert ends == [0, 3]
+        assert not llama_cpp.llama_vocab_get_add_bos(llama.vocab)
+
+
+@pytest.mark.parametrize(
+    ("name", "safe"),
+    [
+        ("Phi-3.5-mini-instruct", "Phi 3.5-mini-instruct"),
+        ("phi3", "phi 3"),
+        ("my-PHI-3-phi3", "my-PHI 3-phi 3"),
+        ("Phi-4-mini", "Phi-4-mini"),
+        ("phi-4", "phi-4"),
+    ],
+)
+def test_the_name_never_looks_like_phi_3_to_llama_cpp(name: str, safe: str) -> None:
+    assert safe_name(name) == safe
+    assert "phi3" not in safe.lower()
+    assert "phi-3" not in safe.lower()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_reader_finds_the_exact_configuration(folders: dict[str, Path], tmp_path: Path, kind: str) -> None:
+    model = quantized_model(folders[kind], "q4_0")
+    assert written(model, tmp_path / "m.gguf").config == model.config
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_configuration_of_others_files_is_told_by_the_keys(
+    folders: dict[str, Path], tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    checkpoint = open_checkpoint(folders[kind])
+    expected = checkpoint.config
+    path = gguf.write_f16(checkpoint, tmp_path / "m.gguf", WriteOptions()).path
+    data = path.read_bytes()
+    assert data.count(b"phi4edge.config") == 1
+    path.write_bytes(data.replace(b"phi4edge.config", b"someone.comment"))
+    found = gguf.read(path).config
+    for field in ("vocab_size", "hidden_size", "intermediate_size", "num_layers", "num_heads", "num_kv_heads"):
+        assert getattr(found, field) == getattr(expected, field)
+    assert (found.head_dim, found.context_length) == (expected.head_dim, expected.context_length)
+    assert (found.sliding_window, found.tie_word_embeddings) == (expected.sliding_window, expected.tie_word_embeddings)
+    assert (found.rope.dim, found.rope.theta) == (expected.rope.dim, expected.rope.theta)
+    assert found.rope.original_context == expected.rope.original_context
+    assert found.rope.attention_factor == pytest.approx(expected.rope.attention_factor, rel=1e-6)
+    assert found.rope.long_factor == (
+        None if expected.rope.long_factor is None else pytest.approx(expected.rope.long_factor, rel=1e-6)
+    )
+
+
+def test_keys_and_the_stored_configuration_must_agree(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    path = gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "m.gguf", WriteOptions()).path
+    data = path.read_bytes()
+    assert data.count(b'"rope_theta":250000.0') == 1
+    path.write_bytes(data.replace(b'"rope_theta":250000.0', b'"rope_theta":260000.0'))
+    with pytest.raises(InputError, match=r"rope theta is 250000\.0 in the file's keys, but 260000\.0"):
+        gguf.read(path)
+
+
+def test_names_are_the_same_in_both_directions() -> None:
+    for kind in KINDS:
+        for name in parse_config(tiny_config(kind)).tensor_shapes():
+            stored = gguf_name(name)
+            assert stored is not None
+            assert checkpoint_name(stored) == name
+    assert gguf_name("model.layers.0.self_attn.q_proj.weight") is None
+    assert checkpoint_name("blk.0.ffn_gate.weight") is None
+
+
+def test_file_and_bytes_are_the_same_every_time(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    model = quantized_model(phi4_checkpoint, "q4_1")
+    first = gguf.write(model, tmp_path / "a.gguf", WriteOptions())
+    again = gguf.write(model, tmp_path / "b.gguf", WriteOptions())
+    assert list(first.files.values()) == list(again.files.values())
+    assert first.nbytes == (tmp_path / "a.gguf").stat().st_size
+
+
+def test_a_file_is_made_from_slices_of_rows(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "whole.gguf", WriteOptions())
+    read: list[int] = []
+    original = CheckpointReader.tensor
+
+    def watched(self: CheckpointReader, name: str, rows: slice | None = None) -> Tensor:
+        values = original(self, name, rows)
+        read.append(values.numel())
+        return values
+
+    monkeypatch.setattr(CheckpointReader, "tensor", watched)
+    monkeypatch.setattr(_gguf_tensors, "_CHUNK", 1000)
+    sliced = gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "sliced.gguf", WriteOptions())
+    assert list(sliced.files.values()) == list(whole.files.values())
+    assert max(read) <= 1000
+    assert sum(read) == open_checkpoint(phi4_checkpoint).config.parameters
+
+
+def test_what_llama_cpp_will_do_otherwise_is_said(tmp_path: Path) -> None:
+    notes: list[str] = []
+
+    class Listening(Progress):
+        def note(self, text: str) -> None:
+            notes.append(text)
+
+    folder = write_checkpoint(tmp_path / "phi4", "phi4", sliding_window=100)
+    raw = json.loads((folder / "tokenizer.json").read_text())
+    raw["added_tokens"][1]["rstrip"] = True
+    (folder / "tokenizer.json").write_text(json.dumps(raw))
+    gguf.write_f16(open_checkpoint(folder), tmp_path / "m.gguf", WriteOptions(progress=Listening()))
+    assert len(notes) == 2
+    assert "ignores this architecture's sliding window of 100 tokens" in notes[0]
+    assert "1 special tokens such as '<|im_start|>' swallow the white space" in notes[1]
+    notes.clear()
+    gguf.write_f16(
+        open_checkpoint(write_checkpoint(tmp_path / "mini", "mini")),
+        tmp_path / "n.gguf",
+        WriteOptions(progress=Listening()),
+    )
+    assert not notes
+
+
+def test_a_model_that_llama_cpps_graph_cannot_hold_is_refused(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path / "phi4", "phi4", head_dim=32)
+    with pytest.raises(InputError, match="num_heads × head_dim is 128 and hidden_size 64"):
+        gguf.write_f16(open_checkpoint(folder), tmp_path / "m.gguf", WriteOptions())
+
+
+# --- the unquantized model ---------------------------------------------------------------------
+
+
+def test_bf16_holds_a_bfloat16_checkpoint_exactly(mini_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint = open_checkpoint(mini_checkpoint)
+    reader = gguf.read(gguf.write_f16(checkpoint, tmp_path / "m.gguf", WriteOptions(), "bf16").path)
+    for name in checkpoint.config.tensor_shapes():
+        assert torch.equal(reader.tensor(name), checkpoint.tensor(name)), name
+    assert reader.quantized("model.layers.0.mlp.down_proj") is None
+
+
+def test_a_value_beyond_float16_is_named(tmp_path: Path) -> None:
+    from safetensors.torch import save_file
+
+    folder = write_checkpoint(tmp_path / "huge", "phi4")
+    weights = tiny_weights(tiny_config("phi4"))
+    weights["model.layers.1.self_attn.o_proj.weight"][2, 3] = 1e5
+    save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+    checkpoint = open_checkpoint(folder)
+    with pytest.raises(InputError, match=r"model\.layers\.1\.self_attn\.o_proj\.weight: .* at \[2, 3\] exceeds"):
+        gguf.write_f16(checkpoint, tmp_path / "m.gguf", WriteOptions())
+    assert [p.name for p in tmp_path.iterdir()] == ["huge"]
+    gguf.write_f16(checkpoint, tmp_path / "m.gguf", WriteOptions(), "bf16")
+
+
+# --- llama.cpp ---------------------------------------------------------------------------------
+
+
+def transformers_logits(source: WeightSource, tokens: Tensor) -> Tensor:
+    """transformers' Phi3ForCausalLM on ``source``'s weights, float32."""
+    from transformers import Phi3Config
+
+    config = Phi3Config(**{k: v for k, v in source.config.raw.items() if k != "torch_dtype"})
+    config._attn_implementation = "eager"
+    model = Phi3ForCausalLM(config).eval()
+    state = {name: source.tensor(name) for name in source.config.tensor_shapes()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing == (["lm_head.weight"] if source.config.tie_word_embeddings else [])
+    with torch.inference_mode():
+        return model(tokens[None]).logits[0]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Both kinds; mini's original context is 256, because llama.cpp rounds a context up to a multiple of that."""
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        "phi4": write_checkpoint(folder / "phi4", "phi4"),
+        "mini": write_checkpoint(folder / "mini", "mini", original_max_position_embeddings=256),
+    }
+
+
+# Kind, tokens, context: mini on both sides of its original context of 256.
+RUNS = (("phi4", 200, 256), ("mini", 200, 256), ("mini", 300, 512))
+
+
+def tokens_of(length: int) -> Tensor:
+    return torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(3))
+
+
+@pytest.mark.parametrize(("kind", "length", "context"), RUNS)
+# f32: rounding alone. f16, bf16: llama.cpp rounds activations to the weights' type before it multiplies.
+@pytest.mark.parametrize(("dtype", "tolerance"), [("f32", 1e-5), ("f16", 2e-3), ("bf16", 1.5e-2)])
+def test_llama_cpp_computes_the_unquantized_model(
+    models: dict[str, Path], tmp_path: Path, kind: str, length: int, context: int, dtype: str, tolerance: float
+) -> None:
+    path = gguf.write_f16(open_checkpoint(models[kind]), tmp_path / "m.gguf", WriteOptions(), dtype).path
+    tokens = tokens_of(length)
+    with Llama(path) as llama:
+        logits = llama.logits(tokens.numpy(), context)
+    assert relative_error(logits, transformers_logits(gguf.read(path), tokens)) <= tolerance
+
+
+@pytest.mark.parametrize(("kind", "length", "context"), RUNS)
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q8_0", "w4g64"])
+def test_llama_cpp_computes_the_quantized_model(
+    models: dict[str, Path], tmp_path: Path, kind: str, length: int, context: int, scheme: str
+) -> None:
+    path = gguf.write(quantized_model(models[kind], scheme), tmp_path / "m.gguf", WriteOptions()).path
+    tokens = tokens_of(length)
+    with Llama(path) as llama:
+        logits = llama.logits(tokens.numpy(), context)
+    expected = transformers_logits(gguf.read(path), tokens)
+    original = transformers_logits(open_checkpoint(models[kind]), tokens)
+    # llama.cpp rounds activations to 8 bits in blocks of 32 before it multiplies: 0.02 to 0.024 on these models,
+    # whatever the weights' type. What rounding the weights does is 0.28 to 0.43 at 4 bits, 0.034 at 8.
+    error = relative_error(logits, expected)
+    assert error <= 3e-2
+    assert error < 0.8 * relative_error(logits, original)
+
+
+def test_llama_cpp_reads_q6_k_tables(wide_checkpoint: Path, tmp_path: Path) -> None:
+    model = quantized_model(wide_checkpoint, "q8_0")
+    path = gguf.write(model, tmp_path / "m.gguf", WriteOptions(head="q6_k", embedding="q6_k")).path
+    tokens = tokens_of(40)
+    with Llama(path) as llama:
+        logits = llama.logits(tokens.numpy(), 256)
+    assert relative_error(logits, transformers_logits(gguf.read(path), tokens)) <= 3e-2
+
+
+def test_llama_cpp_takes_longropes_factors_by_the_context_not_by_the_sequence(
+    models: dict[str, Path], tmp_path: Path
+) -> None:
+    path = gguf.write_f16(open_checkpoint(models["mini"]), tmp_path / "m.gguf", WriteOptions(), "f32").path
+    tokens = tokens_of(200)
+    with Llama(path) as llama:
+        short, long = llama.logits(tokens.numpy(), 256), llama.logits(tokens.numpy(), 512)
+    expected = transformers_logits(gguf.read(path), tokens)
+    assert relative_error(short, expected) <= 1e-5
+    assert relative_error(long, expected) > 1e-2
+
+
+# --- places and damage -------------------------------------------------------------------------
+
+
+def test_an_existing_file_is_replaced_only_when_told(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    checkpoint, out = open_checkpoint(phi4_checkpoint), tmp_path / "m.gguf"
+    out.write_bytes(b"mine")
+    with pytest.raises(InputError, match="already exists"):
+        gguf.write_f16(checkpoint, out, WriteOptions())
+    assert out.read_bytes() == b"mine"
+    gguf.write_f16(checkpoint, out, WriteOptions(force=True))
+    assert gguf.matches(out)
+    with pytest.raises(InputError, match="is a folder"):
+        gguf.write_f16(checkpoint, tmp_path, WriteOptions(force=True))
+
+
+def test_no_room_is_said_before_anything_is_written(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
+    with pytest.raises(InputError, match="1000 B are free"):
+        gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "new" / "m.gguf", WriteOptions())
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_interrupted_write_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    class Interrupting(Progress):
+        def status(self, text: str) -> None:
+            if text == "blk.1.ffn_up.weight":
+                raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "m.gguf", WriteOptions(progress=Interrupting()))
+    assert not list(tmp_path.iterdir())
+
+
+def test_every_truncation_is_told(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    whole = gguf.write(quantized_model(phi4_checkpoint, "q4_0"), tmp_path / "m.gguf", WriteOptions()).path.read_bytes()
+    cut = tmp_path / "cut.gguf"
+    for length in [*range(0, 400, 7), *range(400, len(whole) - 32, len(whole) // 60)]:
+        cut.write_bytes(whole[:length])
+        with pytest.raises(InputError, match=r"cut\.gguf: "):
+            gguf.read(cut)
+
+
+def edited(path: Path, change: Callable[[bytearray], None]) -> Path:
+    data = bytearray(path.read_bytes())
+    change(data)
+    path.write_bytes(data)
+    return path
+
+
+def put(offset: int, code: str, value: Any) -> Callable[[bytearray], None]:
+    return lambda data: struct.pack_into(code, data, offset, value)
+
+
+def replace(old: bytes, new: bytes) -> Callable[[bytearray], None]:
+    def change(data: bytearray) -> None:
+        assert data.count(old) == 1
+        at = data.index(old)
+        data[at : at + len(old)] = new
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (put(0, "4s", b"GGML"), "begins with b'GGML'"),
+        (put(4, "<I", 1), "GGUF version 1 is not supported"),
+        (put(8, "<Q", 10**12), "axes, 1 to 4 are possible|needs .* bytes at byte"),
+        (put(16, "<Q", 2**63), "needs .* bytes at byte"),
+        (put(24, "<Q", 2**60), "a key needs"),
+        (replace(b"phi3.block_count\x04\x00\x00\x00\x02", b"phi3.block_count\x04\x00\x00\x00\x03"), "num_layers is 3"),
+        (replace(b"phi3.block_count", b"phi3.block_cound"), "phi3.block_count is missing"),
+        (replace(b"general.architecture\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00phi3",
+                 b"general.architecture\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00phi2"), "'phi2', not 'phi3'"),
+        (replace(b"phi4edge.scheme\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00q4_0",
+                 b"phi4edge.scheme\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00q9_0"), "'q9_0', not a scheme"),
+        (replace(b"general.file_type\x04\x00\x00\x00\x02", b"general.file_type\x09\x00\x00\x00\x09"), "list of unknown type 9"),
+        (replace(b"general.file_type\x04\x00\x00\x00", b"general.file_type\x63\x00\x00\x00"), "has unknown type 99"),
+        (replace(b"phi4edge.method", b"phi4edge.scheme"), "key phi4edge.scheme stands in it twice"),
+        (replace(b"phi3.context_length\x04\x00\x00\x00", b"phi3.context_length\x06\x00\x00\x00"),
+         "phi3.context_length is .*, expected a positive whole number"),
+        (replace(b"blk.1.ffn_up.weight", b"blk.7.ffn_up.weight"), "blk.1.ffn_up.weight is missing"),
+        (replace(b"blk.1.ffn_up.weight", b"blk.0.ffn_up.weight"), "blk.0.ffn_up.weight stands in it twice"),
+    ],
+)  # fmt: skip
+def test_a_header_that_lies_is_told(
+    phi4_checkpoint: Path, tmp_path: Path, change: Callable[[bytearray], None], words: str
+) -> None:
+    path = gguf.write(quantized_model(phi4_checkpoint, "q4_0"), tmp_path / "m.gguf", WriteOptions()).path
+    with pytest.raises(InputError, match=words):
+        gguf.read(edited(path, change))
+
+
+def tensor_entry(path: Path, name: str) -> int:
+    """Where the entry of tensor ``name`` goes on behind its name."""
+    needle = struct.pack("<Q", len(name)) + name.encode()
+    data = path.read_bytes()
+    assert data.count(needle) == 1
+    return data.index(needle) + len(needle)
+
+
+@pytest.mark.parametrize(
+    ("behind", "code", "value", "words"),
+    [
+        (0, "<I", 9, "has 9 axes"),
+        (4, "<Q", 63, "rows of 63 weights are not whole Q4_0 blocks"),
+        (12, "<Q", 2**40, "ends at byte"),
+        (12, "<Q", 96, r"blk.1.ffn_up.weight is \[96, 64\], the keys say \[256, 64\]"),
+        (20, "<I", 999, "unknown tensor type 999"),
+        (24, "<Q", 2**50, "ends at byte"),
+        (24, "<Q", 33, "not a multiple of the alignment 32"),
+    ],
+)
+def test_a_tensors_place_that_lies_is_told(
+    phi4_checkpoint: Path, tmp_path: Path, behind: int, code: str, value: int, words: str
+) -> None:
+    path = gguf.write(quantized_model(phi4_checkpoint, "q4_0"), tmp_path / "m.gguf", WriteOptions()).path
+    at = tensor_entry(path, "blk.1.ffn_up.weight")
+    with pytest.raises(InputError, match=words):
+        gguf.read(edited(path, put(at + behind, code, value)))
+
+
+def test_rope_factors_of_another_type_are_told(mini_checkpoint: Path, tmp_path: Path) -> None:
+    path = gguf.write_f16(open_checkpoint(mini_checkpoint), tmp_path / "m.gguf", WriteOptions()).path
+    at = tensor_entry(path, "rope_factors_long.weight")
+    with pytest.raises(InputError, match=r"rope_factors_long\.weight is F16 \[6\], expected an F32 list"):
+        gguf.read(edited(path, put(at + 12, "<I", 1)))
+
+
+def test_other_files_are_not_taken_for_a_gguf(tmp_path: Path) -> None:
+    (tmp_path / "x.gguf").write_bytes(b"no")
+    assert not gguf.matches(tmp_path / "x.gguf")
+    assert not gguf.matches(tmp_path)
+    assert not gguf.matches(tmp_path / "none")
+
+
+def test_k_quants_of_others_are_read(wide_checkpoint: Path, tmp_path: Path) -> None:
+    source = gguf.write_f16(open_checkpoint(wide_checkpoint), tmp_path / "f16.gguf", WriteOptions()).path
+    params = llama_cpp.llama_model_quantize_default_params()
+    params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
+    with Llama(source, vocab_only=True):  # silences the log
+        assert llama_cpp.llama_model_quantize(str(source).encode(), str(tmp_path / "k.gguf").encode(), params) == 0
+    reader = gguf.read(tmp_path / "k.gguf")
+    types = {t.type.name for t in read_gguf(tmp_path / "k.gguf").tensors.values()}
+    assert types >= {"Q4_K", "Q6_K", "F32"}
+    for name in reader.config.tensor_shapes():
+        weight, original = reader.tensor(name), open_checkpoint(wide_checkpoint).tensor(name)
+        assert relative_error(weight, original) < 0.1
+    assert reader.quantized("model.layers.0.self_attn.o_proj") is None
+
+
+def test_a_block_type_that_contradicts_the_scheme_is_told(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    path = gguf.write(quantized_model(phi4_checkpoint, "q4_0"), tmp_path / "m.gguf", WriteOptions()).path
+    key = b"phi4edge.scheme\x08\x00\x00\x00\x04\x00\x00\x00\x00\x00\x00\x00"
+    reader = gguf.read(edited(path, replace(key + b"q4_0", key + b"q8_0")))
+    assert reader.scheme == parse_scheme("q8_0")
+    with pytest.raises(InputError, match="is q4_0, but the file says q8_0"):
+        reader.quantized("model.layers.0.mlp.down_proj")
