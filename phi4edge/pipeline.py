@@ -11,10 +11,10 @@ and done again from the codes, bit for bit the same.
 
 from __future__ import annotations
 
-__all__ = ["Order", "Outcome", "run"]
+__all__ = ["Order", "Outcome", "plan", "run"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -109,6 +109,11 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
         "summary": report.data["summary"],
     }
     return Outcome(data, failure)
+
+
+def plan(order: Order) -> list[dict[str, str]]:
+    """What :func:`run` would make for each target; the same checks, nothing written."""
+    return [asdict(planned) for planned in _plan(order)]
 
 
 def _plan(order: Order) -> list[_Planned]:

@@ -155,7 +155,7 @@ def test_q6_k_rounding_loses_less_than_libggmls(kind: str) -> None:
     ours, theirs = error(quantize_q6_k(values)), error(libggml_quantize(block, values))
     assert ours <= theirs
     if kind in ("gaussian", "heavy tails", "uniform"):
-        assert ours <= 0.93 * theirs  # 0.84 to 0.89 on large samples
+        assert ours <= 0.92 * theirs  # 0.85 to 0.90 on large samples
 
 
 def test_q6_k_of_zeros_is_zero_beside_anything() -> None:

@@ -127,6 +127,16 @@ def test_a_dry_run_plans_and_writes_nothing(phi4_checkpoint: Path, tmp_path: Pat
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_runs_of_the_other_commands_write_nothing_either(run: Path, phi4_checkpoint: Path, tmp_path: Path) -> None:
+    calibrate = ("calibrate", phi4_checkpoint, "--corpus", TEXT, "--samples", "4", "--sequence-length", "32")
+    assert phi4edge(*calibrate, "--out", tmp_path / "run", "--dry-run")["data"]["tokens"] == 128
+    planned = phi4edge("export", run, "--format", "gguf", "--out", tmp_path / "a.gguf", "--dry-run")["data"]
+    assert planned["scheme"] == "q4_0"
+    rows = phi4edge("run", recipe(tmp_path, phi4_checkpoint), "--out", tmp_path / "out", "--dry-run")["data"]["targets"]
+    assert rows == [{"target": "local", "scheme": "q4_0", "format": "gguf"}]
+    assert [path.name for path in tmp_path.iterdir()] == ["recipe.toml"]
+
+
 def test_resume_with_another_recipe_is_exit_7(run: Path, phi4_checkpoint: Path) -> None:
     error = quantize(phi4_checkpoint, run, "--scheme", "q4_1", expect=7)["error"]
     assert "recipe.scheme was" in error["message"]

@@ -59,6 +59,7 @@ class ModelOptions:
 def phi3_config(arch: Architecture, metadata: dict[str, Any], options: ModelOptions) -> dict[str, Any]:
     """config.json in the spelling of Microsoft's checkpoints."""
     return {
+        "_name_or_path": BASE_MODEL,
         "architectures": ["Phi3ForCausalLM"],
         "model_type": "phi3",
         "vocab_size": arch.vocab,

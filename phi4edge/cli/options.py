@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["common", "corpus_options", "force_option"]
+__all__ = ["common", "corpus_options", "dry_run_option", "force_option"]
 
 from collections.abc import Callable
 from typing import Any, TypeVar
@@ -26,6 +26,7 @@ def common(function: F) -> F:
     return function
 
 
+dry_run_option = click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
 force_option = click.option("--force", is_flag=True, help="Replace what already lies at --out.")
 
 

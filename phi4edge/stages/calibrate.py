@@ -7,7 +7,7 @@ so that `quantize` into the same RUN takes the same corpus.
 
 from __future__ import annotations
 
-__all__ = ["calibrate", "corpus_of_run"]
+__all__ = ["calibrate", "corpus_of_run", "plan"]
 
 import time
 from dataclasses import asdict
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
-from phi4edge.calibration.corpus import load_corpus
+from phi4edge.calibration.corpus import Corpus, load_corpus
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
 from phi4edge.core.atomic import write_bytes, write_json
@@ -58,17 +58,7 @@ def calibrate(
         InputError: the model or the corpus is not usable.
         ResumeError: begun with other inputs.
     """
-    checkpoint = open_checkpoint(model)
-    tokenizer = check_tokenizer(checkpoint.index)
-    memory = plan_memory(checkpoint.config, Recipe(method="rtn", corpus=recipe, guard=False), ram_budget)
-    corpus = load_corpus(
-        recipe.corpus,
-        tokenizer,
-        samples=recipe.samples,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        chat=recipe.chat_template,
-    )
+    checkpoint, corpus, memory = _prepare(model, recipe, ram_budget)
     folder = out / CALIBRATION
     hashes = hash_checkpoint(checkpoint.index, folder)
     inputs = {"kind": "calibrate", "recipe": asdict(recipe), **open_inputs(recipe, corpus.sha256, hashes)}
@@ -100,6 +90,36 @@ def calibrate(
         }
         write_json(folder / MANIFEST, manifest)
         return manifest
+
+
+def plan(model: str | Path, recipe: CorpusRecipe, *, ram_budget: int | None = None) -> dict[str, Any]:
+    """The same checks as :func:`calibrate`, and what it would do; writes nothing and reads no weight."""
+    checkpoint, corpus, memory = _prepare(model, recipe, ram_budget)
+    return {
+        "model": checkpoint.index.name,
+        "recipe": asdict(recipe),
+        "tokens": recipe.tokens,
+        "corpus_sha256": corpus.sha256,
+        "memory": asdict(memory),
+    }
+
+
+def _prepare(
+    model: str | Path, recipe: CorpusRecipe, ram_budget: int | None
+) -> tuple[CheckpointReader, Corpus, MemoryPlan]:
+    """Everything that can be refused is refused here, before the first weight is read."""
+    checkpoint = open_checkpoint(model)
+    tokenizer = check_tokenizer(checkpoint.index)
+    memory = plan_memory(checkpoint.config, Recipe(method="rtn", corpus=recipe, guard=False), ram_budget)
+    corpus = load_corpus(
+        recipe.corpus,
+        tokenizer,
+        samples=recipe.samples,
+        sequence_length=recipe.sequence_length,
+        seed=recipe.seed,
+        chat=recipe.chat_template,
+    )
+    return checkpoint, corpus, memory
 
 
 def _measure(

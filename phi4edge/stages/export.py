@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Verification", "export", "reader_of", "verify"]
+__all__ = ["Verification", "export", "plan", "reader_of", "verify"]
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,13 +37,30 @@ def export(run: Path, format_name: str, out: Path, options: WriteOptions, *, mod
             raise InputError(f"{run}: is a checkpoint, and {format_name} is written from a run", "quantize it first")
         unrounded: Artifact = writer.write_f16(open_checkpoint(run), out, options)
         return unrounded
-    source = open_run(run, model)
-    reason = writer.refusal(source, options)
-    if reason is not None:
-        raise InputError(f"{format_name} cannot hold this run: {reason}", _alternatives(source, format_name, options))
-    artifact = writer.write(source, out, options)
+    artifact = writer.write(_held(run, format_name, options, model), out, options)
     assert isinstance(artifact, Artifact)
     return artifact
+
+
+def plan(run: Path, format_name: str, out: Path, options: WriteOptions, *, model: str | None = None) -> dict[str, str]:
+    """The same checks as :func:`export`; writes nothing.
+
+    Raises:
+        InputError: as :func:`export`.
+    """
+    source = _held(run, format_name, options, model)
+    if out.exists() and not options.force:
+        raise InputError(f"{out}: already exists", "choose another --out, or pass --force to replace it")
+    return {"path": str(out), "format": format_name, "scheme": source.scheme.name}
+
+
+def _held(run: Path, format_name: str, options: WriteOptions, model: str | None) -> QuantizedModel:
+    """The run, after the format was asked whether it can hold it."""
+    source = open_run(run, model)
+    reason = load_plugin(WRITERS, format_name).refusal(source, options)
+    if reason is not None:
+        raise InputError(f"{format_name} cannot hold this run: {reason}", _alternatives(source, format_name, options))
+    return source
 
 
 def _alternatives(source: QuantizedModel, refused: str, options: WriteOptions) -> str | None:

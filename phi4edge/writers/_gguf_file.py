@@ -7,7 +7,7 @@ are claims: every length is held against what the file still has, every tensor's
 
 from __future__ import annotations
 
-__all__ = ["GgufFile", "GgufTensor", "read_gguf", "read_rows"]
+__all__ = ["MAGIC", "GgufFile", "GgufTensor", "read_gguf", "read_rows"]
 
 import os
 import struct

@@ -13,7 +13,16 @@ Keys that decide how the file behaves:
 
 from __future__ import annotations
 
-__all__ = ["add_config", "add_origin", "add_tokenizer", "check_tokenizer", "read_config", "safe_name"]
+__all__ = [
+    "ARCHITECTURE",
+    "SCHEME",
+    "add_config",
+    "add_origin",
+    "add_tokenizer",
+    "check_tokenizer",
+    "read_config",
+    "safe_name",
+]
 
 import json
 import math

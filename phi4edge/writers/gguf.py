@@ -111,7 +111,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     assert kind is not None, "refused above"
     plan = plan_tensors(model.checkpoint, options.head, options.embedding, model, kind)
     provenance = {**model.provenance, "scheme": model.scheme.name}
-    name = Path(provenance.get("base_model", model.checkpoint.index.folder.name)).name
+    name = Path(provenance.get("base_model", model.checkpoint.index.name)).name
     return _write(model.checkpoint, out, options, plan, _Labels(name, provenance, kind.name, model.scheme.name))
 
 
@@ -130,7 +130,7 @@ def write_f16(checkpoint: CheckpointReader, out: Path, options: WriteOptions, dt
     if reason:
         raise InputError(f"gguf cannot hold this model: {reason}")
     plan = plan_tensors(checkpoint, dtype, dtype, None, BLOCK_TYPES[dtype])
-    name = checkpoint.index.folder.resolve().name
+    name = checkpoint.index.name
     provenance = {"version": __version__, "base_model": name, "method": "none"}
     return _write(checkpoint, out, options, plan, _Labels(name, provenance, dtype, dtype))
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from phi4edge.cli.options import common, force_option
+from phi4edge.cli.options import common, dry_run_option, force_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
 from phi4edge.core.memory import format_bytes
@@ -31,6 +31,7 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 @click.option("--embedding", type=_TYPES, default="q8_0", show_default=True, help="Type of the embedding in a GGUF.")
 @click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
 @force_option
+@dry_run_option
 @common
 def command(
     run: Path,
@@ -42,6 +43,7 @@ def command(
     embedding: str,
     model: str | None,
     force: bool,
+    dry_run: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -50,7 +52,7 @@ def command(
 
     RUN may also be a full-precision checkpoint folder: with --format gguf it is written in float16.
     """
-    from phi4edge.stages.export import export
+    from phi4edge.stages.export import export, plan
     from phi4edge.stages.fitting import check_run_fits
     from phi4edge.writers._api import WriteOptions
 
@@ -59,6 +61,11 @@ def command(
             run, target, format_name=format_name, context=context, head=head, embedding=embedding, model=model
         )
     options = WriteOptions(head=head, embedding=embedding, force=force, progress=progress_for(quiet))
+    if dry_run:
+        planned = plan(run, format_name, out, options, model=model)
+        shown = f"would write {planned['path']}: {planned['format']} {planned['scheme']}; nothing was written"
+        emit("export", planned, shown, as_json=as_json)
+        return
     artifact = export(run, format_name, out, options, model=model)
     data = {
         "path": str(artifact.path),

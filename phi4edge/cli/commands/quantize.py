@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.options import common, corpus_options
+from phi4edge.cli.options import common, corpus_options, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
 from phi4edge.core.errors import UsageError
@@ -77,7 +77,7 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
 @click.option(
     "--resume/--restart", default=True, help="Go on with a run begun before, or begin anew.  [default: resume]"
 )
-@click.option("--dry-run", is_flag=True, help="Check everything and print the plan; write nothing.")
+@dry_run_option
 @common
 def command(
     model: str,

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.options import common
+from phi4edge.cli.options import common, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure
 from phi4edge.core.errors import InputError, UsageError
@@ -45,7 +45,13 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 @click.command("run")
 @click.argument("what", metavar="RECIPE.toml|MODEL")
 @click.option("--target", "targets", multiple=True, metavar="ID", help="A target; may be repeated.  [default: local]")
-@click.option("--out", type=click.Path(path_type=Path), default=Path("phi4edge-out"), show_default=True)
+@click.option(
+    "--out",
+    type=click.Path(path_type=Path),
+    default=Path("phi4edge-out"),
+    show_default=True,
+    help="Folder for runs, artifacts, results and the report.",
+)
 @click.option("--method", type=click.Choice(names("phi4edge.solvers")), help="[default: gptq]")
 @click.option("--scheme", help="One scheme for all targets.  [default: what suits each]")
 @click.option("--corpus", metavar="PATH|NAME", help="Calibration text.  [default: builtin]")
@@ -54,6 +60,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 @click.option("--chunks", type=int, help="Chunks of it.  [default: all of a file, 32 of a corpus]")
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option("--resume/--restart", default=True, help="Go on with a run, or begin it anew.  [default: resume]")
+@dry_run_option
 @common
 def command(
     what: str,
@@ -67,6 +74,7 @@ def command(
     chunks: int | None,
     ram_budget: str | None,
     resume: bool,
+    dry_run: bool,
     as_json: bool,
     verbose: int,
     quiet: bool,
@@ -79,7 +87,7 @@ def command(
     """
     from phi4edge.core.recipe import CorpusRecipe, Recipe
     from phi4edge.measurement.gates import Limits
-    from phi4edge.pipeline import Order, run
+    from phi4edge.pipeline import Order, plan, run
     from phi4edge.runtimes._api import SpeedRequest
     from phi4edge.targets.choice import Wish
 
@@ -119,6 +127,11 @@ def command(
         )
     except TypeError as error:
         raise UsageError(f"{what}: a value has the wrong type ({error})") from error
+    if dry_run:
+        planned = plan(order)
+        shown = "\n".join(f"{row['target']}: {row['scheme']} in {row['format']}" for row in planned)
+        emit("run", {"targets": planned}, f"{shown}\nnothing was written", as_json=as_json)
+        return
     outcome = run(order, progress_for(quiet))
     lines = [
         f"{row['target']}: {row['artifact']}"
