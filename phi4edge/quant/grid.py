@@ -6,7 +6,7 @@ group, so one solver loop serves all of them. What differs is what is stored for
 ===========  ==================================  ===========================  ===========
 grid         stored                              a, b                         codes
 ===========  ==================================  ===========================  ===========
-affine sym   scales f16                          s, −s·2^(bits−1)             0 … 2^bits−1
+affine sym   scales f16                          s, −s·2^(bits−1)             0 … 15, 1 … 255
 affine asym  scales f16, zeros u8                s, −s·z                      0 … 2^bits−1
 q4_0         scales f16 (may be negative)        d, −8·d                      0 … 15
 q8_0         scales f16                          d, −128·d                    1 … 255
@@ -40,8 +40,8 @@ class Grid:
 
     @property
     def low(self) -> int:
-        """Smallest code. Q8_0 keeps to −127…127, as llama.cpp writes it."""
-        return 1 if self.scheme.grid == "q8_0" else 0
+        """Smallest code. Symmetric 8-bit grids keep to −127…127, as llama.cpp's Q8_0 does, so that it can hold them."""
+        return 1 if self.scheme.symmetric and self.scheme.bits == 8 else 0
 
     @property
     def high(self) -> int:

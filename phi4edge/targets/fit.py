@@ -113,7 +113,7 @@ def block_type(scheme: Scheme) -> str | None:
     if scheme.group_size > 0 and scheme.group_size % 32:
         return None
     # A wider group repeats its scale in each block of 32.
-    return {(4, True): "q4_0", (4, False): "q4_1", (8, True): "q8_0"}.get((scheme.bits, scheme.symmetric))
+    return {(4, True): "q4_0", (8, True): "q8_0"}.get((scheme.bits, scheme.symmetric))
 
 
 def tensor_bytes(shape: Sequence[int], kind: str, where: str) -> int:
