@@ -71,7 +71,7 @@ def test_activations_on_disk_give_the_same_bytes_as_in_ram(
 ) -> None:
     from dataclasses import replace
 
-    from phi4edge.stages import quantize as module
+    from phi4edge.stages import job as module
 
     whole = module.plan_memory
     monkeypatch.setattr(module, "plan_memory", lambda *a: replace(whole(*a), spill=True))

@@ -16,17 +16,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from phi4edge.calibration.blockpass import BlockPass, Stores
-from phi4edge.calibration.budget import SOLVER_ROWS, MemoryPlan, plan_memory
-from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.calibration.blockpass import BlockPass
+from phi4edge.calibration.budget import SOLVER_ROWS
 from phi4edge.calibration.statistics import InputMoments, LayerStats
-from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
-from phi4edge.core.atomic import write_bytes, write_json
-from phi4edge.core.errors import MissingToolError
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Event, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.memory import format_bytes, peak_rss_bytes, rss_bytes
@@ -34,13 +31,14 @@ from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, load_block
-from phi4edge.model.rope import rotary_table
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.stages.guard import held_out_errors
-from phi4edge.stages.inputs import check_tokenizer, hash_checkpoint, note_location, open_inputs
-from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, read_block, read_manifest
+from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
+from phi4edge.stages.job import Job, prepare
+from phi4edge.stages.manifest import finish, performance
+from phi4edge.stages.run_reader import MANIFEST, read_manifest
+from phi4edge.stages.stream import CalibrationStream
 
 
 @dataclass(frozen=True)
@@ -70,7 +68,7 @@ def quantize(
         ResumeError: ``out`` was begun with other inputs.
     """
     checkpoint = open_checkpoint(model)
-    job = _prepare(checkpoint, recipe, ram_budget, device)
+    job = prepare(checkpoint, recipe, ram_budget, device)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
     inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}
@@ -80,13 +78,13 @@ def quantize(
         if manifest is None:
             with torch.inference_mode():
                 _solve_blocks(job, work, progress)
-            manifest = _finish(job, work, sha256_json(inputs))
-        return QuantizeSummary(out, manifest, _performance(work))
+            manifest = finish(job, work, sha256_json(inputs))
+        return QuantizeSummary(out, manifest, performance(work))
 
 
 def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, device: str = "cpu") -> dict[str, Any]:
     """The same checks as :func:`quantize`, and what it would do; writes nothing and reads no weight."""
-    job = _prepare(open_checkpoint(model), recipe, ram_budget, device)
+    job = prepare(open_checkpoint(model), recipe, ram_budget, device)
     config = job.checkpoint.config
     return {
         "model": job.checkpoint.index.name,
@@ -98,42 +96,13 @@ def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, de
     }
 
 
-@dataclass(frozen=True)
-class _Job:
-    checkpoint: CheckpointReader
-    recipe: Recipe
-    scheme: Scheme
-    corpus: Corpus | None
-    memory: MemoryPlan
-    device: str
-
-
-def _prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None, device: str) -> _Job:
-    """Everything that can be refused is refused here, before the first weight is read."""
-    config, scheme = checkpoint.config, parse_scheme(recipe.scheme)
-    load_plugin("phi4edge.solvers", recipe.method)
-    for name, (_, columns) in config.linear_shapes.items():
-        scheme.groups(columns, f"model.layers.0.{name}")
-    if device == "cuda" and not torch.cuda.is_available():
-        raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
-    tokenizer = check_tokenizer(checkpoint.index)
-    memory = plan_memory(config, recipe, ram_budget)
-    corpus = None
-    if recipe.corpus is not None:
-        c = recipe.corpus
-        corpus = load_corpus(
-            c.corpus, tokenizer, samples=c.samples, sequence_length=c.sequence_length, seed=c.seed, chat=c.chat_template
-        )
-    return _Job(checkpoint, recipe, scheme, corpus, memory, device)
-
-
-def _solve_blocks(job: _Job, work: Workdir, progress: Progress) -> None:
+def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
     config = job.checkpoint.config
     done = _check_committed(work)
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
         progress.note(work.repaired)
-    stream = _Stream(job, work, done, progress) if job.corpus is not None else None
+    stream = CalibrationStream(job, work, done, progress) if job.corpus is not None else None
     for layer in range(done, config.num_layers):
         started = time.monotonic()
         block = load_block(job.checkpoint, layer)
@@ -151,7 +120,7 @@ def _solve_blocks(job: _Job, work: Workdir, progress: Progress) -> None:
 
 
 def _solve_block(
-    job: _Job, block: Block, layer: int, stream: _Stream | None, progress: Progress
+    job: Job, block: Block, layer: int, stream: CalibrationStream | None, progress: Progress
 ) -> tuple[list[dict[str, Tensor]], list[dict[str, Any]], list[Event]]:
     """Tensors to store, one record a linear, and events of one block."""
     tensors: list[dict[str, Tensor]] = []
@@ -186,13 +155,13 @@ def _solve_block(
 
 
 def _solve_linear(
-    job: _Job,
+    job: Job,
     name: str,
     weight: Tensor,
     stats: LayerStats | None,
     passing: BlockPass | None,
     stage: int,
-    stream: _Stream | None,
+    stream: CalibrationStream | None,
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
     recipe = job.recipe
     options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS)
@@ -221,53 +190,6 @@ def _solve_linear(
     return rtn.linear, record | {"method": "rtn"}, events
 
 
-class _Stream:
-    """The calibration samples on their way through the blocks."""
-
-    def __init__(self, job: _Job, work: Workdir, done: int, progress: Progress) -> None:
-        assert job.corpus is not None
-        config, tokens = job.checkpoint.config, job.corpus.tokens
-        samples, length = tokens.shape
-        folder = work.path / "hidden"
-        self.stores = Stores.create(config, samples, length, folder if job.memory.spill else None)
-        self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
-        self._config, self._device = config, job.device
-        self._rotary = rotary_table(config.rope, length, job.device)
-        self._folder = folder
-        folder.mkdir(exist_ok=True)
-        for partial in folder.glob("*.partial"):
-            partial.unlink()
-        record = work.records[done - 1].get("hidden") if done else None
-        if record and self.stores.hidden.load(work.path / record["file"], record["sha256"]):
-            return
-        self.stores.fill(job.checkpoint, tokens)
-        for layer in range(done):  # the residual stream was lost: send it through the finished blocks again
-            progress.status(f"recomputing hidden states, block {layer}")
-            self._replay(job, work, layer)
-
-    def block_pass(self, block: Block) -> BlockPass:
-        """The pass through ``block``."""
-        return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, self.stores, self._device)
-
-    def _replay(self, job: _Job, work: Workdir, layer: int) -> None:
-        passing = self.block_pass(load_block(job.checkpoint, layer))
-        for stage, linear in enumerate(read_block(work.path, layer, job.scheme)):
-            for _ in passing.advance(stage, linear.dequantize()):
-                pass
-
-    def save(self, layer: int) -> dict[str, str]:
-        """Keep the residual stream that goes into block ``layer``."""
-        path = self._folder / f"{layer:05d}.bin"
-        self.stores.hidden.save(path)
-        return {"file": f"hidden/{path.name}", "sha256": sha256_file(path)}
-
-    def forget(self, layer: int) -> None:
-        """Drop residual streams that no resume needs any more."""
-        for path in self._folder.glob("*.bin"):
-            if int(path.stem) <= layer:
-                path.unlink()
-
-
 def _check_committed(work: Workdir) -> int:
     """Number of leading blocks whose files are as the journal says; the rest is done again."""
     for count, record in enumerate(work.records):
@@ -285,72 +207,3 @@ def _finished(work: Workdir, blocks: int) -> dict[str, Any] | None:
         return read_manifest(work.path)
     (work.path / MANIFEST).unlink(missing_ok=True)
     return None
-
-
-def _finish(job: _Job, work: Workdir, key: str) -> dict[str, Any]:
-    """Write the imatrix and, last of all, the manifest that makes the run complete."""
-    config = job.checkpoint.config
-    if job.corpus is not None:
-        imatrix: dict[str, Tensor] = {}
-        for layer in range(config.num_layers):
-            with safe_open(work.path / f"blocks/{layer:05d}.safetensors", "pt") as file:
-                imatrix |= {k: file.get_tensor(k) for k in file.keys() if k.endswith(".imatrix")}  # noqa: SIM118
-        write_bytes(work.path / IMATRIX, save(imatrix))
-    for leftover in (work.path / "hidden").glob("*.bin"):
-        leftover.unlink()
-    c = job.recipe.corpus
-    events = [event for record in work.records for event in record["events"]]
-    events = [e.as_dict() for e in _length_events(job)] + events
-    manifest = {
-        "schema": "phi4edge/quantize/1",
-        "ok": True,
-        "data": {
-            "model": job.checkpoint.index.name,
-            "scheme": job.scheme.name,
-            "method": job.recipe.method,
-            "recipe": job.recipe.as_dict(),
-            "key": key,
-            "corpus": None
-            if c is None or job.corpus is None
-            else {
-                "name": c.corpus,
-                "samples": c.samples,
-                "held_out": job.recipe.held_out,
-                "sequence_length": c.sequence_length,
-                "tokens": c.tokens,
-                "sha256": job.corpus.sha256,
-            },
-            "quantized_fraction": config.linear_parameters / config.parameters,
-            "bits_per_weight": job.scheme.bits_per_weight,
-            "events": events,
-            "linears": [linear for record in work.records for linear in record["linears"]],
-            "files": {name: digest for record in work.records for name, digest in record["files"].items()},
-        },
-    }
-    write_json(work.path / PERFORMANCE, _performance(work))
-    write_json(work.path / MANIFEST, manifest)
-    return manifest
-
-
-def _length_events(job: _Job) -> list[Event]:
-    """Too few tokens for a Hessian of full rank: GPTQ can then lose to RTN."""
-    c = job.recipe.corpus
-    if c is None or job.recipe.method == "rtn":
-        return []
-    tokens = (c.samples - job.recipe.held_out) * c.sequence_length
-    width = max(columns for _, columns in job.checkpoint.config.linear_shapes.values())
-    if tokens >= 2 * width:
-        return []
-    detail = f"{tokens} calibration tokens for {width} input channels; at least {2 * width} are advised"
-    return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
-
-
-def _performance(work: Workdir) -> dict[str, Any]:
-    """What the run cost, over all processes that worked on it."""
-    blocks = [record["performance"] for record in work.records]
-    return {
-        "seconds": sum(b["seconds"] for b in blocks),
-        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in blocks), default=0),
-        "block_seconds": [b["seconds"] for b in blocks],
-        "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
-    }

@@ -1,0 +1,55 @@
+"""A quantization job: everything that can be refused is refused before the first weight is read."""
+
+from __future__ import annotations
+
+__all__ = ["Job", "prepare"]
+
+from dataclasses import dataclass
+
+import torch
+
+from phi4edge.calibration.budget import MemoryPlan, plan_memory
+from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.core.errors import MissingToolError
+from phi4edge.core.recipe import Recipe
+from phi4edge.core.registry import load as load_plugin
+from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.stages.inputs import check_tokenizer
+
+
+@dataclass(frozen=True)
+class Job:
+    """One quantization: what goes in, checked."""
+
+    checkpoint: CheckpointReader
+    recipe: Recipe
+    scheme: Scheme
+    corpus: Corpus | None
+    memory: MemoryPlan
+    device: str
+
+
+def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None, device: str) -> Job:
+    """Check model, scheme, tokenizer, device, RAM and corpus.
+
+    Raises:
+        InputError, UsageError: the model, the scheme or the corpus is not usable.
+        TargetError: ``ram_budget`` cannot be kept.
+        MissingToolError: no such device.
+    """
+    config, scheme = checkpoint.config, parse_scheme(recipe.scheme)
+    load_plugin("phi4edge.solvers", recipe.method)
+    for name, (_, columns) in config.linear_shapes.items():
+        scheme.groups(columns, f"model.layers.0.{name}")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
+    tokenizer = check_tokenizer(checkpoint.index)
+    memory = plan_memory(config, recipe, ram_budget)
+    corpus = None
+    if recipe.corpus is not None:
+        c = recipe.corpus
+        corpus = load_corpus(
+            c.corpus, tokenizer, samples=c.samples, sequence_length=c.sequence_length, seed=c.seed, chat=c.chat_template
+        )
+    return Job(checkpoint, recipe, scheme, corpus, memory, device)

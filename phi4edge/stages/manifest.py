@@ -1,0 +1,90 @@
+"""What makes a run complete: its imatrix, what it cost, and last of all its manifest.
+
+The manifest is the same for every process that ends the run, however often it was interrupted; what differs from one
+to the next (seconds, RSS) stands in ``performance.json``.
+"""
+
+from __future__ import annotations
+
+__all__ = ["finish", "performance"]
+
+from typing import Any
+
+from safetensors import safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from phi4edge.core.atomic import write_bytes, write_json
+from phi4edge.core.events import Event
+from phi4edge.core.workdir import Workdir
+from phi4edge.stages.job import Job
+from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE
+
+
+def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
+    """Write the imatrix and, last of all, the manifest that makes the run complete."""
+    config = job.checkpoint.config
+    if job.corpus is not None:
+        imatrix: dict[str, Tensor] = {}
+        for layer in range(config.num_layers):
+            with safe_open(work.path / f"blocks/{layer:05d}.safetensors", "pt") as file:
+                imatrix |= {k: file.get_tensor(k) for k in file.keys() if k.endswith(".imatrix")}  # noqa: SIM118
+        write_bytes(work.path / IMATRIX, save(imatrix))
+    for leftover in (work.path / "hidden").glob("*.bin"):
+        leftover.unlink()
+    c = job.recipe.corpus
+    events = [event for record in work.records for event in record["events"]]
+    events = [e.as_dict() for e in _length_events(job)] + events
+    manifest = {
+        "schema": "phi4edge/quantize/1",
+        "ok": True,
+        "data": {
+            "model": job.checkpoint.index.name,
+            "scheme": job.scheme.name,
+            "method": job.recipe.method,
+            "recipe": job.recipe.as_dict(),
+            "key": key,
+            "corpus": None
+            if c is None or job.corpus is None
+            else {
+                "name": c.corpus,
+                "samples": c.samples,
+                "held_out": job.recipe.held_out,
+                "sequence_length": c.sequence_length,
+                "tokens": c.tokens,
+                "sha256": job.corpus.sha256,
+            },
+            "quantized_fraction": config.linear_parameters / config.parameters,
+            "bits_per_weight": job.scheme.bits_per_weight,
+            "events": events,
+            "linears": [linear for record in work.records for linear in record["linears"]],
+            "files": {name: digest for record in work.records for name, digest in record["files"].items()},
+        },
+    }
+    write_json(work.path / PERFORMANCE, performance(work))
+    write_json(work.path / MANIFEST, manifest)
+    return manifest
+
+
+def _length_events(job: Job) -> list[Event]:
+    """Too few tokens for a Hessian of full rank: GPTQ can then lose to RTN."""
+    c = job.recipe.corpus
+    if c is None or job.recipe.method == "rtn":
+        return []
+    tokens = (c.samples - job.recipe.held_out) * c.sequence_length
+    width = max(columns for _, columns in job.checkpoint.config.linear_shapes.values())
+    if tokens >= 2 * width:
+        return []
+    detail = f"{tokens} calibration tokens for {width} input channels; at least {2 * width} are advised"
+    return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
+
+
+def performance(work: Workdir) -> dict[str, Any]:
+    """What the run cost, over all processes that worked on it."""
+    blocks = [record["performance"] for record in work.records]
+    return {
+        "seconds": sum(b["seconds"] for b in blocks),
+        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in blocks), default=0),
+        "block_seconds": [b["seconds"] for b in blocks],
+        "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
+    }
