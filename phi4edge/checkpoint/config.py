@@ -9,13 +9,13 @@ from __future__ import annotations
 
 __all__ = ["ModelConfig", "RopeConfig", "load_config", "parse_config"]
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from phi4edge.core.errors import InputError
+from phi4edge.core.jsonfile import read_object
 
 ARCHITECTURE = "Phi3ForCausalLM"
 
@@ -130,13 +130,7 @@ def load_config(folder: Path) -> ModelConfig:
         )
     if not path.is_file():
         raise InputError(f"{folder}: no config.json in it", "give the folder of a Hugging Face checkpoint")
-    try:
-        raw = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(raw, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return parse_config(raw, str(path))
+    return parse_config(read_object(path), str(path))
 
 
 def parse_config(raw: dict[str, Any], where: str = "config.json") -> ModelConfig:

@@ -20,6 +20,7 @@ import tokenizers
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import InputError
+from phi4edge.core.jsonfile import read_object
 from phi4edge.model.pretokenizer import gguf_pre_tokenizer
 
 if TYPE_CHECKING:
@@ -198,7 +199,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     path = folder / "tokenizer.json"
     if not path.is_file():
         raise InputError(f"{folder}: no tokenizer.json in it", "copy it from the original checkpoint")
-    raw, settings = _read_json(path), _settings(folder)
+    raw, settings = read_object(path), _settings(folder)
     model = raw.get("model") or {}
     kind = model.get("type", "BPE" if "merges" in model else None)
     if kind != "BPE":
@@ -212,7 +213,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         raise InputError(f"{path}: damaged ({error})", "copy it again from the original checkpoint") from error
     backend.no_truncation()
     backend.no_padding()
-    config = _read_json(folder / "config.json") if (folder / "config.json").is_file() else {}
+    config = read_object(folder / "config.json") if (folder / "config.json").is_file() else {}
 
     def special(name: str) -> int | None:
         """By name from the tokenizer's settings, or else by id from config.json, as llama.cpp's converter does."""
@@ -239,19 +240,9 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 _PLAIN_BPE = {"dropout": 0, "continuing_subword_prefix": "", "end_of_word_suffix": "", "byte_fallback": False}
 
 
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return document
-
-
 def _settings(folder: Path) -> dict[str, Any]:
     path = folder / "tokenizer_config.json"
-    return _read_json(path) if path.is_file() else {}
+    return read_object(path) if path.is_file() else {}
 
 
 def _content(token: Any) -> str | None:

@@ -65,9 +65,7 @@ def calibrate(
     with Workdir.open(folder, inputs, restart=restart) as work:
         note_location(checkpoint.index, folder, hashes)
         if (folder / MANIFEST).is_file() and (folder / IMATRIX).is_file():
-            found = read_json(folder / MANIFEST)
-            assert isinstance(found, dict)
-            return found
+            return read_json(folder / MANIFEST)
         started = time.monotonic()
         write_bytes(folder / TOKENS, save({"tokens": corpus.tokens.to(torch.int32)}))
         with torch.inference_mode():

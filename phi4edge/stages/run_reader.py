@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["IMATRIX", "MANIFEST", "PERFORMANCE", "open_run", "read_block", "read_json", "read_manifest"]
 
-import json
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -16,6 +15,7 @@ from phi4edge import __version__
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.core.hashing import sha256_json
+from phi4edge.core.jsonfile import read_object
 from phi4edge.core.workdir import RUN_FILE, differences
 from phi4edge.model.block import LINEARS
 from phi4edge.model.source import QuantizedModel
@@ -26,11 +26,13 @@ from phi4edge.stages.inputs import LOCATION, hash_checkpoint
 MANIFEST, PERFORMANCE, IMATRIX = "manifest.json", "performance.json", "imatrix.safetensors"
 
 
-def read_json(path: Path) -> Any:
-    try:
-        return json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: damaged ({error})", "quantize again with --restart") from error
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON file of a run directory.
+
+    Raises:
+        InputError: it is damaged.
+    """
+    return read_object(path, "quantize again with --restart")
 
 
 def read_manifest(run: Path) -> dict[str, Any]:
@@ -43,9 +45,7 @@ def read_manifest(run: Path) -> dict[str, Any]:
         raise InputError(f"{run}: not a run directory", "give the --out of a finished `phi4edge quantize`")
     if not (run / MANIFEST).is_file():
         raise InputError(f"{run}: the run is not finished", "the same `phi4edge quantize` command goes on with it")
-    manifest = read_json(run / MANIFEST)
-    assert isinstance(manifest, dict)
-    return manifest
+    return read_json(run / MANIFEST)
 
 
 def read_linear(path: Path, name: str, scheme: Scheme) -> QuantizedLinear:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 __all__ = ["ZERO_OFFSET", "GptqFormat", "declares_gptq", "parse_quantization", "quantization_config"]
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from typing import Any
 
 import phi4edge
 from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.jsonfile import read_object
 from phi4edge.quant.scheme import Scheme, parse_scheme, scheme_from_options
 
 ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks, by checkpoint_format
@@ -50,22 +50,12 @@ def quantization_config(scheme: Scheme, checkpoint_format: str) -> dict[str, Any
     }
 
 
-def _load(path: Path) -> dict[str, Any]:
-    try:
-        document = json.loads(path.read_text(encoding="utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{path}: not valid JSON ({error})") from error
-    if not isinstance(document, dict):
-        raise InputError(f"{path}: not a JSON object")
-    return document
-
-
 def declares_gptq(folder: Path) -> bool:
     """Whether ``folder`` claims to be a GPTQ checkpoint; one that is damaged otherwise still does."""
     if (folder / QUANTIZE_CONFIG).is_file():
         return True
     try:
-        declared = _load(folder / "config.json").get("quantization_config")
+        declared = read_object(folder / "config.json").get("quantization_config")
     except (InputError, OSError):
         return False
     return isinstance(declared, dict) and declared.get("quant_method") == "gptq"
@@ -80,7 +70,7 @@ def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
     where, raw = folder / "config.json", config.get("quantization_config")
     beside = folder / QUANTIZE_CONFIG
     if beside.is_file():
-        other = _load(beside)
+        other = read_object(beside)
         for key in ("bits", "group_size", "desc_act", "sym", "checkpoint_format"):
             if isinstance(raw, dict) and key in raw and key in other and raw[key] != other[key]:
                 raise InputError(f"{folder}: {key} is {raw[key]!r} in config.json, {other[key]!r} in {QUANTIZE_CONFIG}")
