@@ -145,6 +145,22 @@ def test_first_positions_get_the_share_of_the_trace_that_was_asked_for() -> None
     assert torch.allclose(stats.mean_square, x.reshape(-1, 16).pow(2).mean(0), rtol=1e-4)
 
 
+def test_shrinkage_scales_what_is_off_the_diagonal_and_nothing_else() -> None:
+    x = torch.randn(4, 50, 16, generator=torch.Generator().manual_seed(0))
+
+    def hessian(shrinkage: float) -> torch.Tensor:
+        moments = InputMoments(16, full=True)
+        moments.add(x)
+        found = moments.result(shrinkage=shrinkage).hessian
+        assert found is not None
+        return found
+
+    whole, shrunk = hessian(0.0), hessian(0.25)
+    off = ~torch.eye(16, dtype=torch.bool)
+    assert torch.equal(shrunk.diagonal(), whole.diagonal())
+    assert torch.allclose(shrunk[off], 0.75 * whole[off])
+
+
 @pytest.mark.parametrize("on_disk", [False, True])
 def test_a_pass_with_unchanged_weights_is_the_block(phi4_checkpoint: Path, tmp_path: Path, on_disk: bool) -> None:
     source = open_checkpoint(phi4_checkpoint)

@@ -46,7 +46,7 @@ class Recipe:
     damp_percent: float = 0.01
     act_order: bool = False
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
-    shrinkage: float = 0.0  # how far H is drawn towards its diagonal
+    shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     guard: bool = True  # compare every linear with RTN on samples kept aside
 
     def __post_init__(self) -> None:

@@ -61,6 +61,20 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     show_default=True,
     help="Share of the mean of diag H added to the diagonal.",
 )
+@click.option(
+    "--sink-share",
+    type=float,
+    default=Recipe.sink_share,
+    show_default=True,
+    help="Share of the Hessian given to first positions (attention sinks).",
+)
+@click.option(
+    "--shrinkage",
+    type=float,
+    default=Recipe.shrinkage,
+    show_default=True,
+    help="How far H is drawn to its diagonal: more carries over better to other text.",
+)
 @corpus_options
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
@@ -89,6 +103,8 @@ def command(
     symmetric: bool | None,
     act_order: bool,
     damp_percent: float,
+    sink_share: float,
+    shrinkage: float,
     corpus: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -130,6 +146,8 @@ def command(
         corpus=calibration,
         damp_percent=damp_percent,
         act_order=act_order,
+        sink_share=sink_share,
+        shrinkage=shrinkage,
         guard=guard,
     )
     budget = parse_bytes(ram_budget) if ram_budget else None
