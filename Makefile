@@ -39,8 +39,8 @@ $(DONE): pyproject.toml constraints.txt benchmarks/setup/build_llama.py
 	@touch $@
 
 check: setup ## Lint, format, types and the import contract.
-	$(BIN)/ruff check
-	$(BIN)/ruff format --check
+	$(BIN)/ruff check --no-cache
+	$(BIN)/ruff format --no-cache --check
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 from gguf import GGMLQuantizationType as Type
 from numpy.typing import NDArray
-from phi4edge.writers.gguf import write_f16
 from safetensors.numpy import save_file
 from scripts import load_script
 from support import write_checkpoint
@@ -19,6 +18,7 @@ from support import write_checkpoint
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, Phi4EdgeError, UsageError
 from phi4edge.writers._api import WriteOptions
+from phi4edge.writers.gguf import write_f16
 
 peer = load_script("benchmarks/peers/llama_quantize.py")
 Options = peer.QuantizeOptions
