@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.ggml import BlockType
-from phi4edge.quant.grid import grid_for
-from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.scheme import Scheme, parse_scheme
 
 _TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
 
@@ -73,41 +67,6 @@ def libggml_quantize(kind: BlockType, values: Tensor) -> Tensor:
     )
     assert written == out.nbytes
     return torch.from_numpy(out)
-
-
-def rounded(name: str, weight: Tensor, scheme: Scheme) -> QuantizedLinear:
-    """``weight`` rounded to the nearest codes of ``scheme``, groups spanned by their extremes."""
-    grid, groups = grid_for(scheme), scheme.groups(weight.shape[1])
-    grouped = weight.reshape(weight.shape[0], groups, -1)
-    low, high = grouped.amin(2), grouped.amax(2)
-    if scheme.symmetric:
-        extreme = torch.where(-low > high, low, high)  # its sign becomes the scale's, on the lowest code
-        params = {"scales": (extreme / (grid.low - grid.middle)).half()}
-    elif scheme.grid == "affine":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = ((high - low) / grid.high).half()
-        zeros = torch.round(-low / scales.float()).clamp(0, grid.high)
-        params = {"scales": scales, "zeros": zeros.to(torch.uint8)}
-    else:
-        params = {"scales": ((high - low) / grid.high).half(), "mins": low.half()}
-    a, b = grid.steps(params)
-    codes = grid.encode(grouped, a[:, :, None], b[:, :, None]).reshape(weight.shape)
-    return QuantizedLinear(name, scheme, codes.to(torch.uint8), params)
-
-
-def quantized_model(
-    folder: Path, scheme_name: str, change: Callable[[QuantizedLinear], QuantizedLinear] | None = None
-) -> QuantizedModel:
-    """The checkpoint in ``folder`` with all linears rounded, each passed through ``change``."""
-    checkpoint, scheme = open_checkpoint(folder), parse_scheme(scheme_name)
-    config = checkpoint.config
-    names = tuple(f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in config.linear_shapes)
-
-    def load(name: str) -> QuantizedLinear:
-        linear = rounded(name, checkpoint.tensor(f"{name}.weight"), scheme)
-        return linear if change is None else change(linear)
-
-    return QuantizedModel(checkpoint, scheme, names, load, {"base_model": "someone/tiny-phi", "method": "rtn"})
 
 
 @llama_cpp.llama_log_callback

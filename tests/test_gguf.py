@@ -14,7 +14,8 @@ import llama_cpp
 import numpy as np
 import pytest
 import torch
-from gguf_support import Llama, libggml_dequantize, libggml_quantize, quantized_model
+from gguf_support import Llama, libggml_dequantize, libggml_quantize
+from rounded import quantized_model
 from support import tiny_config, tiny_weights, write_checkpoint
 from torch import Tensor
 from transformers import Phi3ForCausalLM

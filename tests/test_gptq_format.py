@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from gptq_support import quantized_model, random_linear, rounded
+from gptq_support import random_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from rounded import quantized_model, rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support import write_checkpoint

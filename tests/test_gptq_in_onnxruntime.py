@@ -16,7 +16,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gptq_support import quantized_model
+from rounded import quantized_model
 from safetensors.torch import load_file, save_file
 from support import write_checkpoint
 from transformers import Phi3ForCausalLM

@@ -11,7 +11,8 @@ from typing import Any
 import gguf as gguf_py
 import llama_cpp
 import pytest
-from gguf_support import Llama, quantized_model
+from gguf_support import Llama
+from rounded import quantized_model
 from support import PATTERN, SPECIAL, tiny_config, write_checkpoint
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import PreTrainedTokenizerFast

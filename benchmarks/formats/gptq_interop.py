@@ -115,7 +115,7 @@ def write_cases(folder: Path) -> dict[str, dict[str, Any]]:
 
     import numpy as np
     import torch
-    from gptq_support import quantized_model
+    from rounded import quantized_model
     from safetensors.torch import load_file, save_file
     from support import write_checkpoint
 
@@ -271,7 +271,7 @@ def main() -> int:
             return 5
         cases = [compare(folder, name, ours) for name, ours in expected.items()]
     results = {"tolerance": TOLERANCE, "tokens": LENGTH, "versions": versions(python), "cases": cases}
-    sources = ("tests/support.py", "tests/gptq_support.py", "benchmarks/formats/gptq_interop.py")
+    sources = ("tests/support.py", "tests/rounded.py", "benchmarks/formats/gptq_interop.py")
     sys.path.insert(0, str(ROOT / "benchmarks"))
     from record import record, update_readme  # the peer's environment, which runs this file too, has no phi4edge
 

@@ -16,9 +16,10 @@ column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper
 One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
 sum over finished columns is one matrix product a block. R is the flipped lower factor of the flipped H.
 
-Scales: searched at the start of each group on w̃, weighted by diag H, so that they answer for the errors handed on
-to the group. With ``act_order`` columns go in order of falling diag H while the groups stay where they are (static
-groups, scales searched on W), so no permuted g_idx ever reaches an artifact.
+Scales: searched at the start of each group, weighted by diag H, on what the paper's updates have made of the group
+by then, w_G + S M_GG⁻¹ with S the sum above over finished columns, so that they answer for the errors handed on to
+it. With ``act_order`` columns go in order of falling diag H while the groups stay where they are (static groups,
+scales searched on W), so no permuted g_idx ever reaches an artifact.
 """
 
 from __future__ import annotations
