@@ -5,7 +5,7 @@ measures the GGUF in llama.cpp beside full precision, llama.cpp's own Q4_0 with 
 nearest on the same grid, and Q8_0: drift on text that calibration never saw, speed on this machine. Every step is a
 `phi4edge` command, printed before it runs, so that each can be run again by hand.
 
-    python benchmarks/demo/run.py [--out build/demo] [--samples 48] [--chunks 16] [--restart]
+    python benchmarks/demo/run.py [--out build/demo] [--samples 40] [--chunks 16] [--restart]
 """
 
 from __future__ import annotations
@@ -139,7 +139,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("build/demo"))
-    parser.add_argument("--samples", type=int, default=48, help="calibration samples of 512 tokens; %(default)s")
+    parser.add_argument("--samples", type=int, default=40, help="calibration samples of 512 tokens; %(default)s")
     parser.add_argument("--chunks", type=int, default=16, help="evaluation chunks of 512 tokens; %(default)s")
     parser.add_argument("--restart", action="store_true", help="solve again what an earlier demo solved")
     a = parser.parse_args()

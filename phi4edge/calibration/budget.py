@@ -13,7 +13,7 @@ from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
 from phi4edge.core.recipe import Recipe
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
-SOLVER_ROWS = 512  # rows of a weight matrix that a core solves together
+SOLVER_ROWS = 1536  # rows of a weight matrix that a core solves together
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
 
 
@@ -50,7 +50,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
     # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
     cores = os.cpu_count() or 1
-    solving = (4 * widest * widest * 4 if recipe.method != "rtn" else 0) + cores * SOLVER_ROWS * widest * 13
+    pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
+    solving = (4 * widest * widest * 4 if recipe.method != "rtn" else 0) + pieces
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4

@@ -39,7 +39,7 @@ class SolverOptions:
 
     damp_percent: float = 0.01  # of the mean of diag H, added to the diagonal
     act_order: bool = False  # most excited columns first, groups fixed beforehand (static groups)
-    rows: int = 512  # rows of W solved together, on one core; codes do not depend on how many cores there are
+    rows: int = 1536  # rows of W solved together, on one core; codes do not depend on how many cores there are
 
 
 @dataclass(frozen=True)
