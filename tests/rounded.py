@@ -47,4 +47,5 @@ def quantized_model(
         linear = rounded(name, checkpoint.tensor(f"{name}.weight"), scheme)
         return linear if change is None else change(linear)
 
-    return QuantizedModel(checkpoint, scheme, names, load, {"base_model": "someone/tiny-phi", "method": "rtn", "recipe": "rtn | none"})
+    provenance = {"base_model": "someone/tiny-phi", "method": "rtn", "recipe": "rtn | none"}
+    return QuantizedModel(checkpoint, scheme, names, load, provenance)
