@@ -2,8 +2,17 @@
 
 from __future__ import annotations
 
-__all__ = ["available_bytes", "format_bytes", "parse_bytes", "peak_rss_bytes", "reset_peak_rss", "rss_bytes"]
+__all__ = [
+    "available_bytes",
+    "format_bytes",
+    "parse_bytes",
+    "peak_rss_bytes",
+    "release_memory",
+    "reset_peak_rss",
+    "rss_bytes",
+]
 
+import ctypes
 import re
 import resource
 import sys
@@ -80,3 +89,12 @@ def available_bytes() -> int | None:
         return None
     match = re.search(r"^MemAvailable:\s+(\d+) kB", text, re.MULTILINE)
     return int(match[1]) * 1024 if match else None
+
+
+def release_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc); its arenas fragment otherwise."""
+    try:
+        trim = ctypes.CDLL(None).malloc_trim
+    except (OSError, AttributeError):
+        return
+    trim(0)

@@ -26,7 +26,7 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Event, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
-from phi4edge.core.memory import format_bytes, peak_rss_bytes, rss_bytes
+from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory, rss_bytes
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import Workdir
@@ -116,6 +116,8 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
         work.commit(record, files)
         if stream is not None:
             stream.forget(layer)
+        del block, solved
+        release_memory()  # so that what a block leaves behind does not add up
     progress.finish()
 
 
