@@ -100,11 +100,15 @@ def test_bad_corpora_name_the_place(tmp_path: Path, tokenizer: Tokenizer) -> Non
     (tmp_path / "bad.jsonl").write_text('{"text": "fine"}\n{"text": \n')
     (tmp_path / "none.jsonl").write_text('{"words": "fine"}\n')
     (tmp_path / "key.toml").write_text('[[part]]\nkind = "python-docs"\nshares = 1\n')
+    (tmp_path / "share.toml").write_text('[[part]]\nkind = "python-docs"\nshare = "half"\n')
+    (tmp_path / "bare.toml").write_text('description = "nothing"\n')
     (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
     for name, message in (
         ("bad.jsonl", r"bad\.jsonl:2: not valid JSON"),
         ("none.jsonl", r"none\.jsonl:1: record has no text"),
-        ("key.toml", "unknown key 'shares'"),
+        ("key.toml", r"part\[0\]\.shares: unknown key"),
+        ("share.toml", r"part\[0\]\.share: is a string, expected a number"),
+        ("bare.toml", r"part: missing"),
         ("latin.txt", "not UTF-8 at byte 3"),
         ("absent.txt", "no such file"),
     ):

@@ -216,3 +216,10 @@ def test_a_misspelt_recipe_key_names_the_closest(phi4_checkpoint: Path, tmp_path
     assert "max_kdl" in error["message"]
     assert "max_kld" in error["hint"]
     assert not (tmp_path / "out").exists()
+
+
+def test_a_recipe_value_of_the_wrong_type_is_named(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    path = recipe(tmp_path, phi4_checkpoint)
+    path.write_text('targets = "local"\n' + path.read_text())
+    error = phi4edge("run", path, "--out", tmp_path / "out", "--dry-run", expect=3)["error"]
+    assert "targets: is a string" in error["message"]

@@ -10,11 +10,10 @@ __all__ = ["BUILTIN", "Corpus", "load_corpus", "load_texts"]
 
 import hashlib
 import random
-import tomllib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 from torch import Tensor
@@ -22,6 +21,7 @@ from torch import Tensor
 from phi4edge.calibration.sources import PYTHON_KINDS, Document, file_documents, python_documents
 from phi4edge.core.errors import InputError, UsageError, closest
 from phi4edge.core.resources import data_folder
+from phi4edge.core.settings import Table, read_toml
 
 BUILTIN = "builtin"
 _PART_KEYS = ("kind", "path", "share", "chat")
@@ -76,31 +76,18 @@ def _parts(spec: str, chat: bool | None) -> tuple[list[Part], bool]:
         if half:
             raise UsageError(f"corpus {spec!r}: a file has no halves", "evaluate on another file")
         return [Part("file", Path(name), 1.0, bool(chat))], False
-    try:
-        table = tomllib.loads(recipe.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise InputError(f"{recipe}: not valid TOML ({error})") from error
-    entries = table.get("part", [])
-    if not entries:
-        raise InputError(f"{recipe}: no [[part]] in it", "see calibration/README.md")
-    return [_part(entry, recipe, chat) for entry in entries], half == "eval"
+    table = Table(read_toml(recipe), ("description", "part"), str(recipe))
+    parts = table.tables("part", _PART_KEYS, required=True)
+    return [_part(part, recipe.parent, chat) for part in parts], half == "eval"
 
 
-def _part(entry: dict[str, Any], recipe: Path, chat: bool | None) -> Part:
-    for key in entry:
-        if key not in _PART_KEYS:
-            near = closest(key, _PART_KEYS)
-            raise InputError(f"{recipe}: unknown key {key!r} in a part", f"did you mean {near!r}?" if near else None)
-    kind = str(entry.get("kind", "file"))
-    if kind not in ("file", *PYTHON_KINDS):
-        raise InputError(f"{recipe}: unknown kind {kind!r}", f"known: file, {', '.join(PYTHON_KINDS)}")
-    if kind == "file" and "path" not in entry:
-        raise InputError(f"{recipe}: a part of kind file needs a path")
-    share = float(entry.get("share", 1.0))
-    if not share > 0:
-        raise InputError(f"{recipe}: share {share} is not positive")
-    path = recipe.parent / str(entry["path"]) if kind == "file" else None
-    return Part(kind, path, share, bool(entry.get("chat", False)) if chat is None else chat)
+def _part(table: Table, folder: Path, chat: bool | None) -> Part:
+    """One [[part]] of a recipe in ``folder``."""
+    kind = table.choice("kind", ("file", *PYTHON_KINDS), "file")
+    path = folder / table.string("path") if kind == "file" else None
+    share = table.number("share") if "share" in table else 1.0
+    said = table.boolean("chat", False)
+    return Part(kind, path, share, said if chat is None else chat)
 
 
 def _documents(part: Part, evaluation: bool) -> Iterator[Document]:

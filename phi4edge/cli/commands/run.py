@@ -28,8 +28,10 @@ _SECTIONS = {
 def _read(path: Path) -> dict[str, dict[str, Any]]:
     """The recipe's sections; every key is known, paths are relative to the recipe."""
     whole = read_toml(path)
-    Table(whole, ("model", "targets", *_SECTIONS), str(path))
-    found: dict[str, dict[str, Any]] = {"": {k: v for k, v in whole.items() if k not in _SECTIONS}}
+    top = Table(whole, ("model", "targets", *_SECTIONS), str(path))
+    found: dict[str, dict[str, Any]] = {"": {"model": top.string("model")}}
+    if "targets" in top:
+        found[""]["targets"] = top.strings("targets")
     for section, keys in _SECTIONS.items():
         table = whole.get(section, {})
         if not isinstance(table, dict):
@@ -94,8 +96,6 @@ def command(
     settings: dict[str, dict[str, Any]] = {"": {"model": what}} | {section: {} for section in _SECTIONS}
     if what.endswith(".toml"):
         settings = _read(Path(what))
-        if "model" not in settings[""]:
-            raise InputError(f"{what}: model: missing, expected a string", "model = 'folder or hub id'")
     flags: dict[str, dict[str, Any]] = {
         "": {"targets": list(targets) or None},
         "quantize": {"method": method, "scheme": scheme, "ram_budget": ram_budget},
