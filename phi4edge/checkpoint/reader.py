@@ -6,7 +6,7 @@ and peak RSS is a promise here.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointReader", "open_checkpoint", "read_tensor"]
+__all__ = ["CheckpointReader", "open_checkpoint", "read_tensor", "stored_dtype"]
 
 import os
 from dataclasses import dataclass
@@ -27,6 +27,11 @@ _TORCH = {
     "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
     "BOOL": torch.bool,
 }  # fmt: skip
+
+
+def stored_dtype(ref: TensorRef) -> torch.dtype:
+    """The dtype that a tensor has in its file."""
+    return _TORCH[ref.dtype]
 
 
 def read_tensor(ref: TensorRef, rows: slice | None = None) -> Tensor:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["QuantizedModel", "WeightSource"]
+__all__ = ["Overlay", "QuantizedModel", "WeightSource"]
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Protocol
 
 from torch import Tensor
@@ -30,23 +30,54 @@ class WeightSource(Protocol):
 
 
 @dataclass(frozen=True)
-class QuantizedModel:
-    """What a writer takes: a finished run's codes and the checkpoint that holds everything else."""
+class Overlay:
+    """A source some of whose tensors are replaced: norm gains that a transform folded into, or that were tuned."""
 
-    checkpoint: CheckpointReader  # embedding, norms, head, tokenizer files
-    scheme: Scheme
+    source: WeightSource
+    replaced: Mapping[str, Tensor]  # by checkpoint name, float32
+
+    @property
+    def config(self) -> ModelConfig:
+        """The model's shapes."""
+        return self.source.config
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """The replaced tensor where there is one, otherwise the source's."""
+        found = self.replaced.get(name)
+        if found is None:
+            return self.source.tensor(name, rows)
+        return found if rows is None else found[rows]
+
+
+@dataclass(frozen=True)
+class QuantizedModel:
+    """What a writer takes: a finished run's codes, and what the model holds beside them."""
+
+    checkpoint: CheckpointReader  # the base model: configuration, tokenizer files, and tensors that nothing changed
+    scheme: Scheme  # of every linear that ``exceptions`` does not name
     linears: tuple[str, ...]  # names of the quantized tensors without ".weight", in model order
     load: Callable[[str], QuantizedLinear]  # reads one of them from the run directory
     provenance: Mapping[str, str]  # recipe hash, base model, corpus …: plain strings for metadata
+    replaced: Mapping[str, Tensor] = field(default_factory=dict)  # float tensors that the run changed
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
 
     @property
     def config(self) -> ModelConfig:
         """The model's shapes."""
         return self.checkpoint.config
 
+    @property
+    def rest(self) -> Overlay:
+        """Source of everything that is not quantized."""
+        return Overlay(self.checkpoint, self.replaced)
+
+    def scheme_of(self, linear: str) -> Scheme:
+        """The scheme of one linear."""
+        return self.exceptions.get(linear, self.scheme)
+
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        """A :class:`WeightSource` over the run: codes dequantized, the rest from the checkpoint."""
+        """A :class:`WeightSource` over the run: codes dequantized, the rest as it is."""
         if name.removesuffix(".weight") in self.linears:
             weight = self.load(name.removesuffix(".weight")).dequantize()
             return weight if rows is None else weight[rows]
-        return self.checkpoint.tensor(name, rows)
+        return self.rest.tensor(name, rows)

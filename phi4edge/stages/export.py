@@ -126,8 +126,8 @@ def verify(path: Path, run: Path | None, *, model: str | None = None, progress: 
             if linear in source.linears:
                 _compare_linears(path, found, source.load(linear))
                 linears += 1
-            elif len(shape) == 1 and not torch.equal(values, source.checkpoint.tensor(name)):
-                raise VerifyError(f"{path}: {name} differs from the checkpoint's")
+            elif len(shape) == 1 and not torch.equal(values, source.tensor(name)):
+                raise VerifyError(f"{path}: {name} differs from the run's")
         progress.advance()
     progress.finish()
     return Verification(path, writer.__name__.rsplit(".", 1)[-1], len(shapes), linears, run)

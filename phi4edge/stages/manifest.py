@@ -18,7 +18,7 @@ from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.core.events import Event
 from phi4edge.core.workdir import Workdir
 from phi4edge.stages.job import Job
-from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE
+from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
 
 
 def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
@@ -27,7 +27,7 @@ def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
     if job.corpus is not None:
         imatrix: dict[str, Tensor] = {}
         for layer in range(config.num_layers):
-            with safe_open(work.path / f"blocks/{layer:05d}.safetensors", "pt") as file:
+            with safe_open(work.path / block_file(layer), "pt") as file:
                 imatrix |= {k: file.get_tensor(k) for k in file.keys() if k.endswith(".imatrix")}  # noqa: SIM118
         write_bytes(work.path / IMATRIX, save(imatrix))
     for leftover in (work.path / "hidden").glob("*.bin"):

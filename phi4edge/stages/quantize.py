@@ -37,7 +37,7 @@ from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish, performance
-from phi4edge.stages.run_reader import MANIFEST, read_manifest
+from phi4edge.stages.run_reader import MANIFEST, block_file, read_manifest
 from phi4edge.stages.stream import CalibrationStream
 
 
@@ -107,7 +107,7 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
         started = time.monotonic()
         block = load_block(job.checkpoint, layer)
         solved, records, events = _solve_block(job, block, layer, stream, progress)
-        files = [f"blocks/{layer:05d}.safetensors"]
+        files = [block_file(layer)]
         write_bytes(work.path / files[0], save({k: v for tensors in solved for k, v in tensors.items()}))
         record: dict[str, Any] = {"block": layer, "linears": records, "events": [e.as_dict() for e in events]}
         if stream is not None and layer + 1 < config.num_layers:

@@ -2,8 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["IMATRIX", "MANIFEST", "PERFORMANCE", "open_run", "read_block", "read_json", "read_manifest"]
+__all__ = [
+    "IMATRIX",
+    "MANIFEST",
+    "PERFORMANCE",
+    "block_file",
+    "open_run",
+    "read_block",
+    "read_json",
+    "read_manifest",
+    "tuned_file",
+]
 
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -48,21 +59,50 @@ def read_manifest(run: Path) -> dict[str, Any]:
     return read_json(run / MANIFEST)
 
 
-def read_linear(path: Path, name: str, scheme: Scheme) -> QuantizedLinear:
-    """One linear from a block's file."""
+def block_file(layer: int) -> str:
+    """Where a block's codes lie, within the run: codes and parameters, imatrix, and norm gains if they changed."""
+    return f"blocks/{layer:05d}.safetensors"
+
+
+def tuned_file(layer: int | None) -> str:
+    """Where tuning left a block's parameters and norm gains; None: the final norm's gain."""
+    return "tuned/rest.safetensors" if layer is None else f"tuned/{layer:05d}.safetensors"
+
+
+def _tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
     with safe_open(path, "pt") as file:
-        tensors: dict[str, Tensor] = {
-            key: file.get_tensor(key)
-            for key in file.keys()  # noqa: SIM118  not a mapping
-            if key.startswith(f"{name}.") and not key.endswith(".imatrix")
-        }
+        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118  not a mapping
+
+
+def read_linear(run: Path, name: str, scheme: Scheme, *, tuned: bool = False) -> QuantizedLinear:
+    """One linear of a committed block; ``tuned``: with the parameters that tuning gave it."""
+    layer = int(name.split(".")[2])
+
+    def belongs(key: str) -> bool:
+        return key.startswith(f"{name}.") and not key.endswith(".imatrix")
+
+    tensors = _tensors(run / block_file(layer), belongs)
+    if tuned:
+        tensors |= _tensors(run / tuned_file(layer), belongs)
     return QuantizedLinear.from_tensors(name, scheme, tensors)
 
 
 def read_block(run: Path, layer: int, scheme: Scheme) -> list[QuantizedLinear]:
-    """The four linears of a committed block, in order of use."""
-    path = run / f"blocks/{layer:05d}.safetensors"
-    return [read_linear(path, f"model.layers.{layer}.{name}", scheme) for name in LINEARS]
+    """The four linears of a committed block, in order of use, before any tuning."""
+    return [read_linear(run, f"model.layers.{layer}.{name}", scheme) for name in LINEARS]
+
+
+def read_norms(run: Path, layer: int | None, *, tuned: bool = False) -> dict[str, Tensor]:
+    """Norm gains of a block (None: the final one) that the run changed, by checkpoint name, float32."""
+    found = _tensors(run / block_file(layer), is_norm) if layer is not None else {}
+    if tuned:
+        found |= _tensors(run / tuned_file(layer), is_norm)
+    return {name: gain.float() for name, gain in found.items()}
+
+
+def is_norm(key: str) -> bool:
+    """Whether a stored tensor is a norm's gain."""
+    return key.endswith("norm.weight")
 
 
 def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
@@ -88,12 +128,16 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         )
     config = checkpoint.config
     scheme = parse_scheme(manifest["scheme"])
+    tuned = manifest.get("tuning") is not None
     names = tuple(f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS)
 
     @lru_cache(maxsize=1)
     def load(name: str) -> QuantizedLinear:
-        return read_linear(run / f"blocks/{int(name.split('.')[2]):05d}.safetensors", name, scheme)
+        return read_linear(run, name, scheme, tuned=tuned)
 
+    replaced: dict[str, Tensor] = {}
+    for layer in (*range(config.num_layers), None):
+        replaced |= read_norms(run, layer, tuned=tuned)
     corpus = manifest["corpus"]
     text = "none" if corpus is None else f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
     provenance = {
@@ -107,4 +151,4 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         "calibration": text,
         "calibration_sha256": "none" if corpus is None else corpus["sha256"],
     }
-    return QuantizedModel(checkpoint, scheme, names, load, provenance)
+    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced)

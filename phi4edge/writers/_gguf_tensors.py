@@ -10,8 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.model.source import QuantizedModel
+from phi4edge.model.source import QuantizedModel, WeightSource
 from phi4edge.quant.ggml import BLOCK_TYPES, BlockType, pack_linear
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
 from phi4edge.writers._gguf_names import FACTORS, gguf_name
@@ -37,10 +36,10 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    checkpoint: CheckpointReader, head: str, embedding: str, model: QuantizedModel | None, kind: BlockType
+    source: WeightSource, head: str, embedding: str, model: QuantizedModel | None, kind: BlockType
 ) -> list[PlannedTensor]:
-    """Every tensor in model order; matrices of the blocks in ``kind``, from ``model``'s codes where there is one."""
-    config = checkpoint.config
+    """Every tensor in model order from ``source``, matrices of the blocks in ``kind`` from ``model``'s codes if any."""
+    config = source.config
     tables = {"lm_head.weight": head, "model.embed_tokens.weight": head if config.tie_word_embeddings else embedding}
     plan = []
     for name, shape in config.tensor_shapes().items():
@@ -51,7 +50,7 @@ def plan_tensors(
             plan.append(PlannedTensor(target, kind, shape, _codes(model, linear)))
         else:
             stored = BLOCK_TYPES["f32"] if len(shape) == 1 else BLOCK_TYPES[tables[name]] if name in tables else kind
-            plan.append(PlannedTensor(target, stored, shape, _rounded(checkpoint, name, shape, stored)))
+            plan.append(PlannedTensor(target, stored, shape, _rounded(source, name, shape, stored)))
     for field, target in FACTORS.items():
         factors = getattr(config.rope, field)
         if factors is not None:
@@ -70,7 +69,7 @@ def _codes(model: QuantizedModel, linear: str) -> Callable[[], Iterator[Tensor]]
 
 
 def _rounded(
-    checkpoint: CheckpointReader, name: str, shape: tuple[int, ...], kind: BlockType
+    source: WeightSource, name: str, shape: tuple[int, ...], kind: BlockType
 ) -> Callable[[], Iterator[Tensor]]:
     def store(values: Tensor) -> Tensor:
         if kind.name == "q8_0":
@@ -81,11 +80,11 @@ def _rounded(
 
     def pieces() -> Iterator[Tensor]:
         if len(shape) == 1:
-            yield store(checkpoint.tensor(name)[None])
+            yield store(source.tensor(name)[None])
             return
         step = max(1, _CHUNK // shape[1])
         for start in range(0, shape[0], step):
-            yield store(checkpoint.tensor(name, slice(start, start + step)))
+            yield store(source.tensor(name, slice(start, start + step)))
 
     return pieces
 

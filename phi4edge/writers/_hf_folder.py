@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from phi4edge.checkpoint.index import TensorRef
-from phi4edge.checkpoint.reader import CheckpointReader, read_tensor
+from phi4edge.checkpoint.reader import read_tensor, stored_dtype
 from phi4edge.core.errors import InputError
 from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
@@ -51,12 +51,16 @@ def copy_side_files(model: QuantizedModel, folder: Path) -> None:
             shutil.copyfile(path, folder / path.name)
 
 
-def stored_pieces(checkpoint: CheckpointReader, ref: TensorRef) -> Iterator[Piece]:
-    """A tensor of the checkpoint in its stored dtype, some rows at a time, bit for bit.
+def stored_pieces(model: QuantizedModel, ref: TensorRef) -> Iterator[Piece]:
+    """A tensor in the checkpoint's dtype, some rows at a time: the stored bytes, or what the run put in their place.
 
     Raises:
         InputError: a value in it that is NaN or Inf.
     """
+    replaced = model.replaced.get(ref.name)
+    if replaced is not None:
+        yield ref.name, replaced.to(stored_dtype(ref))
+        return
     if not ref.shape:
         yield ref.name, read_tensor(ref)
         return
@@ -65,7 +69,7 @@ def stored_pieces(checkpoint: CheckpointReader, ref: TensorRef) -> Iterator[Piec
         rows = slice(start, min(start + step, ref.shape[0]))
         piece = read_tensor(ref, rows)
         if piece.is_floating_point() and not bool(torch.isfinite(piece).all()):
-            checkpoint.tensor(ref.name, rows)  # raises, naming the first bad element
+            model.checkpoint.tensor(ref.name, rows)  # raises, naming the first bad element
         yield ref.name, piece
 
 

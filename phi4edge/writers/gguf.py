@@ -109,7 +109,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
         raise InputError(f"gguf cannot hold this run: {reason}", "schemes that fit: w4g32, w4g128, q4_0, q4_1, q8_0")
     kind = block_type_of(model.scheme)
     assert kind is not None, "refused above"
-    plan = plan_tensors(model.checkpoint, options.head, options.embedding, model, kind)
+    plan = plan_tensors(model.rest, options.head, options.embedding, model, kind)
     provenance = {**model.provenance, "scheme": model.scheme.name}
     name = Path(provenance.get("base_model", model.checkpoint.index.name)).name
     return _write(model.checkpoint, out, options, plan, _Labels(name, provenance, kind.name, model.scheme.name))

@@ -141,7 +141,7 @@ def _pieces(model: QuantizedModel, plan: list[PlannedTensor], zero_offset: int, 
             yield tensor.name, packed.pop(field)
         else:
             progress.status(tensor.name)
-            yield from stored_pieces(model.checkpoint, index.tensors[tensor.name])
+            yield from stored_pieces(model, index.tensors[tensor.name])
         progress.advance()
 
 
