@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -75,6 +76,38 @@ def test_a_mixed_recipe_keeps_its_shares(tmp_path: Path, tokenizer: Tokenizer) -
     letters = set(tokenizer.encode("aaaa bbbb " * 10))
     from_file = sum(set(row.tolist()) <= letters for row in corpus.tokens)
     assert from_file == 6
+
+
+def test_samples_put_aside_hold_every_domain_and_come_last(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    for name, words in (("a", "aaaa bbbb "), ("b", "cccc dddd "), ("c", "eeee ffff ")):
+        (tmp_path / f"{name}.txt").write_text(words * 4000)
+    (tmp_path / "mix.toml").write_text(
+        '[[part]]\npath = "a.txt"\nshare = 0.7\n[[part]]\npath = "b.txt"\nshare = 0.2\ndomain = "second"\n'
+        '[[part]]\npath = "c.txt"\nshare = 0.1\n'
+    )
+    spec = str(tmp_path / "mix.toml")
+    for held_out, aside in ((8, {"a": 5, "second": 2, "c": 1}), (3, {"a": 1, "second": 1, "c": 1}), (1, {"a": 1})):
+        corpus = load_corpus(spec, tokenizer, samples=40, sequence_length=32, held_out=held_out)
+        assert corpus.held_out == held_out
+        assert Counter(corpus.domains[-held_out:]) == aside
+        assert corpus.domain_counts()["second"] == {"samples": 8, "held_out": aside.get("second", 0)}
+        letters = {"a": "aaaa bbbb ", "second": "cccc dddd ", "c": "eeee ffff "}
+        for row, domain in zip(corpus.tokens, corpus.domains, strict=True):
+            assert set(row.tolist()) <= set(tokenizer.encode(letters[domain] * 10))
+    plain = load_corpus(spec, tokenizer, samples=40, sequence_length=32)
+    assert sorted(plain.tokens.tolist()) == sorted(corpus.tokens.tolist())
+
+
+def test_a_domain_of_one_sample_is_kept_where_others_have_more(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    many, one = "aaaa bbbb " * 300, "cccc dddd " * 12
+    records = [{"text": many, "domain": "many"}, {"text": one, "domain": "one"}]
+    (tmp_path / "x.jsonl").write_text("".join(json.dumps(record) + "\n" for record in records))
+    length = len(tokenizer.encode(one))
+    samples = 1 + len(tokenizer.encode(many)) // length
+    corpus = load_corpus(
+        str(tmp_path / "x.jsonl"), tokenizer, samples=samples, sequence_length=length, held_out=samples - 2
+    )
+    assert Counter(corpus.domains[:2]) == {"many": 1, "one": 1}
 
 
 def test_a_part_that_is_used_up_leaves_its_share_to_the_others(tmp_path: Path, tokenizer: Tokenizer) -> None:

@@ -1,7 +1,8 @@
 """From a corpus name or path to token chunks: what calibration runs through the model.
 
 A corpus is a recipe of parts with shares (``calibration/*.toml``), a text file, or a JSONL file. Samples are
-chunks of equal length, cut from the documents in an order that the seed decides.
+chunks of equal length, cut from the documents in an order that the seed decides; a sample is of one domain. Samples
+to be kept aside come last, and every domain has its share of them.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ __all__ = ["BUILTIN", "Corpus", "load_corpus", "load_texts"]
 
 import hashlib
 import random
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,7 +26,8 @@ from phi4edge.core.resources import data_folder
 from phi4edge.core.settings import Table, read_toml
 
 BUILTIN = "builtin"
-_PART_KEYS = ("kind", "path", "share", "chat")
+_PART_KEYS = ("kind", "path", "share", "chat", "domain")
+Chunk = tuple[str, list[int]]  # domain, token ids
 
 
 class ChatTokenizer(Protocol):
@@ -49,6 +52,7 @@ class Part:
     path: Path | None
     share: float
     chat: bool
+    domain: str  # of the documents that name none of their own
 
 
 @dataclass(frozen=True)
@@ -58,6 +62,13 @@ class Corpus:
     name: str
     sha256: str  # of the chunks' token ids
     tokens: Tensor  # [samples, length] int64
+    domains: tuple[str, ...]  # of every sample
+    held_out: int = 0  # the last samples, kept aside: every domain has its share of them
+
+    def domain_counts(self) -> dict[str, dict[str, int]]:
+        """Samples of every domain, and how many of them are kept aside."""
+        aside = Counter(self.domains[len(self.domains) - self.held_out :])
+        return {d: {"samples": n, "held_out": aside[d]} for d, n in sorted(Counter(self.domains).items())}
 
 
 def _parts(spec: str, chat: bool | None) -> tuple[list[Part], bool]:
@@ -75,7 +86,7 @@ def _parts(spec: str, chat: bool | None) -> tuple[list[Part], bool]:
             raise InputError(f"no corpus {name!r}", hint)
         if half:
             raise UsageError(f"corpus {spec!r}: a file has no halves", "evaluate on another file")
-        return [Part("file", Path(name), 1.0, bool(chat))], False
+        return [Part("file", Path(name), 1.0, bool(chat), Path(name).stem)], False
     table = Table(read_toml(recipe), ("description", "part"), str(recipe))
     parts = table.tables("part", _PART_KEYS, required=True)
     return [_part(part, recipe.parent, chat) for part in parts], half == "eval"
@@ -87,7 +98,8 @@ def _part(table: Table, folder: Path, chat: bool | None) -> Part:
     path = folder / table.string("path") if kind == "file" else None
     share = table.number("share") if "share" in table else 1.0
     said = table.boolean("chat", False)
-    return Part(kind, path, share, said if chat is None else chat)
+    domain = table.string("domain", path.stem if path is not None else kind)
+    return Part(kind, path, share, said if chat is None else chat, domain)
 
 
 def _documents(part: Part, evaluation: bool) -> Iterator[Document]:
@@ -144,10 +156,12 @@ def load_corpus(
     sequence_length: int,
     seed: int = 0,
     chat: bool | None = None,
+    held_out: int = 0,
 ) -> Corpus:
     """Tokenize corpus ``spec`` into ``samples`` chunks of ``sequence_length`` tokens.
 
-    ``chat`` true or false overrides what the recipe says of its parts; None leaves it to the recipe.
+    ``chat`` true or false overrides what the recipe says of its parts; None leaves it to the recipe. ``held_out``
+    samples are put last, chosen so that what is kept and what is held out are mixed alike.
 
     Raises:
         InputError: the corpus is empty, or shorter than asked.
@@ -177,22 +191,50 @@ def load_corpus(
         )
     chunks = [chunk for pool in pools for chunk in pool]
     random.Random(seed).shuffle(chunks)
-    tokens = torch.tensor(chunks, dtype=torch.int64)
-    return Corpus(spec, hashlib.sha256(tokens.numpy().tobytes()).hexdigest(), tokens)
+    chunks = _put_last(chunks, held_out)
+    tokens = torch.tensor([ids for _, ids in chunks], dtype=torch.int64)
+    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
+    return Corpus(spec, digest, tokens, tuple(domain for domain, _ in chunks), held_out)
 
 
-def _chunks(
-    part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int
-) -> list[list[int]]:
+def _put_last(chunks: list[Chunk], count: int) -> list[Chunk]:
+    """The same chunks, ``count`` of them moved to the end: of every domain the last ones, as many as is its share.
+
+    Seats are given one at a time. Every domain with at least two samples gets one first, where there are enough;
+    each further one goes to the domain that is furthest below its share and keeps a sample.
+    """
+    assert 0 <= count < len(chunks)
+    have = Counter(domain for domain, _ in chunks)
+    several = [domain for domain in have if have[domain] > 1]
+    seats = Counter(several if count >= len(several) else [])
+    while seats.total() < count:
+        open_to = [d for d in have if have[d] - seats[d] > 1] or [d for d in have if have[d] > seats[d]]
+        seats[max(open_to, key=lambda d: have[d] * count / len(chunks) - seats[d])] += 1
+    left = have - seats  # how many of each still stay in front
+    front: list[Chunk] = []
+    back: list[Chunk] = []
+    for chunk in chunks:
+        (front if left[chunk[0]] > 0 else back).append(chunk)
+        left[chunk[0]] -= 1
+    return front + back
+
+
+def _chunks(part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int) -> list[Chunk]:
     """At most ``count`` samples of a part; fewer where its text ends."""
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
-    stream: list[int] = []
+    chunks: list[Chunk] = []
+    streams: dict[str, list[int]] = {}  # what is not yet cut, by domain
     for document in _shuffled(list(_documents(part, evaluation)), seed) if count else ():
+        domain = document.domain or part.domain
+        stream = streams.setdefault(domain, [])
         stream += tokenizer.encode(_render(document, part.chat, tokenizer))
-        if len(stream) >= count * body:
+        whole = len(stream) // body
+        chunks += [(domain, head + stream[i * body : (i + 1) * body]) for i in range(whole)]
+        del stream[: whole * body]
+        if len(chunks) >= count:
             break
-    return [head + stream[i * body : (i + 1) * body] for i in range(min(count, len(stream) // body))]
+    return chunks[:count]
 
 
 def _render(document: Document, chat: bool, tokenizer: ChatTokenizer) -> str:

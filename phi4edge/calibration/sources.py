@@ -35,6 +35,7 @@ class Document:
 
     text: str
     messages: tuple[dict[str, str], ...] = ()
+    domain: str = ""  # where a file names one record by record
 
 
 def _pieces(text: str) -> Iterator[Document]:
@@ -124,16 +125,18 @@ def _record(line: str, where: str) -> Document:
     except json.JSONDecodeError as error:
         raise InputError(f"{where}: not valid JSON ({error.msg})") from error
     if isinstance(record, dict):
+        domain = record.get("domain", "")
+        if not isinstance(domain, str):
+            raise InputError(f"{where}: domain is {domain!r}", "a domain is a word in quotes")
         if isinstance(record.get("text"), str):
-            return Document(record["text"])
+            return Document(record["text"], domain=domain)
         messages = record.get("messages")
         if isinstance(messages, list) and messages and all(isinstance(m, dict) and "content" in m for m in messages):
-            return Document(
-                "", tuple({"role": str(m.get("role", "user")), "content": str(m["content"])} for m in messages)
-            )
+            turns = ({"role": str(m.get("role", "user")), "content": str(m["content"])} for m in messages)
+            return Document("", tuple(turns), domain)
         for ask, reply in _PAIRS:
             if isinstance(record.get(ask), str) and isinstance(record.get(reply), str):
                 pair = ({"role": "user", "content": record[ask]}, {"role": "assistant", "content": record[reply]})
-                return Document(f"{record[ask]}\n{record[reply]}\n", pair)
+                return Document(f"{record[ask]}\n{record[reply]}\n", pair, domain)
     pairs = ", ".join(f"{a}/{b}" for a, b in _PAIRS)
     raise InputError(f"{where}: record has no text", f"a record needs text, messages, or a pair {pairs}")

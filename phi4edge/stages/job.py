@@ -50,6 +50,12 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
     if recipe.corpus is not None:
         c = recipe.corpus
         corpus = load_corpus(
-            c.corpus, tokenizer, samples=c.samples, sequence_length=c.sequence_length, seed=c.seed, chat=c.chat_template
+            c.corpus,
+            tokenizer,
+            samples=c.samples,
+            sequence_length=c.sequence_length,
+            seed=c.seed,
+            chat=c.chat_template,
+            held_out=recipe.held_out,
         )
     return Job(checkpoint, recipe, scheme, corpus, memory, device)

@@ -52,6 +52,7 @@ def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
                 "held_out": job.recipe.held_out,
                 "sequence_length": c.sequence_length,
                 "tokens": c.tokens,
+                "domains": job.corpus.domain_counts(),
                 "sha256": job.corpus.sha256,
             },
             "quantized_fraction": config.linear_parameters / config.parameters,
