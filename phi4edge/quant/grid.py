@@ -19,7 +19,7 @@ the same bits as ``s·(q − z)`` and as libggml's ``d·q + m`` with its single 
 
 from __future__ import annotations
 
-__all__ = ["Grid", "Params", "grid_for"]
+__all__ = ["Grid", "Params", "grid_for", "half"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi4edge.core.errors import InputError
 from phi4edge.quant.scheme import Scheme
 
 Params = Mapping[str, Tensor]  # stored grid parameters by name, each [rows, groups]
@@ -60,6 +61,11 @@ class Grid:
             return ("scales",)
         return ("scales", "zeros" if self.scheme.grid == "affine" else "mins")
 
+    @property
+    def tunable(self) -> tuple[str, ...]:
+        """The fields that are float16: what may be tuned while codes and whole-numbered fields stay."""
+        return tuple(field for field in self.fields if field != "zeros")
+
     def steps(self, params: Params) -> tuple[Tensor, Tensor]:
         """``a`` and ``b`` of every group, both [rows, groups] float32."""
         a = params["scales"].float()
@@ -68,6 +74,25 @@ class Grid:
         if self.scheme.grid == "affine":
             return a, -a * params["zeros"].float()
         return a, params["mins"].float()
+
+    def store(self, a: Tensor, b: Tensor, weight: Tensor | None = None) -> Params:
+        """The stored parameters whose steps are nearest to ``a`` and ``b``, both [rows, groups] float32.
+
+        On a symmetric grid ``a`` decides alone. ``weight`` [rows, groups] is how much a group counts where several
+        share what is stored.
+
+        Raises:
+            InputError: a scale or minimum exceeds float16.
+        """
+        scales = half(a)
+        if self.scheme.symmetric:
+            return {"scales": scales}
+        if self.scheme.grid != "affine":
+            return {"scales": scales, "mins": half(b)}
+        stored = scales.float()
+        safe = torch.where(stored == 0, torch.ones_like(stored), stored)
+        zeros = torch.where(stored == 0, torch.zeros_like(b), -b / safe).round_().clamp_(self.low, self.high)
+        return {"scales": scales, "zeros": zeros.to(torch.uint8)}
 
     def encode(self, values: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Nearest codes of ``values``; ``a`` and ``b`` broadcast against it. Float, whole numbers.
@@ -84,6 +109,18 @@ class Grid:
         rows, groups = a.shape
         grouped = codes.reshape(rows, groups, -1).float()
         return (grouped * a[:, :, None] + b[:, :, None]).reshape(rows, -1)
+
+
+def half(values: Tensor) -> Tensor:
+    """``values`` rounded to float16.
+
+    Raises:
+        InputError: one of them exceeds float16.
+    """
+    rounded = values.to(torch.float16)
+    if not bool(torch.isfinite(rounded).all()):
+        raise InputError(f"a group needs a scale of {float(values.abs().max()):.3g}, beyond float16's 65504")
+    return rounded
 
 
 def grid_for(scheme: Scheme) -> Grid:

@@ -16,8 +16,7 @@ __all__ = ["search"]
 import torch
 from torch import Tensor
 
-from phi4edge.core.errors import InputError
-from phi4edge.quant.grid import Grid, Params
+from phi4edge.quant.grid import Grid, Params, half
 
 _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
 _REFINEMENTS = 2
@@ -59,17 +58,10 @@ def _importance(importance: Tensor | None, values: Tensor) -> Tensor:
 
 def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
     if grid.scheme.symmetric:
-        return {"scales": _half(_symmetric(grid, x, h))}
+        return {"scales": half(_symmetric(grid, x, h))}
     if grid.scheme.grid == "affine":
         return _with_zero_point(grid, x, h)
     return _with_minimum(grid, x, h)
-
-
-def _half(scale: Tensor) -> Tensor:
-    half = scale.to(torch.float16)
-    if not bool(torch.isfinite(half).all()):
-        raise InputError(f"a group needs a scale of {float(scale.abs().max()):.3g}, beyond float16's 65504")
-    return half
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -130,7 +122,7 @@ def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> Params:
             consider(step, (point + shift).clamp(0, top))
     for _ in range(_REFINEMENTS):
         consider(torch.where(scale == 0, torch.ones_like(scale), scale), zero)
-    return {"scales": _half(scale.squeeze(1)), "zeros": zero.squeeze(1).to(torch.uint8)}
+    return {"scales": half(scale.squeeze(1)), "zeros": zero.squeeze(1).to(torch.uint8)}
 
 
 def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> Params:
@@ -166,4 +158,4 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> Params:
             consider(step, middle - step * top / 2 + tilt * (span - step * top))
     for _ in range(_REFINEMENTS):
         consider(torch.where(scale == 0, torch.ones_like(scale), scale), minimum)
-    return {"scales": _half(scale.squeeze(1)), "mins": _half(minimum.squeeze(1))}
+    return {"scales": half(scale.squeeze(1)), "mins": half(minimum.squeeze(1))}
