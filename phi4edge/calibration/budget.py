@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SOLVER_ROWS", "MemoryPlan", "plan_memory"]
+__all__ = ["SOLVER_ROWS", "TUNING_LOGIT_BYTES", "TUNING_PIECE_TOKENS", "MemoryPlan", "plan_memory"]
 
 import os
 from dataclasses import dataclass
@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
-from phi4edge.core.recipe import Recipe
+from phi4edge.core.recipe import Recipe, TuningRecipe
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 SOLVER_ROWS = 1536  # rows of a weight matrix that a core solves together
+TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
+TUNING_LOGIT_BYTES = 96 * 2**20  # of one model's logits at a time
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
 
 
@@ -25,6 +27,7 @@ class MemoryPlan:
     least: int  # the smallest budget that this run could keep
     expected: int  # planned peak RSS
     spill: bool  # activations live in files, not in RAM
+    spill_tuning: bool = False  # so do codes, optimizer states and what lies between blocks while tuning
 
 
 def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> MemoryPlan:
@@ -56,10 +59,28 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
     least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
-    limit = _limit(budget)
-    _check(limit, least, least)
-    spill = least + stores > limit
-    return MemoryPlan(limit, least, least + (0 if spill else stores), spill)
+    tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
+    limit, needed = _limit(budget), max(least, tuning)
+    _check(limit, needed, needed)
+    spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
+    expected = max(least + (0 if spill else stores), tuning + (0 if spill_tuning else tuning_stores))
+    return MemoryPlan(limit, needed, expected, spill, spill_tuning)
+
+
+def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int) -> tuple[int, int]:
+    """What tuning needs beside ``base`` (a block's weights and their gradients), and what may be in files instead."""
+    assert recipe.corpus is not None
+    codes = config.linear_parameters  # a byte each while they are in use
+    continuous = codes // 16  # groups of 32 with scale and minimum at the most; three moments of each
+    length = recipe.corpus.sequence_length
+    piece = max(length, TUNING_PIECE_TOKENS)
+    # What autograd keeps of a block, and what the block computes on the way.
+    working = piece * (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
+    head = config.vocab_size * config.hidden_size * 2 + 4 * TUNING_LOGIT_BYTES
+    block = (codes + 3 * 4 * continuous) // config.num_layers
+    samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch
+    stores = samples * length * config.hidden_size * 4
+    return base + block + max(working, head), codes + 3 * 4 * continuous + stores
 
 
 def _limit(budget: int | None) -> int:

@@ -73,6 +73,15 @@ class CheckpointReader:
         """The model's shapes."""
         return self.index.config
 
+    @property
+    def head_name(self) -> str:
+        """The tensor that the head multiplies with."""
+        return "model.embed_tokens.weight" if self.config.tie_word_embeddings else "lm_head.weight"
+
+    def stored_dtype(self, name: str) -> torch.dtype:
+        """The dtype that tensor ``name`` has in its file."""
+        return stored_dtype(self.index.tensors[name])
+
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Tensor ``name`` (or rows of it) in float32.
 

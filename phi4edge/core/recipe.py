@@ -5,7 +5,7 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["CorpusRecipe", "Recipe"]
+__all__ = ["CorpusRecipe", "Recipe", "TuningRecipe"]
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -37,6 +37,25 @@ class CorpusRecipe:
 
 
 @dataclass(frozen=True)
+class TuningRecipe:
+    """How scales, minima and norm gains are tuned end to end once the codes are solved."""
+
+    passes: float = 2.0  # over the calibration samples
+    learning_rate: float = 1e-3  # peak of the one-cycle schedule, relative to each value
+    batch: int = 2  # samples a step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not self.passes > 0:
+            raise UsageError(f"tuning passes {self.passes} is not positive", "leave tuning out with --tune-passes 0")
+        if not 0 < self.learning_rate < 1:
+            raise UsageError(f"tuning learning_rate {self.learning_rate} is not between 0 and 1")
+        if self.batch < 1:
+            raise UsageError(f"tuning batch {self.batch} is not positive")
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How codes are solved for."""
 
@@ -48,6 +67,7 @@ class Recipe:
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     guard: bool = True  # compare every linear with RTN on samples kept aside
+    tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -57,6 +77,10 @@ class Recipe:
             raise UsageError(f"sink_share {self.sink_share} is not between 0 and 1")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage} is not between 0 and 1")
+        if self.tuning is not None and (self.corpus is None or not self.guard):
+            raise UsageError(
+                "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
+            )
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
 

@@ -6,7 +6,7 @@ to the next (seconds, RSS) stands in ``performance.json``.
 
 from __future__ import annotations
 
-__all__ = ["finish", "performance"]
+__all__ = ["finish"]
 
 from typing import Any
 
@@ -19,9 +19,10 @@ from phi4edge.core.events import Event
 from phi4edge.core.workdir import Workdir
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
+from phi4edge.stages.tune import Tuned
 
 
-def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
+def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None) -> dict[str, Any]:
     """Write the imatrix and, last of all, the manifest that makes the run complete."""
     config = job.checkpoint.config
     if job.corpus is not None:
@@ -35,6 +36,8 @@ def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
     c = job.recipe.corpus
     events = [event for record in work.records for event in record["events"]]
     events = [e.as_dict() for e in _length_events(job)] + events
+    if tuned is not None:
+        events += [e.as_dict() for e in tuned.events]
     manifest = {
         "schema": "phi4edge/quantize/1",
         "ok": True,
@@ -59,10 +62,12 @@ def finish(job: Job, work: Workdir, key: str) -> dict[str, Any]:
             "bits_per_weight": job.scheme.bits_per_weight,
             "events": events,
             "linears": [linear for record in work.records for linear in record["linears"]],
-            "files": {name: digest for record in work.records for name, digest in record["files"].items()},
+            "tuning": tuned.summary if tuned is not None else None,
+            "files": {name: digest for record in work.records for name, digest in record["files"].items()}
+            | (tuned.files if tuned is not None else {}),
         },
     }
-    write_json(work.path / PERFORMANCE, performance(work))
+    write_json(work.path / PERFORMANCE, _performance(work, tuned))
     write_json(work.path / MANIFEST, manifest)
     return manifest
 
@@ -80,12 +85,14 @@ def _length_events(job: Job) -> list[Event]:
     return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
 
 
-def performance(work: Workdir) -> dict[str, Any]:
+def _performance(work: Workdir, tuned: Tuned | None) -> dict[str, Any]:
     """What the run cost, over all processes that worked on it."""
     blocks = [record["performance"] for record in work.records]
+    tuning = tuned.performance if tuned is not None else {"seconds": 0.0, "peak_rss_bytes": 0}
     return {
-        "seconds": sum(b["seconds"] for b in blocks),
-        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in blocks), default=0),
+        "seconds": sum(b["seconds"] for b in blocks) + tuning["seconds"],
+        "tuning_seconds": tuning["seconds"],
+        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in (*blocks, tuning)), default=0),
         "block_seconds": [b["seconds"] for b in blocks],
         "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
     }

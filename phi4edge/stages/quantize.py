@@ -36,9 +36,10 @@ from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
-from phi4edge.stages.manifest import finish, performance
-from phi4edge.stages.run_reader import MANIFEST, block_file, read_manifest
+from phi4edge.stages.manifest import finish
+from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
 from phi4edge.stages.stream import CalibrationStream
+from phi4edge.stages.tune import tune
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,11 @@ def quantize(
         if manifest is None:
             with torch.inference_mode():
                 _solve_blocks(job, work, progress)
-            manifest = finish(job, work, sha256_json(inputs))
-        return QuantizeSummary(out, manifest, performance(work))
+            key = sha256_json(inputs)
+            with torch.no_grad():
+                tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
+            manifest = finish(job, work, key, tuned)
+        return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
 
 
 def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, device: str = "cpu") -> dict[str, Any]:
@@ -206,6 +210,9 @@ def _check_committed(work: Workdir) -> int:
 def _finished(work: Workdir, blocks: int) -> dict[str, Any] | None:
     """The manifest of a run that is whole; one that is not loses its manifest and is gone on with."""
     if (work.path / MANIFEST).is_file() and _check_committed(work) == blocks:
-        return read_manifest(work.path)
+        manifest = read_manifest(work.path)
+        files = manifest["data"]["files"].items()
+        if all((work.path / name).is_file() and sha256_file(work.path / name) == digest for name, digest in files):
+            return manifest
     (work.path / MANIFEST).unlink(missing_ok=True)
     return None

@@ -66,7 +66,7 @@ def block_file(layer: int) -> str:
 
 def tuned_file(layer: int | None) -> str:
     """Where tuning left a block's parameters and norm gains; None: the final norm's gain."""
-    return "tuned/rest.safetensors" if layer is None else f"tuned/{layer:05d}.safetensors"
+    return "tuning/rest.safetensors" if layer is None else f"tuning/{layer:05d}.safetensors"
 
 
 def _tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:

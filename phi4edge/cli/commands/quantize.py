@@ -12,7 +12,7 @@ from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
 from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes, parse_bytes
-from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
 from phi4edge.core.registry import names
 from phi4edge.quant.scheme import scheme_from_options
 
@@ -79,6 +79,17 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
 )
+@click.option(
+    "--tune-passes",
+    type=float,
+    default=0.0,
+    show_default=True,
+    help="Tune scales and norm gains on KLD to full precision, this often over the samples; 0: not at all.",
+)
+@click.option(
+    "--tune-rate", type=float, default=TuningRecipe.learning_rate, show_default=True, help="Peak learning rate of it."
+)
+@click.option("--tune-batch", type=int, default=TuningRecipe.batch, show_default=True, help="Samples a step of it.")
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option(
     "--device",
@@ -111,6 +122,9 @@ def command(
     seed: int | None,
     chat_template: bool | None,
     guard: bool,
+    tune_passes: float,
+    tune_rate: float,
+    tune_batch: int,
     ram_budget: str | None,
     device: str,
     resume: bool,
@@ -149,6 +163,7 @@ def command(
         sink_share=sink_share,
         shrinkage=shrinkage,
         guard=guard,
+        tuning=TuningRecipe(tune_passes, tune_rate, tune_batch) if tune_passes else None,
     )
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:

@@ -1,0 +1,106 @@
+"""What of a quantized block stays continuous: group scales, minima and norm gains; its codes are frozen.
+
+Every continuous value v starts at v₀ and is moved by a dimensionless θ, in a unit u that makes one step mean much the
+same everywhere:
+
+    v = round(v₀ + u·θ)      u = |v₀| for scales and gains; for a minimum beside a scale s of b-bit codes, |s|·2^(b−1)
+
+``round`` is the type in which the value is stored (float16, or the checkpoint's dtype for a gain). It is part of the
+forward pass, and the backward pass goes straight through it, so what is tuned is what an artifact will hold.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Continuous", "QuantizedBlock", "continuous_of", "gradients_of_steps"]
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import run_parallel
+
+_ROWS = 256  # rows of a weight gradient reduced at a time
+
+
+@dataclass(frozen=True)
+class Continuous:
+    """One tensor that is tuned."""
+
+    start: Tensor  # v₀, float32
+    unit: Tensor  # u, float32, of the same shape
+    dtype: torch.dtype  # in which it is stored
+
+    def value(self, theta: Tensor) -> Tensor:
+        """What is stored for ``theta``, float32; finite, as a step that overflows the type stays at its edge."""
+        limit = torch.finfo(self.dtype).max
+        return (self.start + self.unit * theta).clamp_(-limit, limit).to(self.dtype).float()
+
+
+@dataclass(frozen=True)
+class QuantizedBlock:
+    """A block as the run holds it: four linears in order of use, two norm gains, and the names of all of them."""
+
+    linears: tuple[QuantizedLinear, ...]
+    gains: Mapping[str, Tensor]  # input norm, post-attention norm, by checkpoint name, float32
+    gain_dtype: torch.dtype
+
+    @property
+    def continuous(self) -> dict[str, Continuous]:
+        """Everything that is tuned, by the name under which it is stored."""
+        found = {name: continuous_of(gain, self.gain_dtype) for name, gain in self.gains.items()}
+        for linear in self.linears:
+            for field in grid_for(linear.scheme).tunable:
+                values = linear.params[field]
+                found[f"{linear.name}.{field}"] = Continuous(values.float(), _unit(linear, field), values.dtype)
+        return found
+
+    def with_values(self, values: Mapping[str, Tensor]) -> QuantizedBlock:
+        """The block with tuned ``values`` (as :meth:`Continuous.value` gives them) in place of its own."""
+        linears = []
+        for linear in self.linears:
+            fields = grid_for(linear.scheme).tunable
+            tuned = {f: values[f"{linear.name}.{f}"].to(linear.params[f].dtype) for f in fields}
+            linears.append(QuantizedLinear(linear.name, linear.scheme, linear.codes, {**linear.params, **tuned}))
+        return QuantizedBlock(tuple(linears), {name: values[name] for name in self.gains}, self.gain_dtype)
+
+
+def continuous_of(gain: Tensor, dtype: torch.dtype) -> Continuous:
+    """A norm's gain as something to tune; a gain of zero moves in the mean's unit."""
+    size = gain.abs()
+    return Continuous(gain, torch.where(size > 0, size, size.mean()), dtype)
+
+
+def _unit(linear: QuantizedLinear, field: str) -> Tensor:
+    own = linear.params[field].float().abs()
+    if field == "mins" and linear.params["scales"].shape == own.shape and "sub_mins" not in linear.params:
+        return linear.params["scales"].float().abs() * float(2 ** (linear.scheme.bits - 1))
+    return own
+
+
+def gradients_of_steps(linear: QuantizedLinear, dW: Tensor) -> dict[str, Tensor]:
+    """Gradients of a linear's continuous parameters, from that of its weight ``dW`` [out, in] float32.
+
+    W = a·q + b a group: ∂a = Σ dW·q and ∂b = Σ dW over the group, and on to what is stored by the grid's own formula.
+    """
+    rows, n = dW.shape
+    groups = linear.scheme.groups(n, linear.name)
+
+    def reduce(start: int) -> tuple[Tensor, Tensor]:
+        part = dW[start : start + _ROWS]
+        shape = (part.shape[0], groups, -1)
+        weighed = part * linear.codes[start : start + _ROWS]
+        return weighed.reshape(shape).sum(-1), part.reshape(shape).sum(-1)
+
+    pieces = run_parallel([partial(reduce, start) for start in range(0, rows, _ROWS)])
+    da, db = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces])
+    fields = grid_for(linear.scheme).tunable
+    with torch.enable_grad():
+        leaves = {field: linear.params[field].float().requires_grad_() for field in fields}
+        a, b = grid_for(linear.scheme).steps({**linear.params, **leaves})
+        found = torch.autograd.grad([a, b], list(leaves.values()), [da, db])
+    return {f"{linear.name}.{field}": gradient for field, gradient in zip(fields, found, strict=True)}

@@ -1,0 +1,433 @@
+"""Tune: group scales, minima and norm gains of a finished set of codes, end to end, on KLD(full precision ‖ quantized).
+
+A step takes a batch of calibration samples forward through all blocks, keeping only what goes into each, and backward
+again, block by block; a block's parameters move as soon as its gradient is there. So one block's weights are in RAM at
+a time, and states, codes and what lies between blocks are in RAM or on disk as the budget asks. The samples kept aside
+by the guard say whether it helps: the state that does best on them is the one that is kept.
+
+    RUN/tuning/          a run directory of its own: teacher, state after the last committed step, result
+"""
+
+from __future__ import annotations
+
+__all__ = ["TUNING", "Tuned", "tune"]
+
+import math
+import shutil
+import time
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save
+from torch import Tensor
+
+from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
+from phi4edge.calibration.store import ActivationStore
+from phi4edge.core.atomic import write_bytes
+from phi4edge.core.events import Event, Progress
+from phi4edge.core.hashing import sha256_file
+from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory, rss_bytes
+from phi4edge.core.workdir import Workdir
+from phi4edge.distillation.adam import adam_step, learning_rate, new_state
+from phi4edge.distillation.block import BlockRunner
+from phi4edge.distillation.loss import Head
+from phi4edge.distillation.parameters import Continuous, QuantizedBlock, continuous_of
+from phi4edge.model.block import forward_block, load_block, rms_norm
+from phi4edge.model.forward import embed
+from phi4edge.model.rope import rotary_table
+from phi4edge.quant.grid import grid_for
+from phi4edge.stages.job import Job
+from phi4edge.stages.run_reader import read_block, read_norms, tuned_file
+
+TUNING = "tuning"
+_COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
+_EVALUATIONS = 3  # on held-out samples after the start
+_FINAL_NORM = "model.norm.weight"
+_TEACHER = "teacher.bin"
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """What tuning did, for the manifest; the same for every process that ends it."""
+
+    summary: dict[str, Any]
+    events: tuple[Event, ...]
+    files: dict[str, str]  # within the run, with their SHA-256
+    performance: dict[str, float]  # seconds and peak_rss_bytes, over all processes
+
+
+def tune(job: Job, run: Path, key: str, progress: Progress) -> Tuned:
+    """Tune the committed blocks of ``run``; a process that starts again goes on after the last committed step.
+
+    Raises:
+        ResumeError: another process works here.
+    """
+    inputs = {"kind": "tune", "run": key}
+    with Workdir.open(run / TUNING, inputs) as work:
+        if not (work.records and "best" in work.records[-1]):
+            _Tuner(job, run, work, progress).run()
+        return _summary(job, run, work)
+
+
+class _Tuner:
+    """The loop over steps, and what it holds between them."""
+
+    def __init__(self, job: Job, run: Path, work: Workdir, progress: Progress) -> None:
+        assert job.corpus is not None
+        assert job.recipe.tuning is not None
+        self._job, self._run, self._work, self._progress = job, run, work, progress
+        self._recipe, self._config = job.recipe.tuning, job.checkpoint.config
+        self._tokens = job.corpus.tokens
+        self._train = self._tokens.shape[0] - job.recipe.held_out
+        self._steps = max(1, math.ceil(self._recipe.passes * self._train / self._recipe.batch))
+        self._rotary = rotary_table(self._config.rope, self._tokens.shape[1])
+        self._per_piece = max(1, TUNING_PIECE_TOKENS // self._tokens.shape[1])
+        self._held: dict[int, QuantizedBlock] = {}
+        self._dtype = job.checkpoint.stored_dtype(_FINAL_NORM)
+        final = continuous_of(job.checkpoint.tensor(_FINAL_NORM), self._dtype)
+        self._final = Continuous(read_norms(run, None).get(_FINAL_NORM, final.start), final.unit, self._dtype)
+        self._states = _States(work, self._config.num_layers, in_ram=not job.memory.spill_tuning)
+
+    def run(self) -> None:
+        """From the last committed step to the end."""
+        step = self._states.resume()
+        self._teach()
+        progress = self._progress
+        progress.start("tune", self._steps, "step", step)
+        losses: list[float] = []
+        started = committed = time.monotonic()
+        if not self._evaluated(0):
+            self._states.commit(0, {"heldout": self._evaluate()}, time.monotonic() - started)
+            committed = time.monotonic()
+        marks = {round(self._steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
+        while step < self._steps and not self._exhausted():
+            losses.append(self._step(step))
+            step += 1
+            progress.advance()
+            progress.status(f"KLD {losses[-1]:.4f} · RSS {format_bytes(rss_bytes())}")
+            due = step in marks
+            if due or not self._states.in_ram or time.monotonic() - committed > _COMMIT_SECONDS:
+                record: dict[str, Any] = {"losses": losses}
+                if due:
+                    record["heldout"] = self._evaluate()
+                self._states.commit(step, record, time.monotonic() - committed)
+                losses, committed = [], time.monotonic()
+        self._write_result()
+        progress.finish()
+
+    # --- the model -------------------------------------------------------------------------------------------
+
+    def _base(self, layer: int) -> QuantizedBlock:
+        """Block ``layer`` as it was solved."""
+        if layer in self._held:
+            return self._held[layer]
+        prefix = f"model.layers.{layer}."
+        names = (f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight")
+        changed = read_norms(self._run, layer)
+        gains = {name: changed.get(name, self._job.checkpoint.tensor(name)) for name in names}
+        block = QuantizedBlock(tuple(read_block(self._run, layer, self._job.scheme)), gains, self._dtype)
+        if self._states.in_ram:
+            self._held[layer] = block
+        return block
+
+    def _block(self, layer: int) -> tuple[QuantizedBlock, dict[str, Continuous], dict[str, Tensor]]:
+        """Block ``layer`` with what was tuned so far, what of it is tuned, and the optimizer's state of that."""
+        base = self._base(layer)
+        continuous = base.continuous
+        state = self._states.load(layer) or {name: new_state(c.start) for name, c in continuous.items()}
+        return base.with_values({name: c.value(state[name][0]) for name, c in continuous.items()}), continuous, state
+
+    def _forward(self, hidden: list[Tensor], keep: ActivationStore | None) -> None:
+        """Send pieces of a batch through all blocks, in place; what goes into each block is kept."""
+        for layer in range(self._config.num_layers):
+            runner = BlockRunner(self._block(layer)[0], self._rotary, self._config)
+            at = layer * self._recipe.batch
+            for i, x in enumerate(hidden):
+                if keep is not None:
+                    keep.write(at, x)
+                    at += x.shape[0]
+                hidden[i] = runner.forward(x)
+
+    def _final_state(self) -> Tensor:
+        held = self._states.load(self._config.num_layers)
+        return held[_FINAL_NORM] if held else new_state(self._final.start)
+
+    # --- a step ----------------------------------------------------------------------------------------------
+
+    def _batch(self, step: int) -> list[int]:
+        """Samples of a step: every pass in an order of its own, batches running on across passes."""
+        first, size = step * self._recipe.batch, self._recipe.batch
+        orders: dict[int, list[int]] = {}
+        for i in range(first, first + size):
+            turn = i // self._train
+            if turn not in orders:
+                generator = torch.Generator().manual_seed(1_000_003 * self._recipe.seed + turn)
+                orders[turn] = torch.randperm(self._train, generator=generator).tolist()
+        return [orders[i // self._train][i % self._train] for i in range(first, first + size)]
+
+    def _step(self, step: int) -> float:
+        batch = self._batch(step)
+        config = self._config
+        rate = learning_rate(step, self._steps, self._recipe.learning_rate)
+        pieces = [batch[i : i + self._per_piece] for i in range(0, len(batch), self._per_piece)]
+        between = self._between
+        hidden = [self._inputs(piece) for piece in pieces]
+        self._forward(hidden, between)
+        loss, slopes, gain_gradient = self._head_backward(hidden, pieces)
+        state = adam_step(self._final_state(), gain_gradient * self._final.unit, step, rate)
+        self._states.store(config.num_layers, {_FINAL_NORM: state})
+        for layer in reversed(range(config.num_layers)):
+            block, continuous, states = self._block(layer)
+            at, arriving = layer * self._recipe.batch, []
+            for slope in slopes:
+                arriving.append((between.read(at, at + slope.shape[0]), slope))
+                at += slope.shape[0]
+            slopes, gradients = BlockRunner(block, self._rotary, config).backward(arriving)
+            self._states.store(
+                layer,
+                {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()},
+            )
+        return loss
+
+    def _head_backward(self, hidden: list[Tensor], pieces: list[list[int]]) -> tuple[float, list[Tensor], Tensor]:
+        """Mean KLD, its gradients for the last block's outputs, and for the final norm's gain."""
+        count = sum(x.shape[0] * x.shape[1] for x in hidden)
+        gain = self._final.value(self._final_state()[0]).requires_grad_()
+        total, slopes = 0.0, []
+        for x, samples in zip(hidden, pieces, strict=True):
+            with torch.enable_grad():
+                leaf = x.detach().requires_grad_()
+                normed = rms_norm(leaf, gain, self._config.rms_norm_eps)
+            values, slope = self._divergence(normed.detach(), samples, gradient=True)
+            assert slope is not None
+            normed.backward(slope.reshape(normed.shape) / count)  # type: ignore[no-untyped-call]
+            assert leaf.grad is not None
+            slopes.append(leaf.grad)
+            total += float(values.sum())
+        assert gain.grad is not None
+        return total / count, slopes, gain.grad
+
+    def _divergence(self, normed: Tensor, samples: list[int], *, gradient: bool) -> tuple[Tensor, Tensor | None]:
+        reference = torch.cat([self._teacher.read(i, i + 1) for i in samples])
+        width = self._config.hidden_size
+        return self._head.divergence(normed.reshape(-1, width), reference.reshape(-1, width), gradient=gradient)
+
+    # --- held-out samples ------------------------------------------------------------------------------------
+
+    def _evaluate(self) -> dict[str, dict[str, Any]]:
+        """Mean KLD and its standard error (between samples) on held-out samples, a domain at a time."""
+        assert self._job.corpus is not None
+        by_domain: dict[str, list[float]] = {}
+        gain = self._final.value(self._final_state()[0])
+        samples = list(range(self._train, self._tokens.shape[0]))
+        groups = [samples[i : i + self._per_piece] for i in range(0, len(samples), self._per_piece)]
+        hidden = [self._inputs(group) for group in groups]
+        self._forward(hidden, None)
+        for x, group in zip(hidden, groups, strict=True):
+            values, _ = self._divergence(rms_norm(x, gain, self._config.rms_norm_eps), group, gradient=False)
+            for sample, kld in zip(group, values.reshape(len(group), -1).mean(1).tolist(), strict=True):
+                by_domain.setdefault(self._job.corpus.domains[sample], []).append(kld)
+        return {domain: _mean(values) for domain, values in sorted(by_domain.items())}
+
+    def _evaluated(self, step: int) -> bool:
+        return any(r.get("step") == step and "heldout" in r for r in self._work.records)
+
+    def _exhausted(self) -> bool:
+        """Whether the last two evaluations were both worse than an earlier one."""
+        scores = [_score(r["heldout"]) for r in self._work.records if "heldout" in r]
+        return len(scores) > 2 and min(scores[-2:]) > min(scores[:-2])
+
+    # --- begin and end ---------------------------------------------------------------------------------------
+
+    def _inputs(self, samples: list[int]) -> Tensor:
+        return torch.cat([self._embedded.read(i, i + 1) for i in samples])
+
+    def _store(self, count: int, name: str) -> ActivationStore:
+        path = self._work.path / f"{name}.scratch" if self._job.memory.spill_tuning else None
+        return ActivationStore(count, self._tokens.shape[1], self._config.hidden_size, path)
+
+    def _teach(self) -> None:
+        """The full-precision model's final hidden states, after its last norm, computed once; and all embeddings."""
+        checkpoint, config = self._job.checkpoint, self._config
+        count = self._tokens.shape[0]
+        self._embedded = self._store(count, "embedded")
+        for i in range(0, count, self._per_piece):
+            self._embedded.write(i, embed(checkpoint, self._tokens[i : i + self._per_piece]))
+        self._teacher = self._store(count, "teacher")
+        self._between = self._store(config.num_layers * self._recipe.batch, "between")
+        name = checkpoint.head_name
+        self._head = Head(checkpoint, name, checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
+        path = self._work.path / _TEACHER
+        known = next((r["files"][_TEACHER] for r in self._work.records if _TEACHER in r["files"]), None)
+        if known is not None and self._teacher.load(path, known):
+            return
+        started = time.monotonic()
+        for i in range(count):
+            self._teacher.write(i, self._embedded.read(i, i + 1))
+        self._progress.start("teacher", config.num_layers, "block")
+        for layer in range(config.num_layers):
+            block = load_block(checkpoint, layer)
+            for i in range(count):
+                self._teacher.write(i, forward_block(block, self._teacher.read(i, i + 1).clone(), self._rotary, config))
+            self._progress.advance()
+        gain = checkpoint.tensor(_FINAL_NORM)
+        for i in range(count):
+            self._teacher.write(i, rms_norm(self._teacher.read(i, i + 1), gain, config.rms_norm_eps))
+        self._teacher.save(path)
+        if known is None:
+            self._work.commit({"performance": _cost(time.monotonic() - started)}, [_TEACHER])
+        release_memory()
+
+    def _write_result(self) -> None:
+        """The values of the best state, as the run's reader takes them; then everything else can go."""
+        evaluated = [r for r in self._work.records if "heldout" in r]
+        best = min(evaluated, key=lambda r: (_score(r["heldout"]), r["step"]))["step"]
+        self._states.go_to(best)
+        files = []
+        for layer in range(self._config.num_layers):
+            block = self._block(layer)[0]
+            tensors = {name: gain.to(self._dtype) for name, gain in block.gains.items()}
+            for linear in block.linears:
+                tensors |= {f"{linear.name}.{f}": linear.params[f] for f in grid_for(linear.scheme).tunable}
+            files.append(_put(self._run / tuned_file(layer), tensors))
+        final = self._final.value(self._final_state()[0]).to(self._dtype)
+        files.append(_put(self._run / tuned_file(None), {_FINAL_NORM: final}))
+        self._work.commit({"best": best, "performance": _cost(0.0)}, files)
+        self._states.clear()
+        (self._work.path / _TEACHER).unlink(missing_ok=True)
+
+
+def _cost(seconds: float) -> dict[str, float]:
+    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
+
+
+def _put(path: Path, tensors: dict[str, Tensor]) -> str:
+    write_bytes(path, save({name: values.contiguous() for name, values in tensors.items()}))
+    return path.name
+
+
+def _mean(values: list[float]) -> dict[str, Any]:
+    n = len(values)
+    mean = sum(values) / n
+    spread = sum((v - mean) ** 2 for v in values)
+    return {"kld": mean, "se": math.sqrt(spread / (n * (n - 1))) if n > 1 else None, "samples": n}
+
+
+def _score(heldout: dict[str, dict[str, Any]]) -> float:
+    """What the best state is chosen by: the geometric mean over domains."""
+    return sum(math.log(max(v["kld"], 1e-12)) for v in heldout.values()) / len(heldout)
+
+
+class _States:
+    """θ and the optimizer's moments of every block: in RAM between commits, or on disk after every block."""
+
+    def __init__(self, work: Workdir, layers: int, *, in_ram: bool) -> None:
+        self.in_ram = in_ram
+        self._work, self._layers = work, layers
+        self._held: dict[int, dict[str, Tensor]] = {}
+        self._folder: Path | None = None  # of the last commit; None: nothing was moved yet
+        self._next = work.path / "state-next"
+
+    def resume(self) -> int:
+        """Take up the last committed step whose files are whole; what came after it is dropped."""
+        shutil.rmtree(self._next, ignore_errors=True)
+        steps = [(i, r) for i, r in enumerate(self._work.records) if "step" in r]
+        for i, record in reversed(steps):
+            if self._intact(record):
+                if i + 1 < len(self._work.records):
+                    self._work.drop_after(
+                        i + 1, f"state of a later step is damaged; going on from step {record['step']}"
+                    )
+                self.go_to(record["step"])
+                return int(record["step"])
+        return 0
+
+    def _intact(self, record: dict[str, Any]) -> bool:
+        paths = {self._work.path / name: digest for name, digest in record["files"].items()}
+        return all(path.is_file() and sha256_file(path) == digest for path, digest in paths.items())
+
+    def go_to(self, step: int) -> None:
+        """Take up the state that was committed at ``step``."""
+        self._held = {}
+        self._folder = self._work.path / f"state-{step:06d}" if step else None
+
+    def load(self, layer: int) -> dict[str, Tensor]:
+        """State of one block (``layers``: the final norm); empty before its first step."""
+        if layer in self._held:
+            return self._held[layer]
+        if self._folder is None:
+            return {}
+        found = load_file(self._folder / f"{layer:05d}.safetensors")
+        if self.in_ram:
+            self._held[layer] = found
+        return found
+
+    def store(self, layer: int, state: dict[str, Tensor]) -> None:
+        """The block's state after this step."""
+        if self.in_ram:
+            self._held[layer] = state
+        else:
+            _put(self._next / f"{layer:05d}.safetensors", state)
+
+    def commit(self, step: int, record: dict[str, Any], seconds: float) -> None:
+        """Keep what was stored as the state after ``step``, and forget what no later process could want."""
+        files: list[str] = []
+        if step:
+            folder = self._work.path / f"state-{step:06d}"
+            shutil.rmtree(folder, ignore_errors=True)
+            if self.in_ram:
+                for layer in range(self._layers + 1):
+                    _put(self._next / f"{layer:05d}.safetensors", self.load(layer))
+            self._next.rename(folder)
+            self._folder = folder
+            files = [f"{folder.name}/{layer:05d}.safetensors" for layer in range(self._layers + 1)]
+        self._work.commit({"step": step, **record, "performance": _cost(seconds)}, files)
+        self._drop_old(step)
+
+    def _drop_old(self, step: int) -> None:
+        evaluated = [r for r in self._work.records if "heldout" in r]
+        best = min(evaluated, key=lambda r: (_score(r["heldout"]), r["step"]))["step"]
+        for folder in self._folders():
+            if folder.name not in (f"state-{step:06d}", f"state-{best:06d}"):
+                shutil.rmtree(folder)
+
+    def clear(self) -> None:
+        """The result is written: no state is needed any more."""
+        for folder in self._folders():
+            shutil.rmtree(folder)
+
+    def _folders(self) -> Iterator[Path]:
+        return self._work.path.glob("state-*")
+
+
+def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
+    """The manifest's account, from the journal alone."""
+    assert job.recipe.tuning is not None
+    evaluated = [r for r in work.records if "heldout" in r]
+    last = work.records[-1]
+    best = next(r for r in evaluated if r["step"] == last["best"])
+    first = evaluated[0]["heldout"]
+    events = []
+    for domain, figures in best["heldout"].items():
+        if figures["kld"] > first[domain]["kld"]:
+            values = {"before": first[domain]["kld"], "after": figures["kld"]}
+            events.append(Event("tuning_domain_worse", domain, "held-out KLD of this domain rose by tuning", values))
+    if last["best"] == 0:
+        events.append(Event("tuning_without_gain", "tuning", "held-out KLD did not fall; nothing was tuned"))
+    summary = {
+        "recipe": asdict(job.recipe.tuning),
+        "steps": max(r.get("step", 0) for r in work.records),
+        "kept_step": last["best"],
+        "losses": [loss for r in work.records for loss in r.get("losses", [])],
+        "heldout": [{"step": r["step"], "domains": r["heldout"]} for r in evaluated],
+    }
+    files = {f"{TUNING}/{name}": digest for name, digest in last["files"].items()}
+    costs = [r["performance"] for r in work.records]
+    performance = {
+        "seconds": sum(c["seconds"] for c in costs),
+        "peak_rss_bytes": max(c["peak_rss_bytes"] for c in costs),
+    }
+    return Tuned(summary, tuple(events), files, performance)
