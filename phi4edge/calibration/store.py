@@ -43,9 +43,10 @@ class ActivationStore:
         if self._memory is not None:
             return self._memory[start:stop]
         assert self._file is not None
-        out = np.empty((stop - start, *self.shape[1:]), dtype=np.float32)
-        _transfer(os.preadv, self._file, out.reshape(-1).view(np.uint8).data, start * self._row)
-        return torch.from_numpy(out)
+        # torch's own memory is aligned as the array in RAM is; matrix products may round by alignment.
+        out = torch.empty(stop - start, *self.shape[1:])
+        _transfer(os.preadv, self._file, out.numpy().reshape(-1).view(np.uint8).data, start * self._row)
+        return out
 
     def write(self, start: int, values: Tensor) -> None:
         """Put ``values`` [count, length, width] at sample ``start``."""

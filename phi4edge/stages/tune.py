@@ -26,7 +26,7 @@ from torch import Tensor
 
 from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
-from phi4edge.core.atomic import write_bytes
+from phi4edge.core.atomic import fsync_directory, write_bytes
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory, rss_bytes
@@ -358,9 +358,12 @@ class _States:
         """State of one block (``layers``: the final norm); empty before its first step."""
         if layer in self._held:
             return self._held[layer]
+        name = f"{layer:05d}.safetensors"
+        if (self._next / name).is_file():  # a finished step that is not committed yet
+            return load_file(self._next / name)
         if self._folder is None:
             return {}
-        found = load_file(self._folder / f"{layer:05d}.safetensors")
+        found = load_file(self._folder / name)
         if self.in_ram:
             self._held[layer] = found
         return found
@@ -382,6 +385,7 @@ class _States:
                 for layer in range(self._layers + 1):
                     _put(self._next / f"{layer:05d}.safetensors", self.load(layer))
             self._next.rename(folder)
+            fsync_directory(self._work.path)
             self._folder = folder
             files = [f"{folder.name}/{layer:05d}.safetensors" for layer in range(self._layers + 1)]
         self._work.commit({"step": step, **record, "performance": _cost(seconds)}, files)

@@ -1,0 +1,275 @@
+"""Tuning: the gradient is the model's own, held-out KLD falls, and a run that was killed ends in the same bytes."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+from rounded import rounded
+from safetensors.torch import load_file
+from torch import Tensor
+
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import UsageError
+from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
+from phi4edge.core.workdir import JOURNAL
+from phi4edge.distillation.adam import adam_step, learning_rate, new_state
+from phi4edge.distillation.block import BlockRunner
+from phi4edge.distillation.loss import Head
+from phi4edge.distillation.parameters import QuantizedBlock
+from phi4edge.model.block import LINEARS, Block, forward_block, rms_norm
+from phi4edge.model.forward import stream_logits
+from phi4edge.model.rope import rotary_table
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.scheme import parse_scheme
+from phi4edge.stages import tune as tune_stage
+from phi4edge.stages.quantize import quantize
+from phi4edge.stages.run_reader import block_file, open_run, tuned_file
+
+CORPUS = CorpusRecipe(samples=96, sequence_length=64)
+TUNING = TuningRecipe(passes=2, learning_rate=3e-3, batch=8)
+RECIPE = Recipe(scheme="q4_0", corpus=CORPUS, tuning=TUNING)
+
+
+def quantized_block(folder: Path, scheme_name: str, layer: int = 0) -> QuantizedBlock:
+    checkpoint, scheme = open_checkpoint(folder), parse_scheme(scheme_name)
+    prefix = f"model.layers.{layer}."
+    linears = tuple(rounded(prefix + n, checkpoint.tensor(f"{prefix}{n}.weight"), scheme) for n in LINEARS)
+    norms = [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"]
+    return QuantizedBlock(linears, {name: checkpoint.tensor(name) for name in norms}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "w4g32-asym", "w8row"])
+def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: Path) -> None:
+    """Against autograd through dequantization, block and loss in one graph, over a batch in two pieces."""
+    block, config = quantized_block(phi4_checkpoint, scheme), open_checkpoint(phi4_checkpoint).config
+    rotary = rotary_table(config.rope, 24)
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(3, 24, config.hidden_size, generator=generator)
+    dy = torch.randn(3, 24, config.hidden_size, generator=generator)
+    arriving, found = BlockRunner(block, rotary, config).backward([(x[:2], dy[:2]), (x[2:], dy[2:])])
+
+    leaves: dict[str, Tensor] = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
+    weights = []
+    for linear in block.linears:
+        grid = grid_for(linear.scheme)
+        params = dict(linear.params)
+        for field in grid.tunable:
+            leaves[f"{linear.name}.{field}"] = params[field] = params[field].float().requires_grad_()
+        weights.append(grid.decode(linear.codes, params))
+    qkv, o, gate_up, down = weights
+    first, second = (leaves[name] for name in block.gains)
+    leaf = x.clone().requires_grad_()
+    forward_block(Block(first, qkv, o, second, gate_up, down), leaf, rotary, config).backward(dy)
+    assert leaf.grad is not None
+    assert torch.allclose(torch.cat(arriving), leaf.grad, atol=1e-5)
+    assert found.keys() == leaves.keys()
+    for name, value in leaves.items():
+        assert value.grad is not None
+        scale = float(value.grad.abs().max())
+        assert torch.allclose(found[name], value.grad, atol=1e-5 * scale, rtol=1e-4), name
+
+
+def test_loss_and_slope_are_those_of_kld(phi4_checkpoint: Path) -> None:
+    checkpoint = open_checkpoint(phi4_checkpoint)
+    head = Head(checkpoint, checkpoint.head_name, torch.bfloat16, 7 * 512 * 4)  # seven positions at a time
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(20, 64, generator=generator).requires_grad_()
+    reference = torch.randn(20, 64, generator=generator)
+    weight = checkpoint.tensor("lm_head.weight")
+    ln_q = F.log_softmax(F.linear(hidden, weight), 1)
+    ln_p = F.log_softmax(F.linear(reference, weight), 1)
+    expected = F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1)
+    expected.sum().backward()
+    values, slope = head.divergence(hidden.detach(), reference, gradient=True)
+    assert slope is not None
+    assert torch.allclose(values.float(), expected.detach(), rtol=1e-4, atol=1e-5)
+    assert torch.allclose(slope, hidden.grad, rtol=1e-3, atol=1e-4)  # type: ignore[arg-type]
+    same, _ = head.divergence(reference, reference, gradient=False)
+    assert float(same.abs().max()) < 1e-6
+
+
+def test_adam_is_torchs_adam() -> None:
+    theta = torch.zeros(5, requires_grad=True)
+    optimizer = torch.optim.Adam([theta], betas=(0.9, 0.95), eps=1e-12)
+    state = new_state(theta)
+    generator = torch.Generator().manual_seed(0)
+    for step in range(10):
+        gradient, rate = torch.randn(5, generator=generator), learning_rate(step, 10, 1e-2)
+        optimizer.param_groups[0]["lr"] = rate
+        theta.grad = gradient
+        optimizer.step()
+        state = adam_step(state, gradient, step, rate)
+    assert torch.allclose(state[0], theta.detach(), rtol=1e-4, atol=1e-7)
+    rates = [learning_rate(step, 100, 1.0) for step in range(100)]
+    assert max(rates) == pytest.approx(1.0, abs=0.01)
+    assert rates[0] < 0.15
+    assert rates[-1] < 0.02
+
+
+def run_digests(run: Path) -> dict[str, str]:
+    kept = [*run.glob("blocks/*"), *run.glob("tuning/*.safetensors"), run / "manifest.json"]
+    return {str(p.relative_to(run)): hashlib.sha256(p.read_bytes()).hexdigest() for p in kept}
+
+
+@pytest.fixture(scope="module")
+def tuned(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("tuned") / "run"
+    quantize(phi4_checkpoint, RECIPE, run)
+    return run
+
+
+def mean_kld(folder: Path, run: Path, tuned: bool) -> float:
+    """KLD to full precision on text that no part of the run has seen."""
+    from phi4edge.calibration.corpus import load_corpus
+    from phi4edge.stages.inputs import check_tokenizer
+
+    checkpoint = open_checkpoint(folder)
+    corpus = load_corpus(__file__, check_tokenizer(checkpoint.index), samples=8, sequence_length=48)
+    model = open_run(run)
+    if not tuned:
+        document = json.loads((run / "manifest.json").read_text())
+        document["data"]["tuning"] = None
+        other = run.parent / "untuned"
+        if not other.exists():
+            other.mkdir()
+            for path in run.iterdir():
+                (other / path.name).symlink_to(path)
+            (other / "manifest.json").unlink()
+            (other / "manifest.json").write_text(json.dumps(document))
+        model = open_run(other)
+    total = 0.0
+    for ours, theirs in zip(stream_logits(model, corpus.tokens), stream_logits(checkpoint, corpus.tokens), strict=True):
+        ln_q, ln_p = F.log_softmax(ours, 1), F.log_softmax(theirs, 1)
+        total += float(F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1).mean())
+    return total / 8
+
+
+def test_tuning_lowers_kld_on_unseen_text_and_keeps_the_codes(tuned: Path, phi4_checkpoint: Path) -> None:
+    assert mean_kld(phi4_checkpoint, tuned, True) < 0.9 * mean_kld(phi4_checkpoint, tuned, False)
+    manifest = json.loads((tuned / "manifest.json").read_text())["data"]
+    evaluated = manifest["tuning"]["heldout"]
+    first, last = evaluated[0], evaluated[-1]
+    assert first["step"] == 0
+    assert len(first["domains"]) >= 3
+    assert manifest["tuning"]["kept_step"] == last["step"] == manifest["tuning"]["steps"] == 2 * 84 // 8
+    assert len(manifest["tuning"]["losses"]) == manifest["tuning"]["steps"]
+    assert all(last["domains"][d]["kld"] < first["domains"][d]["kld"] for d in first["domains"])
+    stored = load_file(tuned / tuned_file(0))
+    codes = load_file(tuned / block_file(0))
+    for name, values in stored.items():
+        assert values.dtype == (torch.bfloat16 if "norm" in name else torch.float16)
+        if "norm" not in name:
+            change = (values.float() - codes[name].float()).abs() / codes[name].float().abs().clamp_min(1e-6)
+            assert 0 < float(change.median()) < 0.2, name
+    assert not any(name.endswith("codes") for name in stored)
+
+
+def test_states_on_disk_give_the_same_bytes(
+    tuned: Path, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A budget too small for codes and states moves them to files, and changes nothing else."""
+    from dataclasses import replace
+
+    from phi4edge.stages import job
+
+    plan = job.plan_memory
+    monkeypatch.setattr(job, "plan_memory", lambda *a: replace(plan(*a), spill_tuning=True))
+    quantize(phi4_checkpoint, RECIPE, tmp_path / "run")
+    assert run_digests(tmp_path / "run") == run_digests(tuned)
+    assert not list((tmp_path / "run" / "tuning").glob("state-*"))
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+count, stop = 0, int(sys.argv[1])
+def dying(function):
+    def wrapped(*arguments, **named):
+        global count
+        count += 1
+        if count == stop:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return function(*arguments, **named)
+    return wrapped
+import phi4edge.stages.tune as tune
+tune._COMMIT_SECONDS = 0.0
+inner = tune.tune
+def outer(*arguments):
+    os.fsync, Path.replace, Path.rename = dying(os.fsync), dying(Path.replace), dying(Path.rename)
+    return inner(*arguments)
+import phi4edge.stages.quantize as quantize
+quantize.tune = outer
+from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
+recipe = Recipe(scheme="q4_0", corpus=CorpusRecipe("builtin", 96, 64), tuning=TuningRecipe(2, 3e-3, 8))
+quantize.quantize(sys.argv[2], recipe, Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_while_tuning_and_resumed_gives_the_same_bytes(
+    tuned: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    run, kills, steps = tmp_path / "run", 0, 0
+    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    for stop in (2, 5, 17, 31, 22, 43, 60):
+        arguments = [sys.executable, "-c", KILLER, str(stop), str(phi4_checkpoint), str(run)]
+        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
+        if result.returncode == 0:
+            break
+        assert result.returncode == -signal.SIGKILL, result.stderr
+        kills += 1
+        journal = run / "tuning" / JOURNAL
+        lines = journal.read_text().splitlines() if journal.exists() else []
+        now = max((json.loads(line)["record"].get("step", 0) for line in lines), default=0)
+        assert now >= steps, "a finished step was lost"
+        steps = now
+        assert not (run / "manifest.json").exists()
+    assert kills >= 5
+    assert steps > 3
+    quantize(phi4_checkpoint, RECIPE, run)
+    assert run_digests(run) == run_digests(tuned)
+
+
+def test_a_damaged_state_is_done_again(
+    tuned: Path, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = tmp_path / "run"
+
+    def stop(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_stage, "_COMMIT_SECONDS", 0.0)
+    with monkeypatch.context() as patch:
+        patch.setattr(tune_stage._Tuner, "_write_result", stop)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(phi4_checkpoint, RECIPE, run)
+    newest = max((run / "tuning").glob("state-*"))
+    data = bytearray((newest / "00001.safetensors").read_bytes())
+    data[-1] ^= 1
+    (newest / "00001.safetensors").write_bytes(data)
+    quantize(phi4_checkpoint, RECIPE, run)
+    assert run_digests(run) == run_digests(tuned)
+
+
+def test_tuning_without_held_out_text_is_refused() -> None:
+    with pytest.raises(UsageError, match="kept aside"):
+        Recipe(corpus=CORPUS, guard=False, tuning=TUNING)
+    with pytest.raises(UsageError, match="kept aside"):
+        Recipe(method="rtn", corpus=None, tuning=TUNING)
+
+
+def test_final_norm_is_tuned_too(tuned: Path) -> None:
+    model = open_run(tuned)
+    gain = model.tensor("model.norm.weight")
+    assert not torch.equal(gain, model.checkpoint.tensor("model.norm.weight"))
+    assert torch.equal(gain, gain.to(torch.bfloat16).float())
+    assert torch.isfinite(rms_norm(torch.ones(1, 64), gain, 1e-5)).all()
