@@ -58,3 +58,21 @@ class Head:
                 for piece in self._slices():
                     slope[rows].addmm_(difference[:, piece], self._weight[piece].float())
         return values, slope
+
+    @torch.no_grad()
+    def sampled_slope(self, hidden: Tensor, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+        """Gradient of −ln P(y) with respect to ``hidden`` [positions, hidden], y drawn from P itself at every position.
+
+        The mean of its outer product is the Fisher information, the curvature of KLD at its minimum. Also returns
+        Σ P(1 − P) over the positions, [vocab]: the same at the logits.
+        """
+        slope, spread = torch.zeros_like(hidden), torch.zeros(self._weight.shape[0])
+        for start in range(0, hidden.shape[0], self._step):
+            rows = slice(start, start + self._step)
+            p = self._log_probabilities(hidden[rows]).exp_()
+            spread += (p - p * p).sum(0)
+            drawn = torch.multinomial(p, 1, generator=generator)
+            p.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
+            for piece in self._slices():
+                slope[rows].addmm_(p[:, piece], self._weight[piece].float())
+        return slope, spread
