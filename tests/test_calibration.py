@@ -3,17 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 import sys
 from collections import Counter
+from fractions import Fraction
 from pathlib import Path
 
 import pytest
 import torch
 
+from phi4edge.calibration.arithmetic import PROBLEMS, problems
 from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.calibration.corpus import load_corpus, load_texts
-from phi4edge.calibration.sources import PYTHON_KINDS, python_documents
+from phi4edge.calibration.installed import KINDS, installed_documents
+from phi4edge.calibration.parts import share_of_self
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.reader import open_checkpoint
@@ -30,9 +34,9 @@ def tokenizer(phi4_checkpoint: Path) -> Tokenizer:
 
 
 def test_the_halves_of_the_builtin_corpus_share_no_document() -> None:
-    for kind in PYTHON_KINDS:
-        calibration = {d.text for d in python_documents(kind, evaluation=False)}
-        evaluation = {d.text for d in python_documents(kind, evaluation=True)}
+    for kind in KINDS:
+        calibration = {d.text for d in installed_documents(kind, evaluation=False)}
+        evaluation = {d.text for d in installed_documents(kind, evaluation=True)}
         assert min(len(calibration), len(evaluation)) > 50
         # The same words may stand in two files (a licence header); the same piece of 4,000 characters may not.
         assert not {t for t in calibration & evaluation if len(t) > 2000}
@@ -49,6 +53,69 @@ def test_the_builtin_corpus_is_the_same_in_another_process(tokenizer: Tokenizer,
     assert theirs.stdout.strip() == ours.sha256
     other = load_corpus("builtin", tokenizer, samples=6, sequence_length=64, seed=4)
     assert other.sha256 != ours.sha256
+
+
+def test_the_builtin_corpus_has_prose_code_mathematics_and_chats(tokenizer: Tokenizer) -> None:
+    corpus = load_corpus("builtin", tokenizer, samples=40, sequence_length=64, held_out=5)
+    counts = corpus.domain_counts()
+    assert {domain: count["samples"] for domain, count in counts.items()} == {
+        "prose": 10,
+        "docstrings": 6,
+        "code": 8,
+        "mathematics": 10,
+        "chat": 6,
+    }
+    assert all(count["held_out"] == 1 for count in counts.values())
+    start = tokenizer.encode("<|im_start|>")[0]
+    with_chat = {d for d, row in zip(corpus.domains, corpus.tokens, strict=True) if bool((row == start).any())}
+    assert with_chat == {"chat", "mathematics"}
+
+
+def test_every_step_of_a_worked_problem_is_true() -> None:
+    number = r"-?\d+(?:/\d+)?"
+    equation = re.compile(rf"({number}(?: [-+*/] {number})+) = ({number})")
+    for kind in PROBLEMS:
+        for document in problems(kind):
+            found = equation.findall(document.text)
+            assert found, document.text
+            for left, right in found:
+                terms = re.sub(r"(\d+)(?:/(\d+))?", lambda m: f"Fraction({m[1]}, {m[2] or 1})", left)
+                assert eval(terms) == Fraction(right), document.text
+            steps, _, answer = document.text.rpartition("The answer is ")
+            assert {int(value) for value in re.findall(r"\d+", answer)} <= set(map(int, re.findall(r"\d+", steps)))
+
+
+def test_several_corpora_are_mixed_by_share(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 4000)
+    (tmp_path / "own.jsonl").write_text(json.dumps({"text": "cccc dddd " * 4000, "domain": "languages"}) + "\n")
+    spec = f"builtin=0.5,{tmp_path / 'a.txt'}=0.25,self=0.25"
+    own = tmp_path / "own.jsonl"
+    corpus = load_corpus(spec, tokenizer, samples=80, sequence_length=32, sampled=own)
+    counts = {domain: count["samples"] for domain, count in corpus.domain_counts().items()}
+    assert counts == {"prose": 10, "docstrings": 6, "code": 8, "mathematics": 10, "chat": 6, "a": 20, "languages": 20}
+    assert share_of_self(spec) == 0.25
+    assert share_of_self("builtin") == 0
+    assert share_of_self("self") == 1
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        ("builtin,self=0.5", "'builtin' has no share"),
+        ("builtin=much,self=0.5", "'builtin=much' is no name with a share above 0"),
+        ("builtin=-1,self=0.5", "no name with a share above 0"),
+        ("=0.5,self=0.5", "no name with a share above 0"),
+        ("self=0.5,self=0.5", "names 'self' twice"),
+    ],
+)
+def test_a_mix_that_is_none_is_refused(tokenizer: Tokenizer, spec: str, message: str) -> None:
+    with pytest.raises(UsageError, match=message):
+        load_corpus(spec, tokenizer, samples=4, sequence_length=64)
+
+
+def test_the_models_own_text_is_no_text_to_measure_on() -> None:
+    with pytest.raises(InputError, match="the model's own text"):
+        list(load_texts("self"))
 
 
 def test_a_text_file_is_reproduced_piece_by_piece(tmp_path: Path) -> None:

@@ -7,7 +7,7 @@ to be kept aside come last, and every domain has its share of them.
 
 from __future__ import annotations
 
-__all__ = ["BUILTIN", "Corpus", "load_corpus", "load_texts"]
+__all__ = ["Corpus", "load_corpus", "load_texts"]
 
 import hashlib
 import random
@@ -20,13 +20,10 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from phi4edge.calibration.sources import PYTHON_KINDS, Document, file_documents, python_documents
-from phi4edge.core.errors import InputError, UsageError, closest
-from phi4edge.core.resources import data_folder
-from phi4edge.core.settings import Table, read_toml
+from phi4edge.calibration.parts import Part, documents, read_parts
+from phi4edge.calibration.sources import Document
+from phi4edge.core.errors import InputError, UsageError
 
-BUILTIN = "builtin"
-_PART_KEYS = ("kind", "path", "share", "chat", "domain")
 Chunk = tuple[str, list[int]]  # domain, token ids
 
 
@@ -45,22 +42,11 @@ class ChatTokenizer(Protocol):
 
 
 @dataclass(frozen=True)
-class Part:
-    """One source of a corpus and its share of the samples."""
-
-    kind: str
-    path: Path | None
-    share: float
-    chat: bool
-    domain: str  # of the documents that name none of their own
-
-
-@dataclass(frozen=True)
 class Corpus:
     """Token chunks and where they come from."""
 
     name: str
-    sha256: str  # of the chunks' token ids
+    sha256: str  # of the chunks' token ids, before any are put last
     tokens: Tensor  # [samples, length] int64
     domains: tuple[str, ...]  # of every sample
     held_out: int = 0  # the last samples, kept aside: every domain has its share of them
@@ -71,51 +57,13 @@ class Corpus:
         return {d: {"samples": n, "held_out": aside[d]} for d, n in sorted(Counter(self.domains).items())}
 
 
-def _parts(spec: str, chat: bool | None) -> tuple[list[Part], bool]:
-    """The parts of corpus ``spec`` and whether its evaluation half is meant."""
-    name, _, half = spec.partition(":") if not Path(spec).exists() else (spec, "", "")
-    if half not in ("", "eval", "calibration"):
-        raise UsageError(f"corpus {spec!r}: no half called {half!r}", "write NAME, NAME:calibration or NAME:eval")
-    recipe = Path(name) if name.endswith(".toml") else data_folder("calibration") / f"{name}.toml"
-    looks_like_name = "/" not in name and "." not in name
-    if not recipe.is_file():
-        if looks_like_name and not Path(name).exists():
-            known = sorted(p.stem for p in data_folder("calibration").glob("*.toml"))
-            near = closest(name, known)
-            hint = f"did you mean {near!r}?" if near else f"known corpora: {', '.join(known)}; or give a file"
-            raise InputError(f"no corpus {name!r}", hint)
-        if half:
-            raise UsageError(f"corpus {spec!r}: a file has no halves", "evaluate on another file")
-        return [Part("file", Path(name), 1.0, bool(chat), Path(name).stem)], False
-    table = Table(read_toml(recipe), ("description", "part"), str(recipe))
-    parts = table.tables("part", _PART_KEYS, required=True)
-    return [_part(part, recipe.parent, chat) for part in parts], half == "eval"
-
-
-def _part(table: Table, folder: Path, chat: bool | None) -> Part:
-    """One [[part]] of a recipe in ``folder``."""
-    kind = table.choice("kind", ("file", *PYTHON_KINDS), "file")
-    path = folder / table.string("path") if kind == "file" else None
-    share = table.number("share") if "share" in table else 1.0
-    said = table.boolean("chat", False)
-    domain = table.string("domain", path.stem if path is not None else kind)
-    return Part(kind, path, share, said if chat is None else chat, domain)
-
-
-def _documents(part: Part, evaluation: bool) -> Iterator[Document]:
-    if part.path is not None:
-        yield from file_documents(part.path)
-    else:
-        yield from python_documents(part.kind, evaluation=evaluation)
-
-
 def load_texts(spec: str) -> Iterator[str]:
     """Plain texts of a corpus for evaluation: a file's in its order, a recipe's parts mixed by their shares."""
-    parts, evaluation = _parts(spec, False)
+    parts = read_parts(spec, False)
     if len(parts) == 1:
-        yield from (document.text or _plain(document) for document in _documents(parts[0], evaluation))
+        yield from (document.text or _plain(document) for document in documents(parts[0]))
         return
-    streams = [(part.share, iter(_shuffled(list(_documents(part, evaluation)), seed=0))) for part in parts]
+    streams = [(part.share, iter(_shuffled(list(documents(part)), seed=0))) for part in parts]
     sent = [0.0] * len(streams)  # characters of each, over its share
     alive = set(range(len(streams)))
     while alive:
@@ -157,28 +105,27 @@ def load_corpus(
     seed: int = 0,
     chat: bool | None = None,
     held_out: int = 0,
+    sampled: Path | None = None,
 ) -> Corpus:
     """Tokenize corpus ``spec`` into ``samples`` chunks of ``sequence_length`` tokens.
 
     ``chat`` true or false overrides what the recipe says of its parts; None leaves it to the recipe. ``held_out``
-    samples are put last, chosen so that what is kept and what is held out are mixed alike.
+    samples are put last, chosen so that what is kept and what is held out are mixed alike. ``sampled`` is the file of
+    the model's own text, where the corpus asks for it.
 
     Raises:
         InputError: the corpus is empty, or shorter than asked.
     """
     if samples < 1 or sequence_length < 2:
         raise UsageError(f"samples {samples} × sequence_length {sequence_length} is no corpus")
-    parts, evaluation = _parts(spec, chat)
+    parts = read_parts(spec, chat, sampled)
     counts = _allot(samples, [part.share for part in parts])
-    pools = [
-        _chunks(part, evaluation, tokenizer, count, sequence_length, seed)
-        for part, count in zip(parts, counts, strict=True)
-    ]
+    pools = [_chunks(part, tokenizer, count, sequence_length, seed) for part, count in zip(parts, counts, strict=True)]
     missing = samples - sum(map(len, pools))
     for i, part in enumerate(parts):
         # A part that is all used up leaves its share to those that have more.
         if missing > 0 and len(pools[i]) == counts[i]:
-            pools[i] = _chunks(part, evaluation, tokenizer, counts[i] + missing, sequence_length, seed)
+            pools[i] = _chunks(part, tokenizer, counts[i] + missing, sequence_length, seed)
             missing = samples - sum(map(len, pools))
     if missing > 0:
         have = samples - missing
@@ -191,10 +138,13 @@ def load_corpus(
         )
     chunks = [chunk for pool in pools for chunk in pool]
     random.Random(seed).shuffle(chunks)
+    digest = hashlib.sha256(_tensor(chunks).numpy().tobytes()).hexdigest()
     chunks = _put_last(chunks, held_out)
-    tokens = torch.tensor([ids for _, ids in chunks], dtype=torch.int64)
-    digest = hashlib.sha256(tokens.numpy().tobytes()).hexdigest()
-    return Corpus(spec, digest, tokens, tuple(domain for domain, _ in chunks), held_out)
+    return Corpus(spec, digest, _tensor(chunks), tuple(domain for domain, _ in chunks), held_out)
+
+
+def _tensor(chunks: list[Chunk]) -> Tensor:
+    return torch.tensor([ids for _, ids in chunks], dtype=torch.int64)
 
 
 def _put_last(chunks: list[Chunk], count: int) -> list[Chunk]:
@@ -219,13 +169,13 @@ def _put_last(chunks: list[Chunk], count: int) -> list[Chunk]:
     return front + back
 
 
-def _chunks(part: Part, evaluation: bool, tokenizer: ChatTokenizer, count: int, length: int, seed: int) -> list[Chunk]:
+def _chunks(part: Part, tokenizer: ChatTokenizer, count: int, length: int, seed: int) -> list[Chunk]:
     """At most ``count`` samples of a part; fewer where its text ends."""
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
     chunks: list[Chunk] = []
     streams: dict[str, list[int]] = {}  # what is not yet cut, by domain
-    for document in _shuffled(list(_documents(part, evaluation)), seed) if count else ():
+    for document in _shuffled(list(documents(part)), seed) if count else ():
         domain = document.domain or part.domain
         stream = streams.setdefault(domain, [])
         stream += tokenizer.encode(_render(document, part.chat, tokenizer))

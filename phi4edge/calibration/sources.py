@@ -1,31 +1,18 @@
-"""Where texts come from: files of the user, and what the installed Python carries.
-
-A document is a piece of text of at most a few thousand characters, or a chat. Documents of Python's own
-texts belong to the calibration half or the evaluation half by a hash of the name they stand under, so that
-no document, and no two pieces of one, are ever on both sides.
-"""
+"""Documents from files of the user: a piece of text of at most a few thousand characters, or a chat."""
 
 from __future__ import annotations
 
-__all__ = ["PYTHON_KINDS", "Document", "file_documents", "python_documents"]
+__all__ = ["Document", "file_documents", "pieces"]
 
-import ast
-import hashlib
 import json
-import sysconfig
-import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 from phi4edge.core.errors import InputError
 
 PIECE_CHARACTERS = 4000
-PYTHON_KINDS = ("python-docs", "python-docstrings", "python-sources")
-# Not text that a person wrote: tables, generated code, and the interpreter's own tests.
-_SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
 _PAIRS = (("question", "answer"), ("prompt", "completion"), ("instruction", "output"), ("input", "output"))
 
 
@@ -38,7 +25,7 @@ class Document:
     domain: str = ""  # where a file names one record by record
 
 
-def _pieces(text: str) -> Iterator[Document]:
+def pieces(text: str) -> Iterator[Document]:
     """Cut ``text`` at line ends into pieces of about PIECE_CHARACTERS."""
     piece: list[str] = []
     size = 0
@@ -52,53 +39,6 @@ def _pieces(text: str) -> Iterator[Document]:
         yield Document("".join(piece))
 
 
-def in_evaluation_half(name: str) -> bool:
-    """Whether the document called ``name`` belongs to the evaluation half."""
-    return hashlib.sha256(name.encode()).digest()[0] % 2 == 1
-
-
-@lru_cache(maxsize=6)
-def python_documents(kind: str, *, evaluation: bool) -> tuple[Document, ...]:
-    """Documents of the installed Python of one ``kind`` (see PYTHON_KINDS) from one half, in a fixed order."""
-    return tuple(_python_documents(kind, evaluation))
-
-
-def _python_documents(kind: str, evaluation: bool) -> Iterator[Document]:
-    if kind == "python-docs":
-        from pydoc_data.topics import topics
-
-        for name in sorted(topics):
-            if in_evaluation_half(f"topic {name}") == evaluation:
-                yield from _pieces(topics[name])
-        return
-    root = Path(sysconfig.get_paths()["stdlib"])
-    for path in sorted(root.rglob("*.py")):
-        relative = path.relative_to(root)
-        # The top-level name decides, so that a package's modules stay together on one side.
-        if _SKIPPED & set(relative.parts) or in_evaluation_half(f"module {relative.parts[0]}") != evaluation:
-            continue
-        try:
-            source = path.read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError):
-            continue
-        if kind == "python-sources":
-            yield from _pieces(source)
-        else:
-            yield from _pieces(_docstrings(source))
-
-
-def _docstrings(source: str) -> str:
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", SyntaxWarning)
-        try:
-            tree = ast.parse(source)
-        except SyntaxError:
-            return ""
-    nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
-    return "".join(f"{text}\n\n" for text in found if text and len(text) > 200)
-
-
 def file_documents(path: Path) -> Iterator[Document]:
     """Documents of a text file (cut into pieces) or of a JSONL file (one a record), in the file's order.
 
@@ -109,7 +49,7 @@ def file_documents(path: Path) -> Iterator[Document]:
         raise InputError(f"{path}: no such file", "give a text file, a .jsonl file or the name of a corpus")
     try:
         if path.suffix not in (".jsonl", ".ndjson"):
-            yield from _pieces(path.read_text(encoding="utf-8"))
+            yield from pieces(path.read_text(encoding="utf-8"))
             return
         with path.open(encoding="utf-8") as file:
             for number, line in enumerate(file, 1):
