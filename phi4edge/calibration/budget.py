@@ -54,7 +54,7 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
     cores = os.cpu_count() or 1
     pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
-    solving = (4 * widest * widest * 4 if recipe.method != "rtn" else 0) + pieces
+    solving = (4 * widest * widest * 4 if recipe.method != "rtn" or recipe.refined else 0) + pieces
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4

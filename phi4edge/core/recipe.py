@@ -64,6 +64,8 @@ class Recipe:
     corpus: CorpusRecipe | None = CorpusRecipe()  # None: data-free
     damp_percent: float = 0.01
     act_order: bool = False
+    refit: bool = False  # least squares for the steps, given the codes
+    sweeps: int = 0  # passes of coordinate descent over the codes, at most
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     guard: bool = True  # compare every linear with RTN on samples kept aside
@@ -81,6 +83,10 @@ class Recipe:
             raise UsageError(
                 "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
             )
+        if self.sweeps < 0:
+            raise UsageError(f"sweeps {self.sweeps} is negative")
+        if self.corpus is None and self.refined:
+            raise UsageError("refit and sweeps need calibration text", "name a --corpus")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
 
@@ -88,6 +94,11 @@ class Recipe:
     def held_out(self) -> int:
         """Samples kept aside from the Hessians: an eighth, at least one."""
         return 0 if self.corpus is None or not self.guard else max(1, self.corpus.samples // 8)
+
+    @property
+    def refined(self) -> bool:
+        """Whether codes or steps are gone over once more after the solver."""
+        return self.refit or self.sweeps > 0
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a JSON object."""

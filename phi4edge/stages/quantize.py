@@ -33,6 +33,7 @@ from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, load_block
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._refine import refine
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
@@ -134,7 +135,8 @@ def _solve_block(
     events: list[Event] = []
     passing = stream.block_pass(block) if stream is not None else None
     arriving = passing.inputs(0) if passing is not None else None
-    needs_hessian = bool(load_plugin("phi4edge.solvers", job.recipe.method).NEEDS_HESSIAN)
+    solver = load_plugin("phi4edge.solvers", job.recipe.method)
+    needs_hessian = bool(solver.NEEDS_HESSIAN) or job.recipe.refined
     for stage, (name, weight) in enumerate(zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)):
         full = f"model.layers.{layer}.{name}"
         progress.status(f"block {layer} {name} · RSS {format_bytes(rss_bytes())}")
@@ -170,9 +172,10 @@ def _solve_linear(
     stream: CalibrationStream | None,
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
     recipe = job.recipe
-    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS)
+    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS, recipe.refit, recipe.sweeps)
     problem = Problem(name, weight, stats.hessian if stats else None, job.scheme, stats.mean_square if stats else None)
     solution: Solution = load_plugin("phi4edge.solvers", recipe.method).solve(problem, options)
+    solution = refine(problem, solution, options)
     record: dict[str, Any] = {
         "name": name,
         "method": recipe.method,
@@ -180,8 +183,11 @@ def _solve_linear(
         "damp_percent": solution.damp_percent,
         "tokens": stats.tokens if stats else 0,
     }
+    if solution.loss_unrefined is not None:
+        record["loss_unrefined"] = solution.loss_unrefined
     events = list(solution.events)
-    if recipe.method == "rtn" or passing is None or stream is None or not recipe.guard:
+    plain = recipe.method == "rtn" and not recipe.refined
+    if plain or passing is None or stream is None or not recipe.guard:
         return solution.linear, record, events
     rtn: Solution = load_plugin("phi4edge.solvers", "rtn").solve(problem, options)
     held = passing.inputs(stage, stream.kept)
@@ -190,7 +196,8 @@ def _solve_linear(
     if not ours.loses_to(theirs):
         return solution.linear, record, events
     where = "first positions" if ours.first > theirs.first else "positions after the first"
-    detail = f"{recipe.method} loses to rtn on held-out {where}; rtn's weights are taken"
+    who = f"refined {recipe.method}" if recipe.refined else recipe.method
+    detail = f"{who} loses to rtn on held-out {where}; rtn's weights are taken"
     values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
     events.append(Event("fallback_to_rtn", name, detail, {k: float(v) for k, v in values.items()}))
     return rtn.linear, record | {"method": "rtn"}, events
