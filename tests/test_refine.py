@@ -2,19 +2,28 @@
 
 from __future__ import annotations
 
+import signal
+import subprocess
+import sys
 from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from test_quantize import CORPUS, TEXT, digests
 from test_solvers import SCHEMES, problem
 from torch import Tensor
 
+from phi4edge.core.errors import UsageError
+from phi4edge.core.recipe import Recipe
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
+from phi4edge.stages.quantize import quantize
 
 DAMP = 0.01
 
@@ -172,3 +181,59 @@ def test_dead_columns_and_zero_rows_stay_sound_even_undamped() -> None:
     assert bool(torch.isfinite(after.dequantize()).all())
     assert torch.equal(after.codes[:, 32:64], plain.linear.codes[:, 32:64])
     assert not after.dequantize()[3].any()
+
+
+KILLER = """
+import os, signal, sys
+from pathlib import Path
+import phi4edge.core.atomic, phi4edge.core.workdir
+from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.stages.quantize import quantize
+sync, count = os.fsync, 0
+def dying(descriptor):
+    global count
+    count += 1
+    if (Path(sys.argv[2]) / "journal.jsonl").exists() and count > int(sys.argv[4]):
+        os.kill(os.getpid(), signal.SIGKILL)
+    sync(descriptor)
+os.fsync = dying
+quantize(sys.argv[1], Recipe(**eval(sys.argv[5]), corpus=CorpusRecipe(sys.argv[3], 8, 48)), Path(sys.argv[2]))
+"""
+SWITCHES = [{"refit": True, "sweeps": 2}, {"full_precision_targets": 0.5}, {"method": "rtn", "sweeps": 1}]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("switches", SWITCHES, ids=lambda s: "-".join(s))
+def test_with_every_switch_a_killed_run_resumes_to_the_same_bytes(
+    switches: dict[str, Any], phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = Recipe(**switches, corpus=CORPUS)
+    quantize(phi4_checkpoint, recipe, tmp_path / "whole")
+    run, journal = tmp_path / "run", tmp_path / "run" / "journal.jsonl"
+    arguments = [str(phi4_checkpoint), str(run), TEXT, "5", repr(switches)]
+    killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, check=False)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    assert journal.read_bytes().count(b"\n") == 1
+    quantize(phi4_checkpoint, recipe, run)
+    assert digests(run) == digests(tmp_path / "whole")
+    # And again as if killed after block 0, its residual streams lost.
+    journal.write_bytes(journal.read_bytes().split(b"\n")[0] + b"\n")
+    (run / "manifest.json").unlink()
+    quantize(phi4_checkpoint, recipe, run)
+    assert digests(run) == digests(tmp_path / "whole")
+
+
+def test_a_refined_run_records_what_refining_gained(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    recipe = Recipe(method="rtn", refit=True, sweeps=2, corpus=CORPUS)
+    data = quantize(phi4_checkpoint, recipe, tmp_path / "run").manifest["data"]
+    for linear in data["linears"]:
+        assert linear["loss"] < linear["loss_unrefined"]
+        assert linear["damp_percent"] == recipe.damp_percent
+        assert linear["heldout_error"]["rest"] != linear["heldout_error_rtn"]["rest"]
+
+
+def test_impossible_switches_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="sweeps -1 is negative"):
+        Recipe(sweeps=-1)
+    with pytest.raises(UsageError, match="need calibration text"):
+        Recipe(method="rtn", corpus=None, refit=True)

@@ -68,6 +68,7 @@ class Recipe:
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
+    full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
     guard: bool = True  # compare every linear with RTN on samples kept aside
     tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
@@ -85,8 +86,10 @@ class Recipe:
             )
         if self.sweeps < 0:
             raise UsageError(f"sweeps {self.sweeps} is negative")
-        if self.corpus is None and self.refined:
-            raise UsageError("refit and sweeps need calibration text", "name a --corpus")
+        if not 0 <= self.full_precision_targets <= 1:
+            raise UsageError(f"full_precision_targets {self.full_precision_targets} is not between 0 and 1")
+        if self.corpus is None and self.whole_hessian:
+            raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
 
@@ -99,6 +102,11 @@ class Recipe:
     def refined(self) -> bool:
         """Whether codes or steps are gone over once more after the solver."""
         return self.refit or self.sweeps > 0
+
+    @property
+    def whole_hessian(self) -> bool:
+        """Whether the whole of H is needed whatever the solver makes of it."""
+        return self.refined or self.full_precision_targets > 0
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a JSON object."""

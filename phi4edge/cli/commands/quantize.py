@@ -85,6 +85,14 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     show_default=True,
     help="Passes of coordinate descent over the codes, at most.",
 )
+@click.option(
+    "--full-precision-targets",
+    metavar="ALPHA",
+    type=float,
+    default=Recipe.full_precision_targets,
+    show_default=True,
+    help="Aim at what full precision computes: 0 not at all, 1 wholly.",
+)
 @corpus_options
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
@@ -128,6 +136,7 @@ def command(
     shrinkage: float,
     refit: bool,
     sweeps: int,
+    full_precision_targets: float,
     corpus: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -176,6 +185,7 @@ def command(
         shrinkage=shrinkage,
         refit=refit,
         sweeps=sweeps,
+        full_precision_targets=full_precision_targets,
         guard=guard,
         tuning=TuningRecipe(tune_passes, tune_rate, tune_batch) if tune_passes else None,
     )

@@ -25,6 +25,7 @@ _SECTIONS = {
         "sink_share",
         "shrinkage",
         "guard",
+        "full_precision_targets",
         "refit",
         "sweeps",
         *_MACHINE,
