@@ -54,10 +54,14 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
     cores = os.cpu_count() or 1
     pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
-    solving = (4 * widest * widest * 4 if recipe.method != "rtn" else 0) + pieces
+    solving = (4 * widest * widest * 4 if recipe.method != "rtn" or recipe.whole_hessian else 0) + pieces
+    streams = 2 if recipe.full_precision_targets else 1
+    if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
+        solving += largest * 4
+        working += 2 * widest * widest * 4
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
-    stores = recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
+    stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
     least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     limit, needed = _limit(budget), max(least, tuning)

@@ -64,8 +64,11 @@ class Recipe:
     corpus: CorpusRecipe | None = CorpusRecipe()  # None: data-free
     damp_percent: float = 0.01
     act_order: bool = False
+    refit: bool = False  # least squares for the steps, given the codes
+    sweeps: int = 0  # passes of coordinate descent over the codes, at most
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
+    full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
     guard: bool = True  # compare every linear with RTN on samples kept aside
     tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
@@ -81,6 +84,12 @@ class Recipe:
             raise UsageError(
                 "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
             )
+        if self.sweeps < 0:
+            raise UsageError(f"sweeps {self.sweeps} is negative")
+        if not 0 <= self.full_precision_targets <= 1:
+            raise UsageError(f"full_precision_targets {self.full_precision_targets} is not between 0 and 1")
+        if self.corpus is None and self.whole_hessian:
+            raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
 
@@ -88,6 +97,16 @@ class Recipe:
     def held_out(self) -> int:
         """Samples kept aside from the Hessians: an eighth, at least one."""
         return 0 if self.corpus is None or not self.guard else max(1, self.corpus.samples // 8)
+
+    @property
+    def refined(self) -> bool:
+        """Whether codes or steps are gone over once more after the solver."""
+        return self.refit or self.sweeps > 0
+
+    @property
+    def whole_hessian(self) -> bool:
+        """Whether the whole of H is needed whatever the solver makes of it."""
+        return self.refined or self.full_precision_targets > 0
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a JSON object."""

@@ -40,6 +40,8 @@ class SolverOptions:
     damp_percent: float = 0.01  # of the mean of diag H, added to the diagonal
     act_order: bool = False  # most excited columns first, groups fixed beforehand (static groups)
     rows: int = 1536  # rows of W solved together, on one core; codes do not depend on how many cores there are
+    refit: bool = False  # least squares for the steps, given the codes
+    sweeps: int = 0  # passes of coordinate descent over the codes, at most
 
 
 @dataclass(frozen=True)
@@ -50,3 +52,4 @@ class Solution:
     loss: float  # tr(E H Eᵀ) / out_features with the undamped H, or with what is known of H
     damp_percent: float  # that was used in the end
     events: tuple[Event, ...] = ()
+    loss_unrefined: float | None = None  # before codes and steps were refined, where they were

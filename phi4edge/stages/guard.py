@@ -14,11 +14,12 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.nn.functional import linear
 
 
 @dataclass(frozen=True)
 class HeldOut:
-    """Output error of a quantized linear on held-out samples, relative to the output's own energy."""
+    """Output error of a quantized linear on held-out samples, relative to the energy of the output aimed at."""
 
     first: float  # first position of each sample
     rest: float  # all others
@@ -29,14 +30,20 @@ class HeldOut:
 
 
 def held_out_errors(
-    inputs: Iterable[tuple[int, Tensor]], weight: Tensor, candidates: Sequence[Tensor]
+    inputs: Iterable[tuple[int, Tensor, Tensor | None]], weight: Tensor, candidates: Sequence[Tensor]
 ) -> list[HeldOut]:
-    """Errors of each dequantized candidate [out, in] for ``inputs`` [count, length, in] of the held-out samples."""
+    """Errors of each dequantized candidate [out, in] for ``inputs`` [count, length, in] of the held-out samples.
+
+    Beside an input may stand what full precision has in its place; the outputs aimed at are then those of that.
+    """
     sums = torch.zeros(len(candidates) + 1, 2, dtype=torch.float64)
-    matrices = [weight, *(weight - candidate for candidate in candidates)]
-    for _, x in inputs:
-        for row, matrix in enumerate(matrices):
-            energy = torch.nn.functional.linear(x, matrix).pow(2).sum(-1, dtype=torch.float64)  # [count, length]
+    errors = [weight - candidate for candidate in candidates]
+    for _, x, exact in inputs:
+        away = torch.zeros(()) if exact is None else linear(exact - x, weight)
+        outputs = [linear(x if exact is None else exact, weight)]
+        outputs += [linear(x, error) + away.to(x.device) for error in errors]
+        for row, output in enumerate(outputs):
+            energy = output.pow(2).sum(-1, dtype=torch.float64)  # [count, length]
             sums[row, 0] += energy[:, 0].sum().cpu()
             sums[row, 1] += energy[:, 1:].sum().cpu()
     whole = sums[0].clamp_min(1e-300)

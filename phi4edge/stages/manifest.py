@@ -75,7 +75,7 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None) -> dict[str, 
 def _length_events(job: Job) -> list[Event]:
     """Too few tokens for a Hessian of full rank: GPTQ can then lose to RTN."""
     c = job.recipe.corpus
-    if c is None or job.recipe.method == "rtn":
+    if c is None or (job.recipe.method == "rtn" and not job.recipe.whole_hessian):
         return []
     tokens = (c.samples - job.recipe.held_out) * c.sequence_length
     width = max(columns for _, columns in job.checkpoint.config.linear_shapes.values())

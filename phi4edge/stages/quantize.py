@@ -11,7 +11,7 @@ from __future__ import annotations
 __all__ = ["QuantizeSummary", "plan", "quantize"]
 
 import time
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,12 +33,14 @@ from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, load_block
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._refine import refine
+from phi4edge.solvers._targets import shifted_target
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
-from phi4edge.stages.stream import CalibrationStream
+from phi4edge.stages.stream import CalibrationStream, side_by_side
 from phi4edge.stages.tune import tune
 
 
@@ -115,7 +117,7 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
         write_bytes(work.path / files[0], save({k: v for tensors in solved for k, v in tensors.items()}))
         record: dict[str, Any] = {"block": layer, "linears": records, "events": [e.as_dict() for e in events]}
         if stream is not None and layer + 1 < config.num_layers:
-            record["hidden"] = stream.save(layer + 1)
+            record |= stream.save(layer + 1)
         record["performance"] = {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
         work.commit(record, files)
         if stream is not None:
@@ -134,18 +136,21 @@ def _solve_block(
     events: list[Event] = []
     passing = stream.block_pass(block) if stream is not None else None
     arriving = passing.inputs(0) if passing is not None else None
-    needs_hessian = bool(load_plugin("phi4edge.solvers", job.recipe.method).NEEDS_HESSIAN)
+    exact = stream.exact_pass(block) if stream is not None else None
+    beside = exact.inputs(0) if exact is not None else None
+    solver = load_plugin("phi4edge.solvers", job.recipe.method)
+    needs_hessian = bool(solver.NEEDS_HESSIAN) or job.recipe.whole_hessian
     for stage, (name, weight) in enumerate(zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)):
         full = f"model.layers.{layer}.{name}"
         progress.status(f"block {layer} {name} · RSS {format_bytes(rss_bytes())}")
         stats = None
         if arriving is not None and stream is not None:
-            moments = InputMoments(weight.shape[1], full=needs_hessian, device=job.device)
-            for sample, x in arriving:
+            moments = InputMoments(weight.shape[1], full=needs_hessian, exact=exact is not None, device=job.device)
+            for sample, x, full_x in side_by_side(arriving, beside):
                 if sample < stream.kept:
-                    moments.add(x)
+                    moments.add(x, full_x)
             stats = moments.result(job.recipe.sink_share, job.recipe.shrinkage)
-        linear, record, found = _solve_linear(job, full, weight.to(job.device), stats, passing, stage, stream)
+        linear, record, found = _solve_linear(job, full, weight.to(job.device), stats, passing, exact, stage, stream)
         tensors.append(linear.to("cpu").to_tensors())
         if stats is not None:
             tensors.append({f"{full}.imatrix": stats.mean_square.cpu()})
@@ -153,9 +158,10 @@ def _solve_block(
         events += found
         if passing is not None:
             arriving = passing.advance(stage, linear.dequantize())
+            beside = exact.advance(stage, weight) if exact is not None else None
         progress.advance()
     if arriving is not None:
-        for _ in arriving:  # the block's outputs, written to the residual stream as they come
+        for _ in side_by_side(arriving, beside):  # the block's outputs, written to the streams as they come
             pass
     return tensors, records, events
 
@@ -166,13 +172,22 @@ def _solve_linear(
     weight: Tensor,
     stats: LayerStats | None,
     passing: BlockPass | None,
+    exact: BlockPass | None,
     stage: int,
     stream: CalibrationStream | None,
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
     recipe = job.recipe
-    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS)
+    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS, recipe.refit, recipe.sweeps)
     problem = Problem(name, weight, stats.hessian if stats else None, job.scheme, stats.mean_square if stats else None)
-    solution: Solution = load_plugin("phi4edge.solvers", recipe.method).solve(problem, options)
+    aimed = problem
+    shift_events: tuple[Event, ...] = ()
+    if stats is not None and stats.hessian is not None and stats.shift is not None:
+        target, shift_events = shifted_target(
+            weight, stats.hessian, stats.shift, recipe.full_precision_targets, recipe.damp_percent, name
+        )
+        aimed = replace(problem, weight=target)
+    solution: Solution = load_plugin("phi4edge.solvers", recipe.method).solve(aimed, options)
+    solution = refine(aimed, solution, options)
     record: dict[str, Any] = {
         "name": name,
         "method": recipe.method,
@@ -180,17 +195,24 @@ def _solve_linear(
         "damp_percent": solution.damp_percent,
         "tokens": stats.tokens if stats else 0,
     }
-    events = list(solution.events)
-    if recipe.method == "rtn" or passing is None or stream is None or not recipe.guard:
+    if solution.loss_unrefined is not None:
+        record["loss_unrefined"] = solution.loss_unrefined
+    if aimed is not problem:
+        record["target_shift"] = float((aimed.weight - weight).norm() / weight.norm().clamp_min(1e-30))
+    events = [*shift_events, *solution.events]
+    plain = recipe.method == "rtn" and not recipe.whole_hessian
+    if plain or passing is None or stream is None or not recipe.guard:
         return solution.linear, record, events
     rtn: Solution = load_plugin("phi4edge.solvers", "rtn").solve(problem, options)
-    held = passing.inputs(stage, stream.kept)
+    beside = exact.inputs(stage, stream.kept) if exact is not None else None
+    held = side_by_side(passing.inputs(stage, stream.kept), beside)
     ours, theirs = held_out_errors(held, weight, [solution.linear.dequantize(), rtn.linear.dequantize()])
     record |= {"loss_rtn": rtn.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
     if not ours.loses_to(theirs):
         return solution.linear, record, events
     where = "first positions" if ours.first > theirs.first else "positions after the first"
-    detail = f"{recipe.method} loses to rtn on held-out {where}; rtn's weights are taken"
+    who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
+    detail = f"{who} loses to rtn on held-out {where}; rtn's weights are taken"
     values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
     events.append(Event("fallback_to_rtn", name, detail, {k: float(v) for k, v in values.items()}))
     return rtn.linear, record | {"method": "rtn"}, events

@@ -1,8 +1,16 @@
-"""The calibration samples between two blocks: on disk after every committed block, recomputed if that is lost."""
+"""The calibration samples between two blocks: on disk after every committed block, recomputed if that is lost.
+
+Where the recipe aims at full precision there are two streams: what the quantized blocks make of the samples, and what
+the full-precision ones make of them.
+"""
 
 from __future__ import annotations
 
-__all__ = ["CalibrationStream"]
+__all__ = ["CalibrationStream", "side_by_side"]
+
+from collections.abc import Iterator
+
+from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.core.events import Progress
@@ -12,6 +20,16 @@ from phi4edge.model.block import Block, load_block
 from phi4edge.model.rope import rotary_table
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import read_block
+
+HIDDEN, EXACT = "hidden", "exact"  # the two streams by their names in the journal
+
+
+def side_by_side(
+    arriving: Iterator[tuple[int, Tensor]], exact: Iterator[tuple[int, Tensor]] | None
+) -> Iterator[tuple[int, Tensor, Tensor | None]]:
+    """Samples of both streams together: (sample, own, full-precision or None where there is no such stream)."""
+    for sample, x in arriving:
+        yield sample, x, next(exact)[1] if exact is not None else None
 
 
 class CalibrationStream:
@@ -23,7 +41,9 @@ class CalibrationStream:
         config, tokens = job.checkpoint.config, job.corpus.tokens
         samples, length = tokens.shape
         folder = work.path / "hidden"
-        self.stores = Stores.create(config, samples, length, folder if job.memory.spill else None)
+        scratch = folder if job.memory.spill else None
+        self.stores = Stores.create(config, samples, length, scratch)
+        self._exact = Stores.create(config, samples, length, scratch) if job.recipe.full_precision_targets > 0 else None
         self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
         self._config, self._device = config, job.device
         self._rotary = rotary_table(config.rope, length, job.device)
@@ -31,32 +51,52 @@ class CalibrationStream:
         folder.mkdir(exist_ok=True)
         for partial in folder.glob("*.partial"):
             partial.unlink()
-        record = work.records[done - 1].get("hidden") if done else None
-        if record and self.stores.hidden.load(work.path / record["file"], record["sha256"]):
+        self._restore(job, work, done, progress, HIDDEN, self.stores)
+        if self._exact is not None:
+            self._restore(job, work, done, progress, EXACT, self._exact)
+
+    def _restore(self, job: Job, work: Workdir, done: int, progress: Progress, kind: str, stores: Stores) -> None:
+        assert job.corpus is not None
+        record = work.records[done - 1].get(kind) if done else None
+        if record and stores.hidden.load(work.path / record["file"], record["sha256"]):
             return
-        self.stores.fill(job.checkpoint, tokens)
+        stores.fill(job.checkpoint, job.corpus.tokens)
         for layer in range(done):  # the residual stream was lost: send it through the finished blocks again
-            progress.status(f"recomputing hidden states, block {layer}")
-            self._replay(job, work, layer)
+            progress.status(f"recomputing {kind} states, block {layer}")
+            block = load_block(job.checkpoint, layer)
+            passing = self._pass(block, stores)
+            weights = (
+                (block.qkv, block.o, block.gate_up, block.down)
+                if kind == EXACT
+                else (linear.dequantize() for linear in read_block(work.path, layer, job.scheme))
+            )
+            for stage, weight in enumerate(weights):
+                for _ in passing.advance(stage, weight):
+                    pass
 
     def block_pass(self, block: Block) -> BlockPass:
         """The pass through ``block``."""
-        return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, self.stores, self._device)
+        return self._pass(block, self.stores)
 
-    def _replay(self, job: Job, work: Workdir, layer: int) -> None:
-        passing = self.block_pass(load_block(job.checkpoint, layer))
-        for stage, linear in enumerate(read_block(work.path, layer, job.scheme)):
-            for _ in passing.advance(stage, linear.dequantize()):
-                pass
+    def exact_pass(self, block: Block) -> BlockPass | None:
+        """The pass of the full-precision stream, or None where the recipe does not ask for one."""
+        return self._pass(block, self._exact) if self._exact is not None else None
 
-    def save(self, layer: int) -> dict[str, str]:
-        """Keep the residual stream that goes into block ``layer``."""
-        path = self._folder / f"{layer:05d}.bin"
-        self.stores.hidden.save(path)
-        return {"file": f"hidden/{path.name}", "sha256": sha256_file(path)}
+    def _pass(self, block: Block, stores: Stores) -> BlockPass:
+        return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, stores, self._device)
+
+    def save(self, layer: int) -> dict[str, dict[str, str]]:
+        """Keep the residual streams that go into block ``layer``; what the journal says of each."""
+        kept = {}
+        for kind, stores in ((HIDDEN, self.stores), (EXACT, self._exact)):
+            if stores is not None:
+                path = self._folder / f"{layer:05d}.{kind}.bin"
+                stores.hidden.save(path)
+                kept[kind] = {"file": f"hidden/{path.name}", "sha256": sha256_file(path)}
+        return kept
 
     def forget(self, layer: int) -> None:
         """Drop residual streams that no resume needs any more."""
         for path in self._folder.glob("*.bin"):
-            if int(path.stem) <= layer:
+            if int(path.name.split(".")[0]) <= layer:
                 path.unlink()

@@ -75,6 +75,24 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     show_default=True,
     help="How far H is drawn to its diagonal: more carries over better to other text.",
 )
+@click.option(
+    "--refit/--no-refit", default=False, help="Least squares for the steps, given the codes.  [default: no-refit]"
+)
+@click.option(
+    "--sweeps",
+    type=click.IntRange(0),
+    default=Recipe.sweeps,
+    show_default=True,
+    help="Passes of coordinate descent over the codes, at most.",
+)
+@click.option(
+    "--full-precision-targets",
+    metavar="ALPHA",
+    type=float,
+    default=Recipe.full_precision_targets,
+    show_default=True,
+    help="Aim at what full precision computes: 0 not at all, 1 wholly.",
+)
 @corpus_options
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
@@ -116,6 +134,9 @@ def command(
     damp_percent: float,
     sink_share: float,
     shrinkage: float,
+    refit: bool,
+    sweeps: int,
+    full_precision_targets: float,
     corpus: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -162,6 +183,9 @@ def command(
         act_order=act_order,
         sink_share=sink_share,
         shrinkage=shrinkage,
+        refit=refit,
+        sweeps=sweeps,
+        full_precision_targets=full_precision_targets,
         guard=guard,
         tuning=TuningRecipe(tune_passes, tune_rate, tune_batch) if tune_passes else None,
     )

@@ -17,7 +17,19 @@ from phi4edge.core.settings import Table, read_toml
 
 _MACHINE = ("ram_budget", "device")
 _SECTIONS = {
-    "quantize": ("method", "scheme", "damp_percent", "act_order", "sink_share", "shrinkage", "guard", *_MACHINE),
+    "quantize": (
+        "method",
+        "scheme",
+        "damp_percent",
+        "act_order",
+        "sink_share",
+        "shrinkage",
+        "guard",
+        "full_precision_targets",
+        "refit",
+        "sweeps",
+        *_MACHINE,
+    ),
     "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
     "export": ("context", "head", "embedding"),
     "drift": ("text", "context", "chunks", "max_kld", "max_ppl_ratio", "min_top1"),

@@ -1,0 +1,155 @@
+"""Full-precision targets: the shifted weights are what least squares says, and they bring a model nearer."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from test_quantize import OTHER_TEXT, TEXT
+from test_solvers import problem
+from torch import Tensor
+
+from phi4edge.calibration.statistics import InputMoments
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import UsageError
+from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.model.block import forward_block, load_block
+from phi4edge.model.forward import embed
+from phi4edge.model.rope import rotary_table
+from phi4edge.solvers import gptq
+from phi4edge.solvers._api import Problem, SolverOptions
+from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages.guard import held_out_errors
+from phi4edge.stages.inputs import check_tokenizer
+from phi4edge.stages.quantize import quantize
+from phi4edge.stages.run_reader import open_run
+
+
+def inputs(width: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
+    """What a linear is fed by the quantized model and by the full-precision one, [samples, length, width]."""
+    generator = torch.Generator().manual_seed(seed)
+    exact = torch.randn(8, 40, width, generator=generator)
+    own = exact + 0.2 * torch.randn(8, 40, width, generator=generator) + 0.3 * exact.roll(1, dims=-1)
+    return own, exact
+
+
+def moments(own: Tensor, exact: Tensor, **options: float) -> tuple[Tensor, Tensor]:
+    collected = InputMoments(own.shape[-1], full=True, exact=True)
+    for i in range(0, own.shape[0], 2):
+        collected.add(own[i : i + 2], exact[i : i + 2])
+    stats = collected.result(**options)
+    assert stats.hessian is not None
+    assert stats.shift is not None
+    return stats.hessian, stats.shift
+
+
+def test_the_shifted_target_is_the_least_squares_solution() -> None:
+    """W′ is the matrix that, fed the quantized model's inputs, comes nearest to W fed the full-precision ones."""
+    own, exact = inputs()
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    H, D = moments(own, exact)
+    target, events = shifted_target(weight, H, D, 1.0, 0.0, "layer")
+    X, Xq = exact.reshape(-1, 48).double(), own.reshape(-1, 48).double()
+    best = torch.linalg.lstsq(Xq, X @ weight.double().T).solution.T
+    assert not events
+    assert float((target - best).norm() / (best - weight).norm()) < 1e-3
+    half, _ = shifted_target(weight, H, D, 0.5, 0.0, "layer")
+    assert torch.allclose(half, (weight + target) / 2, atol=1e-5)
+    assert torch.equal(shifted_target(weight, H, D, 0.0, 0.0, "layer")[0], weight)
+
+
+def test_the_objective_differs_from_the_shifted_one_by_a_constant() -> None:
+    """‖W X − Q X̃‖² − tr((W′ − Q) H (W′ − Q)ᵀ) is the same for every Q."""
+    own, exact = inputs()
+    generator = torch.Generator().manual_seed(1)
+    weight = torch.randn(20, 48, generator=generator)
+    H, D = moments(own, exact)
+    target = shifted_target(weight, H, D, 1.0, 0.0, "layer")[0].double()
+    X, Xq = exact.reshape(-1, 48).double(), own.reshape(-1, 48).double()
+    constants = []
+    for spread in (0.0, 0.1, 1.0):
+        Q = weight.double() + spread * torch.randn(20, 48, generator=generator).double()
+        whole = ((X @ weight.double().T - Xq @ Q.T) ** 2).sum() / X.shape[0]
+        constants.append(float(whole - (((target - Q) @ H.double()) * (target - Q)).sum()))
+    assert constants == pytest.approx([constants[0]] * 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"sink_share": 0.2}, {"sink_share": 0.2, "shrinkage": 0.4}])
+def test_inputs_that_are_a_multiple_shift_the_weight_by_that_multiple(options: dict[str, float]) -> None:
+    """Sink weights and shrinkage are the same in D and in H."""
+    own, _ = inputs()
+    H, D = moments(own, 1.25 * own, **options)
+    assert torch.allclose(D, 0.25 * H, atol=1e-5)
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    target, _ = shifted_target(weight, H, D, 1.0, 1e-6, "layer")
+    assert torch.allclose(target, 1.25 * weight, atol=1e-4)
+
+
+def test_aiming_at_full_precision_lowers_the_error_against_it_on_held_out_rows() -> None:
+    own, exact = inputs(128)
+    held_own, held_exact = inputs(128, seed=5)
+    H, D = moments(own, exact)
+    base = problem("w4g32")
+    plain = gptq.solve(Problem("layer", base.weight, H, base.scheme), SolverOptions())
+    target, _ = shifted_target(base.weight, H, D, 1.0, 0.01, "layer")
+    aimed = gptq.solve(Problem("layer", target, H, base.scheme), SolverOptions())
+    candidates = [plain.linear.dequantize(), aimed.linear.dequantize()]
+    without, with_shift = held_out_errors([(0, held_own, held_exact)], base.weight, candidates)
+    assert with_shift.rest < 0.8 * without.rest
+
+
+def test_the_guard_compares_with_what_full_precision_computes() -> None:
+    own, exact = inputs()
+    generator = torch.Generator().manual_seed(1)
+    weight, other = torch.randn(20, 48, generator=generator), torch.randn(20, 48, generator=generator)
+    (found,) = held_out_errors([(0, own, exact)], weight, [other])
+    aimed, got = exact @ weight.T, own @ other.T
+    expected = ((aimed - got)[:, 1:] ** 2).sum() / (aimed[:, 1:] ** 2).sum()
+    assert found.rest == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_dead_columns_and_a_singular_hessian_are_borne() -> None:
+    own, exact = inputs()
+    own[..., 5], exact[..., 5] = 0, 0
+    own[..., 7] = own[..., 6]
+    H, D = moments(own, exact)
+    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
+    target, events = shifted_target(weight, H, D, 1.0, 0.0, "layer")
+    assert bool(torch.isfinite(target).all())
+    assert [event.kind for event in events] == ["damping_raised"]
+    assert torch.allclose(target[:, 5], weight[:, 5])
+
+
+def test_a_run_that_aims_at_full_precision_comes_nearer_to_it(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    """The residual stream after the last block, on text that was not calibrated on."""
+    corpus = CorpusRecipe(OTHER_TEXT, samples=64, sequence_length=48)
+    model = open_checkpoint(phi4_checkpoint)
+    from phi4edge.calibration.corpus import load_corpus
+
+    tokens = load_corpus(TEXT, check_tokenizer(model.index), samples=8, sequence_length=48).tokens
+    rotary = rotary_table(model.config.rope, 48)
+
+    def outputs(source: object) -> Tensor:
+        hidden = embed(model, tokens)
+        for layer in range(model.config.num_layers):
+            hidden = forward_block(load_block(source, layer), hidden, rotary, model.config)  # type: ignore[arg-type]
+        return hidden
+
+    exact, errors = outputs(model), []
+    for strength in (0.0, 1.0):
+        recipe = Recipe(corpus=corpus, full_precision_targets=strength)
+        data = quantize(phi4_checkpoint, recipe, tmp_path / f"{strength}").manifest["data"]
+        errors.append(float((outputs(open_run(tmp_path / f"{strength}")) - exact).norm() / exact.norm()))
+        shifts = [linear.get("target_shift") for linear in data["linears"]]
+        # Nothing is quantized before the first linear of the first block: its inputs are full precision's.
+        assert shifts == [None] * 8 if strength == 0 else shifts[0] == 0 and all(s > 0 for s in shifts[1:])
+    assert errors[1] < errors[0]
+
+
+def test_impossible_strengths_are_usage_errors() -> None:
+    for bad in (-0.1, 1.1):
+        with pytest.raises(UsageError, match="full_precision_targets"):
+            Recipe(full_precision_targets=bad)
+    with pytest.raises(UsageError, match="need calibration text"):
+        Recipe(method="rtn", corpus=None, full_precision_targets=0.5)
