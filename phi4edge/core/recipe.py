@@ -5,7 +5,7 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["CorpusRecipe", "Recipe", "TuningRecipe"]
+__all__ = ["CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe"]
 
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -56,6 +56,30 @@ class TuningRecipe:
 
 
 @dataclass(frozen=True)
+class MixRecipe:
+    """A type for every tensor, chosen from predicted KLD under a budget of bytes."""
+
+    candidates: tuple[str, ...]  # schemes that a linear may have
+    target_bpw: float | None = None  # bits a parameter, all tensors of the file counted
+    target_bytes: int | None = None  # of all tensors
+    samples: int = 16  # that sensitivity is measured on
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if (self.target_bpw is None) == (self.target_bytes is None):
+            raise UsageError("a mix needs a budget", "give either --target-bpw or --target-size")
+        if not self.candidates:
+            raise UsageError("a mix needs candidates", "name schemes, e.g. --candidates q4_k,q5_k,q6_k")
+
+    def budget(self, parameters: int) -> int:
+        """Bytes that all tensors together may take."""
+        if self.target_bytes is not None:
+            return self.target_bytes
+        assert self.target_bpw is not None
+        return int(self.target_bpw * parameters / 8)
+
+
+@dataclass(frozen=True)
 class Recipe:
     """How codes are solved for."""
 
@@ -70,6 +94,9 @@ class Recipe:
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
     guard: bool = True  # compare every linear with RTN on samples kept aside
+    mix: MixRecipe | None = None  # None: every linear on ``scheme``
+    types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
+    tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
     tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
     def __post_init__(self) -> None:
@@ -80,6 +107,8 @@ class Recipe:
             raise UsageError(f"sink_share {self.sink_share} is not between 0 and 1")
         if not 0 <= self.shrinkage <= 1:
             raise UsageError(f"shrinkage {self.shrinkage} is not between 0 and 1")
+        if self.mix is not None and (self.corpus is None or self.types):
+            raise UsageError("a mix is chosen from calibration text, or given, not both", "give a --corpus or --types")
         if self.tuning is not None and (self.corpus is None or not self.guard):
             raise UsageError(
                 "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
@@ -107,6 +136,11 @@ class Recipe:
     def whole_hessian(self) -> bool:
         """Whether the whole of H is needed whatever the solver makes of it."""
         return self.refined or self.full_precision_targets > 0
+
+    @property
+    def kept(self) -> int:
+        """Samples that Hessians are made of and tuning learns from."""
+        return 0 if self.corpus is None else self.corpus.samples - self.held_out
 
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a JSON object."""

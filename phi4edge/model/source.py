@@ -60,6 +60,7 @@ class QuantizedModel:
     provenance: Mapping[str, str]  # recipe hash, base model, corpus …: plain strings for metadata
     replaced: Mapping[str, Tensor] = field(default_factory=dict)  # float tensors that the run changed
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
+    tables: Mapping[str, str] = field(default_factory=dict)  # types of "head" and "embedding" that a GGUF is to have
 
     @property
     def config(self) -> ModelConfig:

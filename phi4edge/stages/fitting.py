@@ -17,7 +17,14 @@ from phi4edge.targets.fit import Request, memory_needed
 
 
 def check_run_fits(
-    run: Path, target: str, *, format_name: str, context: int | None, head: str, embedding: str, model: str | None
+    run: Path,
+    target: str,
+    *,
+    format_name: str,
+    context: int | None,
+    head: str | None,
+    embedding: str | None,
+    model: str | None,
 ) -> None:
     """Hold finished run ``run`` as a ``format_name`` artifact against the memory of ``target``.
 
@@ -30,7 +37,8 @@ def check_run_fits(
     config = load_config(Path(folder))
     profile = open_catalog().profile(target)
     asked = context or min(profile.default_context, config.context_length)
-    request = Request(parse_scheme(manifest["scheme"]), asked, format_name, "f16", head, embedding)
+    tables = [kind or manifest["tables"].get(role, "q8_0") for role, kind in (("head", head), ("embedding", embedding))]
+    request = Request(parse_scheme(manifest["scheme"]), asked, format_name, "f16", *tables)
     option = next((option for option in profile.runtimes if format_name in option.formats), None)
     if option is None:
         runs = ", ".join(sorted({name for option in profile.runtimes for name in option.formats}))

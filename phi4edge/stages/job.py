@@ -4,14 +4,16 @@ from __future__ import annotations
 
 __all__ = ["Job", "prepare"]
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
 import torch
 
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
 from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.core.errors import MissingToolError
+from phi4edge.core.errors import MissingToolError, UsageError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.quant.scheme import Scheme, parse_scheme
@@ -28,6 +30,11 @@ class Job:
     corpus: Corpus | None
     memory: MemoryPlan
     device: str
+    types: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
+
+    def scheme_of(self, linear: str) -> Scheme:
+        """The scheme of one linear."""
+        return self.types.get(linear, self.scheme)
 
 
 def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None, device: str) -> Job:
@@ -58,4 +65,17 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
             chat=c.chat_template,
             held_out=recipe.held_out,
         )
-    return Job(checkpoint, recipe, scheme, corpus, memory, device)
+    return Job(checkpoint, recipe, scheme, corpus, memory, device, _types(config, recipe))
+
+
+def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:
+    """The schemes that the recipe names for single linears, each held against its shape."""
+    shapes = config.tensor_shapes()
+    found = {}
+    for name, scheme_name in recipe.types:
+        shape = shapes.get(f"{name}.weight")
+        if shape is None or ".layers." not in name or len(shape) != 2:
+            raise UsageError(f"types: {name!r} is not a linear of this model")
+        found[name] = parse_scheme(scheme_name)
+        found[name].groups(shape[1], name)
+    return found

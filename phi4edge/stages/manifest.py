@@ -17,12 +17,13 @@ from torch import Tensor
 from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.core.events import Event
 from phi4edge.core.workdir import Workdir
+from phi4edge.stages.allocate import Allocation
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
 from phi4edge.stages.tune import Tuned
 
 
-def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None) -> dict[str, Any]:
+def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
     """Write the imatrix and, last of all, the manifest that makes the run complete."""
     config = job.checkpoint.config
     if job.corpus is not None:
@@ -59,7 +60,10 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None) -> dict[str, 
                 "sha256": job.corpus.sha256,
             },
             "quantized_fraction": config.linear_parameters / config.parameters,
-            "bits_per_weight": job.scheme.bits_per_weight,
+            "bits_per_weight": _bits_per_weight(job),
+            "types": {name: scheme.name for name, scheme in job.types.items()},
+            "tables": mix.tables if mix is not None else dict(job.recipe.tables),
+            "allocation": mix.summary if mix is not None else None,
             "events": events,
             "linears": [linear for record in work.records for linear in record["linears"]],
             "tuning": tuned.summary if tuned is not None else None,
@@ -70,6 +74,16 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None) -> dict[str, 
     write_json(work.path / PERFORMANCE, _performance(work, tuned))
     write_json(work.path / MANIFEST, manifest)
     return manifest
+
+
+def _bits_per_weight(job: Job) -> float:
+    """Mean over the weights of all linears."""
+    config = job.checkpoint.config
+    bits = 0.0
+    for layer in range(config.num_layers):
+        for name, (rows, columns) in config.linear_shapes.items():
+            bits += rows * columns * job.scheme_of(f"model.layers.{layer}.{name}").bits_per_weight
+    return bits / config.linear_parameters
 
 
 def _length_events(job: Job) -> list[Event]:

@@ -32,9 +32,11 @@ from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, load_block
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
 from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages.allocate import allocate
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
@@ -79,12 +81,18 @@ def quantize(
         note_location(checkpoint.index, out, hashes)
         manifest = _finished(work, checkpoint.config.num_layers)
         if manifest is None:
+            key = sha256_json(inputs)
+            mix = None
+            if recipe.mix is not None:
+                with torch.no_grad():
+                    mix = allocate(job, work.path, key, progress)
+                types = {name: parse_scheme(other) for name, other in mix.types.items() if other != mix.base}
+                job = replace(job, scheme=parse_scheme(mix.base), types=types)
             with torch.inference_mode():
                 _solve_blocks(job, work, progress)
-            key = sha256_json(inputs)
             with torch.no_grad():
                 tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
-            manifest = finish(job, work, key, tuned)
+            manifest = finish(job, work, key, tuned, mix)
         return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
 
 
@@ -178,7 +186,9 @@ def _solve_linear(
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
     recipe = job.recipe
     options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS, recipe.refit, recipe.sweeps)
-    problem = Problem(name, weight, stats.hessian if stats else None, job.scheme, stats.mean_square if stats else None)
+    problem = Problem(
+        name, weight, stats.hessian if stats else None, job.scheme_of(name), stats.mean_square if stats else None
+    )
     aimed = problem
     shift_events: tuple[Event, ...] = ()
     if stats is not None and stats.hessian is not None and stats.shift is not None:

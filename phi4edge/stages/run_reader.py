@@ -87,9 +87,10 @@ def read_linear(run: Path, name: str, scheme: Scheme, *, tuned: bool = False) ->
     return QuantizedLinear.from_tensors(name, scheme, tensors)
 
 
-def read_block(run: Path, layer: int, scheme: Scheme) -> list[QuantizedLinear]:
+def read_block(run: Path, layer: int, scheme_of: Callable[[str], Scheme]) -> list[QuantizedLinear]:
     """The four linears of a committed block, in order of use, before any tuning."""
-    return [read_linear(run, f"model.layers.{layer}.{name}", scheme) for name in LINEARS]
+    names = [f"model.layers.{layer}.{name}" for name in LINEARS]
+    return [read_linear(run, name, scheme_of(name)) for name in names]
 
 
 def read_norms(run: Path, layer: int | None, *, tuned: bool = False) -> dict[str, Tensor]:
@@ -133,8 +134,9 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
 
     @lru_cache(maxsize=1)
     def load(name: str) -> QuantizedLinear:
-        return read_linear(run, name, scheme, tuned=tuned)
+        return read_linear(run, name, exceptions.get(name, scheme), tuned=tuned)
 
+    exceptions = {name: parse_scheme(other) for name, other in manifest["types"].items()}
     replaced: dict[str, Tensor] = {}
     for layer in (*range(config.num_layers), None):
         replaced |= read_norms(run, layer, tuned=tuned)
@@ -151,4 +153,4 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         "calibration": text,
         "calibration_sha256": "none" if corpus is None else corpus["sha256"],
     }
-    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced)
+    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced, exceptions, manifest["tables"])

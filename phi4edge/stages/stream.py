@@ -68,7 +68,7 @@ class CalibrationStream:
             weights = (
                 (block.qkv, block.o, block.gate_up, block.down)
                 if kind == EXACT
-                else (linear.dequantize() for linear in read_block(work.path, layer, job.scheme))
+                else (linear.dequantize() for linear in read_block(work.path, layer, job.scheme_of))
             )
             for stage, weight in enumerate(weights):
                 for _ in passing.advance(stage, weight):

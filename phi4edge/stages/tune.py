@@ -128,7 +128,7 @@ class _Tuner:
         names = (f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight")
         changed = read_norms(self._run, layer)
         gains = {name: changed.get(name, self._job.checkpoint.tensor(name)) for name in names}
-        block = QuantizedBlock(tuple(read_block(self._run, layer, self._job.scheme)), gains, self._dtype)
+        block = QuantizedBlock(tuple(read_block(self._run, layer, self._job.scheme_of)), gains, self._dtype)
         if self._states.in_ram:
             self._held[layer] = block
         return block

@@ -21,17 +21,25 @@ from torch import Tensor
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.events import SILENT, Progress
+from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.linear import QuantizedLinear
+
+_TABLE = "q8_0"
 
 
 @dataclass(frozen=True)
 class WriteOptions:
     """What the caller may choose about an artifact."""
 
-    head: str = "q8_0"  # type of lm_head and embedding where the format quantizes them: q8_0, q6_k, f16
-    embedding: str = "q8_0"
+    head: str | None = None  # type of lm_head where the format quantizes it: q8_0, q6_k, f16; None: as the run says
+    embedding: str | None = None  # the same of the embedding
     force: bool = False  # replace an existing artifact
     progress: Progress = field(default=SILENT, compare=False)
+
+    def tables(self, model: QuantizedModel) -> dict[str, str]:
+        """Types of "head" and "embedding": what was asked for, or what the run's mix gives them, or q8_0."""
+        asked = {"head": self.head, "embedding": self.embedding}
+        return {role: kind or model.tables.get(role, _TABLE) for role, kind in asked.items()}
 
 
 @dataclass(frozen=True)

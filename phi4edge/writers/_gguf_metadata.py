@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = [
     "ARCHITECTURE",
+    "EXCEPTIONS",
     "SCHEME",
     "add_config",
     "add_origin",
@@ -39,7 +40,8 @@ from phi4edge.model.tokenizer import Tokenizer
 
 ARCHITECTURE = "phi3"
 CONFIG = "phi4edge.config"
-SCHEME = "phi4edge.scheme"
+SCHEME = "phi4edge.scheme"  # of every linear that the exceptions do not name
+EXCEPTIONS = "exceptions"  # phi4edge.exceptions: {linear: scheme} as JSON
 
 
 def safe_name(name: str) -> str:

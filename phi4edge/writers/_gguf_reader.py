@@ -4,8 +4,9 @@ from __future__ import annotations
 
 __all__ = ["GgufReader", "matches", "read"]
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, dequantize, unpack_l
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.writers._gguf_file import MAGIC, GgufFile, GgufTensor, read_gguf, read_rows
-from phi4edge.writers._gguf_metadata import SCHEME, read_config
+from phi4edge.writers._gguf_metadata import EXCEPTIONS, SCHEME, read_config
 from phi4edge.writers._gguf_names import FACTORS, checkpoint_name, gguf_name
 
 _BY_CODE = {block.code: block for block in BLOCK_TYPES.values()}
@@ -41,6 +42,7 @@ class GgufReader:
     file: GgufFile
     config: ModelConfig
     scheme: Scheme | None  # of the blocks' linears, where the file says it; else each type is its own scheme
+    exceptions: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
 
     @property
     def metadata(self) -> Mapping[str, Any]:
@@ -76,7 +78,7 @@ class GgufReader:
         block = _BY_CODE.get(int(found.type)) if found is not None else None
         if found is None or block is None or block.name not in _WITH_CODES:
             return None
-        scheme = self.scheme if ".layers." in name else None
+        scheme = self.exceptions.get(name, self.scheme) if ".layers." in name else None
         if scheme is not None and block_type_of(scheme) != block:
             raise InputError(f"{self.file.path}: {name} is {block.name}, but the file says {scheme.name}")
         return unpack_linear(name, block, read_rows(self.file, found), scheme)
@@ -121,7 +123,17 @@ def read(path: Path) -> GgufReader:
         scheme = None if named is None else parse_scheme(str(named))
     except UsageError as error:
         raise InputError(f"{path}: {SCHEME} is {named!r}, not a scheme") from error
-    return GgufReader(file, config, scheme)
+    return GgufReader(file, config, scheme, _exceptions(file))
+
+
+def _exceptions(file: GgufFile) -> dict[str, Scheme]:
+    stored = file.metadata.get(f"phi4edge.{EXCEPTIONS}")
+    if stored is None:
+        return {}
+    try:
+        return {linear: parse_scheme(name) for linear, name in json.loads(str(stored)).items()}
+    except (json.JSONDecodeError, AttributeError, TypeError, UsageError) as error:
+        raise InputError(f"{file.path}: phi4edge.{EXCEPTIONS} is not a table of schemes ({error})") from error
 
 
 def _factors(file: GgufFile, tensor: GgufTensor) -> list[float]:

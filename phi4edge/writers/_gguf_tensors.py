@@ -4,14 +4,14 @@ from __future__ import annotations
 
 __all__ = ["PLAIN", "PlannedTensor", "plan_tensors"]
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from phi4edge.model.source import QuantizedModel, WeightSource
-from phi4edge.quant.ggml import BLOCK_TYPES, BlockType, pack_linear
+from phi4edge.quant.ggml import BLOCK_TYPES, BlockType, block_type_of, pack_linear
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
 from phi4edge.writers._gguf_names import FACTORS, gguf_name
 
@@ -36,18 +36,24 @@ class PlannedTensor:
 
 
 def plan_tensors(
-    source: WeightSource, head: str, embedding: str, model: QuantizedModel | None, kind: BlockType
+    source: WeightSource, types: Mapping[str, str], model: QuantizedModel | None, kind: BlockType
 ) -> list[PlannedTensor]:
-    """Every tensor in model order from ``source``, matrices of the blocks in ``kind`` from ``model``'s codes if any."""
+    """Every tensor in model order from ``source``; matrices of the blocks from ``model``'s codes, or in ``kind``.
+
+    ``types`` of "head" and "embedding"; a tied one is the head.
+    """
     config = source.config
-    tables = {"lm_head.weight": head, "model.embed_tokens.weight": head if config.tie_word_embeddings else embedding}
+    embedding = types["head" if config.tie_word_embeddings else "embedding"]
+    tables = {"lm_head.weight": types["head"], "model.embed_tokens.weight": embedding}
     plan = []
     for name, shape in config.tensor_shapes().items():
         target = gguf_name(name)
         assert target is not None, f"{name} has no place in a GGUF"
         linear = name.removesuffix(".weight")
         if model is not None and linear in model.linears:
-            plan.append(PlannedTensor(target, kind, shape, _codes(model, linear)))
+            packed = block_type_of(model.scheme_of(linear))
+            assert packed is not None, f"{linear} was to be refused"
+            plan.append(PlannedTensor(target, packed, shape, _codes(model, linear)))
         else:
             stored = BLOCK_TYPES["f32"] if len(shape) == 1 else BLOCK_TYPES[tables[name]] if name in tables else kind
             plan.append(PlannedTensor(target, stored, shape, _rounded(source, name, shape, stored)))

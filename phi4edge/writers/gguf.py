@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["FORMAT", "GgufReader", "matches", "read", "refusal", "write", "write_f16"]
 
+import json
 import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -32,7 +33,14 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
 from phi4edge.writers._api import Artifact, WriteOptions
-from phi4edge.writers._gguf_metadata import ARCHITECTURE, add_config, add_origin, add_tokenizer, check_tokenizer
+from phi4edge.writers._gguf_metadata import (
+    ARCHITECTURE,
+    EXCEPTIONS,
+    add_config,
+    add_origin,
+    add_tokenizer,
+    check_tokenizer,
+)
 from phi4edge.writers._gguf_reader import GgufReader, matches, read
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
 
@@ -57,15 +65,15 @@ def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
         _tokenizer(model.checkpoint)
     except InputError as error:
         return error.message
-    if model.scheme.grid == "affine" and model.scheme.bits == 8:
-        for linear in model.linears:
-            if bool((model.load(linear).codes == 0).any()):
-                return f"{linear}: holds the code −128, and q8_0 blocks have −127 … 127; quantize with --scheme q8_0"
+    for linear in model.linears:
+        scheme = model.scheme_of(linear)
+        if scheme.grid == "affine" and scheme.bits == 8 and bool((model.load(linear).codes == 0).any()):
+            return f"{linear}: holds the code −128, and q8_0 blocks have −127 … 127; quantize with --scheme q8_0"
     return None
 
 
 def _shape_refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
-    reason = _model_refusal(model.config, {"head": options.head, "embedding": options.embedding})
+    reason = _model_refusal(model.config, options.tables(model))
     if reason:
         return reason
     for name, shape in model.config.tensor_shapes().items():
@@ -74,7 +82,7 @@ def _shape_refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
             continue
         if linear not in model.linears:
             return f"{linear}: is not quantized, and this writer stores every linear of a block from codes"
-        reason = packing_refusal(model.scheme, shape[1])
+        reason = packing_refusal(model.scheme_of(linear), shape[1])
         if reason:
             return f"{linear}: {reason}"
     return None
@@ -109,8 +117,10 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
         raise InputError(f"gguf cannot hold this run: {reason}", "schemes that fit: w4g32, w4g128, q4_0, q4_1, q8_0")
     kind = block_type_of(model.scheme)
     assert kind is not None, "refused above"
-    plan = plan_tensors(model.rest, options.head, options.embedding, model, kind)
+    plan = plan_tensors(model.rest, options.tables(model), model, kind)
     provenance = {**model.provenance, "scheme": model.scheme.name}
+    if model.exceptions:
+        provenance[EXCEPTIONS] = json.dumps({linear: scheme.name for linear, scheme in model.exceptions.items()})
     name = Path(provenance.get("base_model", model.checkpoint.index.name)).name
     return _write(model.checkpoint, out, options, plan, _Labels(name, provenance, kind.name, model.scheme.name))
 
@@ -129,7 +139,7 @@ def write_f16(checkpoint: CheckpointReader, out: Path, options: WriteOptions, dt
     reason = _model_refusal(checkpoint.config, {})
     if reason:
         raise InputError(f"gguf cannot hold this model: {reason}")
-    plan = plan_tensors(checkpoint, dtype, dtype, None, BLOCK_TYPES[dtype])
+    plan = plan_tensors(checkpoint, {"head": dtype, "embedding": dtype}, None, BLOCK_TYPES[dtype])
     name = checkpoint.index.name
     provenance = {"version": __version__, "base_model": name, "method": "none"}
     return _write(checkpoint, out, options, plan, _Labels(name, provenance, dtype, dtype))

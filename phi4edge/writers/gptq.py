@@ -52,6 +52,8 @@ def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
         reason = packing_refusal(model.scheme, out_features, in_features)
         if reason:
             return f"{name}: {reason}"
+        if model.scheme_of(name) != model.scheme:
+            return f"{name}: is {model.scheme_of(name).name}, others {model.scheme.name}; this writer holds one scheme"
         if name not in model.linears:
             return f"{name}: is not quantized, and loaders of the format expect every linear of a block to be"
     return None

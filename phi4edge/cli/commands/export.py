@@ -27,8 +27,8 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
 @click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
-@click.option("--head", type=_TYPES, default="q8_0", show_default=True, help="Type of lm_head in a GGUF.")
-@click.option("--embedding", type=_TYPES, default="q8_0", show_default=True, help="Type of the embedding in a GGUF.")
+@click.option("--head", type=_TYPES, help="Type of lm_head in a GGUF.  [default: the run's mix, or q8_0]")
+@click.option("--embedding", type=_TYPES, help="Type of the embedding in a GGUF.  [default: the run's mix, or q8_0]")
 @click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
 @force_option
 @dry_run_option
@@ -39,8 +39,8 @@ def command(
     out: Path,
     target: str | None,
     context: int | None,
-    head: str,
-    embedding: str,
+    head: str | None,
+    embedding: str | None,
     model: str | None,
     force: bool,
     dry_run: bool,

@@ -10,11 +10,14 @@ import click
 from phi4edge.cli.options import common, corpus_options, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
-from phi4edge.core.errors import UsageError
+from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.jsonfile import read_object
 from phi4edge.core.memory import format_bytes, parse_bytes
-from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.core.registry import names
-from phi4edge.quant.scheme import scheme_from_options
+from phi4edge.quant.scheme import parse_scheme, scheme_from_options
+
+CANDIDATES = "q4_0,q4_1,q5_0,q5_1,q4_k,q5_k,q6_k,q8_0"
 
 
 def recipe_text(recipe: Recipe) -> str:
@@ -22,6 +25,29 @@ def recipe_text(recipe: Recipe) -> str:
     corpus = recipe.corpus
     text = "data-free" if corpus is None else f"{corpus.corpus}, {corpus.samples} × {corpus.sequence_length} tokens"
     return f"{recipe.method} {recipe.scheme}, calibration: {text}"
+
+
+Pairs = tuple[tuple[str, str], ...]
+
+
+def read_types(path: Path) -> tuple[Pairs, Pairs]:
+    """The linears' schemes and the tables' types of a mix, from a manifest or from JSON of the same shape.
+
+    Raises:
+        InputError: something else is in the file.
+    """
+    document = read_object(path, "give the manifest.json of a run with a mix")
+    data = document.get("data", document)
+    allocation = data.get("allocation") or data
+    found: list[Pairs] = []
+    for key in ("types", "tables"):
+        table = allocation.get(key, {})
+        if not isinstance(table, dict) or not all(isinstance(value, str) for value in table.values()):
+            raise InputError(f"{path}: {key} is not a table of names")
+        found.append(tuple(table.items()))
+    if not found[0]:
+        raise InputError(f"{path}: no types in it", "give the manifest.json of a run with a mix")
+    return found[0], found[1]
 
 
 def _summary_text(data: dict[str, Any], out: str) -> str:
@@ -51,6 +77,16 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
 )
 @click.option("--bits", type=int, help="4 or 8.  [default: 4]")
 @click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q4_1, q8_0, …")
+@click.option("--target-bpw", type=float, help="Choose a scheme for each tensor: bits a parameter of the whole file.")
+@click.option("--target-size", metavar="SIZE", help="The same by the size of all tensors, e.g. 2.3GiB.")
+@click.option(
+    "--candidates", metavar="SCHEMES", help=f"Schemes to choose from then, with commas.  [default: {CANDIDATES}]"
+)
+@click.option(
+    "--types",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="A mix given back: the manifest of a run, or JSON with `types` and `tables`.",
+)
 @click.option("--group-size", type=int, help="Input channels that share a scale; -1: a whole row.  [default: 32]")
 @click.option("--symmetric/--asymmetric", default=None, help="Grid with or without zero points.  [default: symmetric]")
 @click.option("--act-order", is_flag=True, help="Most excited columns first; groups stay in place (static groups).")
@@ -128,6 +164,10 @@ def command(
     method: str,
     bits: int | None,
     scheme: str | None,
+    target_bpw: float | None,
+    target_size: str | None,
+    candidates: str | None,
+    types: Path | None,
     group_size: int | None,
     symmetric: bool | None,
     act_order: bool,
@@ -175,8 +215,18 @@ def command(
         calibration = None
     else:
         calibration = CorpusRecipe(**given)  # type: ignore[arg-type]
+    mix = None
+    if target_bpw is not None or target_size is not None:
+        names_ = tuple(parse_scheme(name.strip()).name for name in (candidates or CANDIDATES).split(","))
+        mix = MixRecipe(names_, target_bpw, parse_bytes(target_size) if target_size else None)
+    elif candidates is not None:
+        raise UsageError("--candidates are for a mix", "give --target-bpw or --target-size too")
+    given_types, given_tables = read_types(types) if types is not None else ((), ())
     recipe = Recipe(
         method=method,
+        mix=mix,
+        types=given_types,
+        tables=given_tables,
         scheme=scheme_from_options(scheme, bits, group_size, symmetric).name,
         corpus=calibration,
         damp_percent=damp_percent,

@@ -1,0 +1,110 @@
+"""Bit allocation: the file keeps to its budget, the mix reaches it exactly as solved, and can be given back."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F  # noqa: N812
+
+from phi4edge.calibration.corpus import load_corpus
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.cli.commands.quantize import read_types
+from phi4edge.core.errors import InputError, TargetError, UsageError
+from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
+from phi4edge.model.forward import stream_logits
+from phi4edge.model.source import WeightSource
+from phi4edge.stages.export import export, verify
+from phi4edge.stages.inputs import check_tokenizer
+from phi4edge.stages.quantize import quantize
+from phi4edge.stages.run_reader import open_run
+from phi4edge.writers._api import WriteOptions
+
+CORPUS = CorpusRecipe(samples=24, sequence_length=64)
+CANDIDATES = ("q4_0", "q4_1", "q8_0")
+
+
+def mixed(bpw: float, **changes: object) -> Recipe:
+    return Recipe(corpus=CORPUS, mix=MixRecipe(CANDIDATES, target_bpw=bpw), **changes)  # type: ignore[arg-type]
+
+
+@pytest.fixture(scope="module")
+def run(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("mix") / "run"
+    quantize(phi4_checkpoint, mixed(7.4), out)
+    return out
+
+
+def manifest(run: Path) -> dict[str, object]:
+    return dict(json.loads((run / "manifest.json").read_text())["data"])
+
+
+def kld(folder: Path, source: WeightSource) -> float:
+    checkpoint = open_checkpoint(folder)
+    tokens = load_corpus(__file__, check_tokenizer(checkpoint.index), samples=6, sequence_length=64).tokens
+    total = 0.0
+    for ours, theirs in zip(stream_logits(source, tokens), stream_logits(checkpoint, tokens), strict=True):
+        ln_q, ln_p = F.log_softmax(ours, 1), F.log_softmax(theirs, 1)
+        total += float(F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1).mean())
+    return total / len(tokens)
+
+
+def test_mix_fills_its_budget_and_uses_several_types(run: Path) -> None:
+    allocation = manifest(run)["allocation"]
+    assert isinstance(allocation, dict)
+    assert 0.95 * allocation["budget_bytes"] < allocation["nbytes"] <= allocation["budget_bytes"]
+    assert len(set(allocation["types"].values())) > 1
+    assert set(allocation["tables"]) == {"head", "embedding"}
+    assert allocation["unused_by_rounding"] == 0
+
+
+def test_gguf_of_a_mix_is_exact_and_of_the_planned_size(run: Path, tmp_path: Path) -> None:
+    artifact = export(run, "gguf", tmp_path / "m.gguf", WriteOptions())
+    assert verify(artifact.path, run).linears == 8
+    allocation = manifest(run)["allocation"]
+    assert isinstance(allocation, dict)
+    header = artifact.path.stat().st_size - allocation["nbytes"]
+    assert 0 < header < 60_000  # vocabulary, keys, alignment
+    with pytest.raises(InputError, match="one scheme"):
+        export(run, "gptq", tmp_path / "folder", WriteOptions())
+
+
+def test_a_larger_budget_drifts_less_than_a_smaller_and_than_one_type(
+    run: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    quantize(phi4_checkpoint, mixed(6.6), tmp_path / "small")
+    quantize(phi4_checkpoint, Recipe(scheme="q4_0", corpus=CORPUS), tmp_path / "uniform")
+    found = [kld(phi4_checkpoint, open_run(folder)) for folder in (run, tmp_path / "small", tmp_path / "uniform")]
+    assert found[0] < found[1] < found[2]
+
+
+def test_a_mix_given_back_gives_the_same_codes(run: Path, phi4_checkpoint: Path, tmp_path: Path) -> None:
+    types, tables = read_types(run / "manifest.json")
+    again = tmp_path / "again"
+    quantize(phi4_checkpoint, Recipe(scheme="q4_0", corpus=CORPUS, types=types, tables=tables), again)
+    for layer in range(2):
+        name = f"blocks/{layer:05d}.safetensors"
+        assert (again / name).read_bytes() == (run / name).read_bytes()
+    assert manifest(again)["tables"] == manifest(run)["tables"]
+    assert open_run(again).tables == open_run(run).tables
+
+
+def test_a_mix_is_tuned_like_anything_else(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    quantize(phi4_checkpoint, mixed(7.4, tuning=TuningRecipe(1, 1e-3, 8)), tmp_path / "run")
+    model = open_run(tmp_path / "run")
+    assert len({model.scheme_of(name).name for name in model.linears}) > 1
+    assert all(torch.isfinite(model.load(name).dequantize()).all() for name in model.linears)
+    artifact = export(tmp_path / "run", "gguf", tmp_path / "m.gguf", WriteOptions())
+    assert verify(artifact.path, tmp_path / "run").linears == 8
+
+
+def test_budgets_that_cannot_be_kept_are_refused(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(TargetError, match="smallest mix") as error:
+        quantize(phi4_checkpoint, mixed(3.0), tmp_path / "run")
+    assert "--target-bpw" in str(error.value.hint)
+    with pytest.raises(UsageError, match="budget"):
+        MixRecipe(CANDIDATES)
+    with pytest.raises(UsageError, match="not a linear"):
+        quantize(phi4_checkpoint, Recipe(corpus=CORPUS, types=(("lm_head", "q8_0"),)), tmp_path / "other")
