@@ -55,7 +55,7 @@ def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 24, config.hidden_size, generator=generator)
     dy = torch.randn(3, 24, config.hidden_size, generator=generator)
-    arriving, found = BlockRunner(block, rotary, config).backward([(x[:2], dy[:2]), (x[2:], dy[2:])])
+    arriving, found, weight_gradients = BlockRunner(block, rotary, config).backward([(x[:2], dy[:2]), (x[2:], dy[2:])])
 
     leaves: dict[str, Tensor] = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
     weights = []
@@ -65,12 +65,17 @@ def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: 
         for field in grid.tunable:
             leaves[f"{linear.name}.{field}"] = params[field] = params[field].float().requires_grad_()
         weights.append(grid.decode(linear.codes, params))
+    for weight in weights:
+        weight.retain_grad()
     qkv, o, gate_up, down = weights
     first, second = (leaves[name] for name in block.gains)
     leaf = x.clone().requires_grad_()
     forward_block(Block(first, qkv, o, second, gate_up, down), leaf, rotary, config).backward(dy)
     assert leaf.grad is not None
     assert torch.allclose(torch.cat(arriving), leaf.grad, atol=1e-5)
+    for linear, weight in zip(block.linears, weights, strict=True):
+        assert weight.grad is not None
+        assert torch.allclose(weight_gradients[linear.name], weight.grad, atol=1e-4, rtol=1e-4)
     assert found.keys() == leaves.keys()
     for name, value in leaves.items():
         assert value.grad is not None

@@ -43,6 +43,7 @@ class TuningRecipe:
     passes: float = 2.0  # over the calibration samples
     learning_rate: float = 1e-3  # peak of the one-cycle schedule, relative to each value
     batch: int = 2  # samples a step
+    code_rate: float = 0.0  # peak rate, in codes a step, at which codes move too; 0: they stay
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -51,6 +52,8 @@ class TuningRecipe:
             raise UsageError(f"tuning passes {self.passes} is not positive", "leave tuning out with --tune-passes 0")
         if not 0 < self.learning_rate < 1:
             raise UsageError(f"tuning learning_rate {self.learning_rate} is not between 0 and 1")
+        if not 0 <= self.code_rate < 1:
+            raise UsageError(f"tuning code_rate {self.code_rate} is not between 0 and 1")
         if self.batch < 1:
             raise UsageError(f"tuning batch {self.batch} is not positive")
 

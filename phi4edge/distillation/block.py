@@ -77,10 +77,13 @@ class BlockRunner:
         """The block's output for hidden states ``x`` [batch, length, hidden] float32."""
         return run_block(x, self._weights, list(self._block.gains.values()), self._rotary, self._config)
 
-    def backward(self, pieces: list[tuple[Tensor, Tensor]]) -> tuple[list[Tensor], dict[str, Tensor]]:
+    def backward(
+        self, pieces: list[tuple[Tensor, Tensor]]
+    ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
         """Gradients for ``pieces`` of a batch, each (input, gradient of the output), [batch, length, hidden].
 
-        Returns the gradients of the inputs, and of everything continuous by name, summed over the pieces.
+        Returns the gradients of the inputs; of everything continuous by name; and of the dequantized weights by the
+        linear's name; all but the first summed over the pieces.
         """
         buffers = [torch.zeros_like(weight) for weight in self._weights]
         gains = {name: gain.clone().requires_grad_() for name, gain in self._block.gains.items()}
@@ -99,4 +102,4 @@ class BlockRunner:
         found = {name: gain.grad for name, gain in gains.items() if gain.grad is not None}
         for linear, dW in zip(self._block.linears, buffers, strict=True):
             found |= gradients_of_steps(linear, dW)
-        return arriving, found
+        return arriving, found, {linear.name: dW for linear, dW in zip(self._block.linears, buffers, strict=True)}

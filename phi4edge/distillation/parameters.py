@@ -1,4 +1,5 @@
-"""What of a quantized block stays continuous: group scales, minima and norm gains; its codes are frozen.
+"""What of a quantized block stays continuous: group scales, minima and norm gains; its codes are frozen
+unless rounding is learned as well (:mod:`phi4edge.distillation.codes`).
 
 Every continuous value v starts at v₀ and is moved by a dimensionless θ, in a unit u that makes one step mean much the
 same everywhere:
@@ -59,13 +60,20 @@ class QuantizedBlock:
                 found[f"{linear.name}.{field}"] = Continuous(values.float(), _unit(linear, field), values.dtype)
         return found
 
-    def with_values(self, values: Mapping[str, Tensor]) -> QuantizedBlock:
-        """The block with tuned ``values`` (as :meth:`Continuous.value` gives them) in place of its own."""
+    def with_values(self, values: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> QuantizedBlock:
+        """The block with tuned ``values`` (as :meth:`Continuous.value` gives them) in place of its own.
+
+        ``codes`` by the linear's name, where they were tuned too.
+        """
         linears = []
         for linear in self.linears:
             fields = grid_for(linear.scheme).tunable
             tuned = {f: values[f"{linear.name}.{f}"].to(linear.params[f].dtype) for f in fields}
-            linears.append(QuantizedLinear(linear.name, linear.scheme, linear.codes, {**linear.params, **tuned}))
+            linears.append(
+                QuantizedLinear(
+                    linear.name, linear.scheme, codes.get(linear.name, linear.codes), {**linear.params, **tuned}
+                )
+            )
         return QuantizedBlock(tuple(linears), {name: values[name] for name in self.gains}, self.gain_dtype)
 
 

@@ -33,6 +33,7 @@ from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory, r
 from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
+from phi4edge.distillation.codes import code_step, codes_of, latent_state
 from phi4edge.distillation.loss import Head
 from phi4edge.distillation.parameters import Continuous, QuantizedBlock, continuous_of
 from phi4edge.model.block import forward_block, load_block, rms_norm
@@ -137,8 +138,20 @@ class _Tuner:
         """Block ``layer`` with what was tuned so far, what of it is tuned, and the optimizer's state of that."""
         base = self._base(layer)
         continuous = base.continuous
-        state = self._states.load(layer) or {name: new_state(c.start) for name, c in continuous.items()}
-        return base.with_values({name: c.value(state[name][0]) for name, c in continuous.items()}), continuous, state
+        state = self._states.load(layer) or self._new_state(base, continuous)
+        values = {name: c.value(state[name][0]) for name, c in continuous.items()}
+        codes = {}
+        if self._recipe.code_rate:
+            codes = {linear.name: codes_of(linear, state[_latent(linear.name)]) for linear in base.linears}
+        return base.with_values(values, codes), continuous, state
+
+    def _new_state(self, base: QuantizedBlock, continuous: dict[str, Continuous]) -> dict[str, Tensor]:
+        state = {name: new_state(c.start) for name, c in continuous.items()}
+        if self._recipe.code_rate:
+            for linear in base.linears:
+                weight = self._job.checkpoint.tensor(f"{linear.name}.weight")
+                state[_latent(linear.name)] = latent_state(linear, weight)
+        return state
 
     def _forward(self, hidden: list[Tensor], keep: ActivationStore | None) -> None:
         """Send pieces of a batch through all blocks, in place; what goes into each block is kept."""
@@ -185,11 +198,14 @@ class _Tuner:
             for slope in slopes:
                 arriving.append((between.read(at, at + slope.shape[0]), slope))
                 at += slope.shape[0]
-            slopes, gradients = BlockRunner(block, self._rotary, config).backward(arriving)
-            self._states.store(
-                layer,
-                {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()},
-            )
+            slopes, gradients, of_weights = BlockRunner(block, self._rotary, config).backward(arriving)
+            moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
+            if self._recipe.code_rate:
+                code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
+                for linear in block.linears:
+                    latent = _latent(linear.name)
+                    moved[latent] = code_step(linear, states[latent], of_weights[linear.name], code_rate)
+            self._states.store(layer, moved)
         return loss
 
     def _head_backward(self, hidden: list[Tensor], pieces: list[list[int]]) -> tuple[float, list[Tensor], Tensor]:
@@ -291,13 +307,20 @@ class _Tuner:
             block = self._block(layer)[0]
             tensors = {name: gain.to(self._dtype) for name, gain in block.gains.items()}
             for linear in block.linears:
-                tensors |= {f"{linear.name}.{f}": linear.params[f] for f in grid_for(linear.scheme).tunable}
+                stored = linear.to_tensors()
+                fields = [*grid_for(linear.scheme).tunable, *(("codes",) if self._recipe.code_rate else ())]
+                tensors |= {f"{linear.name}.{field}": stored[f"{linear.name}.{field}"] for field in fields}
             files.append(_put(self._run / tuned_file(layer), tensors))
         final = self._final.value(self._final_state()[0]).to(self._dtype)
         files.append(_put(self._run / tuned_file(None), {_FINAL_NORM: final}))
         self._work.commit({"best": best, "performance": _cost(0.0)}, files)
         self._states.clear()
         (self._work.path / _TEACHER).unlink(missing_ok=True)
+
+
+def _latent(linear: str) -> str:
+    """The name under which a linear's latent positions are kept."""
+    return f"{linear}.latent"
 
 
 def _cost(seconds: float) -> dict[str, float]:

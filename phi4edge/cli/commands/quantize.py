@@ -144,6 +144,14 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     "--tune-rate", type=float, default=TuningRecipe.learning_rate, show_default=True, help="Peak learning rate of it."
 )
 @click.option("--tune-batch", type=int, default=TuningRecipe.batch, show_default=True, help="Samples a step of it.")
+@click.option(
+    "--tune-codes",
+    metavar="RATE",
+    type=float,
+    default=TuningRecipe.code_rate,
+    show_default=True,
+    help="Peak rate, in codes a step, at which tuning moves codes too; 0: they stay.",
+)
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option(
     "--device",
@@ -186,6 +194,7 @@ def command(
     tune_passes: float,
     tune_rate: float,
     tune_batch: int,
+    tune_codes: float,
     ram_budget: str | None,
     device: str,
     resume: bool,
@@ -237,7 +246,7 @@ def command(
         sweeps=sweeps,
         full_precision_targets=full_precision_targets,
         guard=guard,
-        tuning=TuningRecipe(tune_passes, tune_rate, tune_batch) if tune_passes else None,
+        tuning=TuningRecipe(tune_passes, tune_rate, tune_batch, tune_codes) if tune_passes else None,
     )
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:
