@@ -22,14 +22,11 @@ def rounded(name: str, weight: Tensor, scheme: Scheme) -> QuantizedLinear:
     low, high = grouped.amin(2), grouped.amax(2)
     if scheme.symmetric:
         extreme = torch.where(-low > high, low, high)  # its sign becomes the scale's, on the lowest code
-        params = {"scales": (extreme / (grid.low - grid.middle)).half()}
-    elif scheme.grid == "affine":
-        low, high = low.clamp(max=0), high.clamp(min=0)
-        scales = ((high - low) / grid.high).half()
-        zeros = torch.round(-low / scales.float()).clamp(0, grid.high)
-        params = {"scales": scales, "zeros": zeros.to(torch.uint8)}
+        params = grid.store(extreme / (grid.low - grid.middle), extreme)
     else:
-        params = {"scales": ((high - low) / grid.high).half(), "mins": low.half()}
+        if scheme.grid == "affine" or scheme.nested:
+            low, high = low.clamp(max=0), high.clamp(min=0)
+        params = grid.store((high - low) / grid.high, low)
     a, b = grid.steps(params)
     codes = grid.encode(grouped, a[:, :, None], b[:, :, None]).reshape(weight.shape)
     return QuantizedLinear(name, scheme, codes.to(torch.uint8), params)

@@ -63,7 +63,7 @@ def test_codes_and_parameters_come_back_bit_for_bit(
         assert found.scheme == expected.scheme
         assert torch.equal(found.codes, expected.codes)
         for field, values in expected.params.items():
-            assert torch.equal(found.params[field].view(torch.int16), values.view(torch.int16))
+            assert found.params[field].numpy().tobytes() == values.numpy().tobytes()
         weight = reader.tensor(f"{name}.weight")
         assert torch.equal(weight, expected.dequantize())
         assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), weight[3:9])
@@ -584,19 +584,35 @@ def test_other_files_are_not_taken_for_a_gguf(tmp_path: Path) -> None:
     assert not gguf.matches(tmp_path / "none")
 
 
-def test_k_quants_of_others_are_read(wide_checkpoint: Path, tmp_path: Path) -> None:
-    source = gguf.write_f16(open_checkpoint(wide_checkpoint), tmp_path / "f16.gguf", WriteOptions()).path
-    params = llama_cpp.llama_model_quantize_default_params()
-    params.ftype, params.nthread = llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, 1
+def quantized_by_llama_cpp(checkpoint: Path, folder: Path, ftype: int) -> Path:
+    source = gguf.write_f16(open_checkpoint(checkpoint), folder / "f16.gguf", WriteOptions()).path
+    params, out = llama_cpp.llama_model_quantize_default_params(), folder / "quantized.gguf"
+    params.ftype, params.nthread = ftype, 1
     with Llama(source, vocab_only=True):  # silences the log
-        assert llama_cpp.llama_model_quantize(str(source).encode(), str(tmp_path / "k.gguf").encode(), params) == 0
-    reader = gguf.read(tmp_path / "k.gguf")
-    types = {t.type.name for t in read_gguf(tmp_path / "k.gguf").tensors.values()}
-    assert types >= {"Q4_K", "Q6_K", "F32"}
+        assert llama_cpp.llama_model_quantize(str(source).encode(), str(out).encode(), params) == 0
+    return out
+
+
+@pytest.mark.parametrize(
+    ("ftype", "expected", "scheme"),
+    [
+        (llama_cpp.LLAMA_FTYPE_MOSTLY_Q4_K_M, {"Q4_K", "Q6_K"}, "q4_k"),
+        (llama_cpp.LLAMA_FTYPE_MOSTLY_IQ4_NL, {"IQ4_NL"}, None),  # of no scheme, so it has weights and no codes
+    ],
+)
+def test_types_of_others_are_read(
+    wide_checkpoint: Path, tmp_path: Path, ftype: int, expected: set[str], scheme: str | None
+) -> None:
+    path = quantized_by_llama_cpp(wide_checkpoint, tmp_path, ftype)
+    reader = gguf.read(path)
+    types = {t.type.name for t in read_gguf(path).tensors.values()}
+    assert types >= {*expected, "F32"}
     for name in reader.config.tensor_shapes():
         weight, original = reader.tensor(name), open_checkpoint(wide_checkpoint).tensor(name)
         assert relative_error(weight, original) < 0.1
-    assert reader.quantized("model.layers.0.self_attn.o_proj") is None
+    linear = reader.quantized("model.layers.0.self_attn.o_proj")
+    assert (linear and linear.scheme.name) == scheme
+    assert linear is None or torch.equal(linear.dequantize(), reader.tensor("model.layers.0.self_attn.o_proj.weight"))
 
 
 def test_a_block_type_that_contradicts_the_scheme_is_told(phi4_checkpoint: Path, tmp_path: Path) -> None:

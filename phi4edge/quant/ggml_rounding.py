@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from phi4edge.core.errors import InputError
-from phi4edge.quant.ggml import pack_q6_k
+from phi4edge.quant.ggml_blocks import BLOCK_TYPES, pack_blocks
 from phi4edge.quant.parallel import run_parallel
 
 _CHUNK = 1 << 17  # weights rounded at a time: what they need stays in a core's cache
@@ -112,8 +112,9 @@ def _q6_k(values: Tensor, where: str) -> Tensor:
     if not bool(torch.isfinite(best).all()):
         largest = float(x.abs().max())
         raise InputError(f"{where}: values up to {largest:.4g} need a Q6_K scale beyond float16's 65504")
-    d = d.reshape(rows, -1).to(torch.float16)
-    return pack_q6_k((codes + 32).to(torch.uint8).reshape(rows, -1), scales.to(torch.int8).reshape(rows, -1), d)
+    codes = (codes + 32).to(torch.uint8).reshape(rows, -1)
+    params = {"scales": d.reshape(rows, -1).to(torch.float16), "sub_scales": scales.to(torch.int8).reshape(rows, -1)}
+    return pack_blocks(BLOCK_TYPES["q6_k"], codes, params)
 
 
 def _divide(numerator: Tensor, denominator: Tensor) -> Tensor:

@@ -52,9 +52,10 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
 
 def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
     """Why a matrix [out_features, in_features] on ``scheme`` cannot be packed, or None when it can."""
-    if scheme.grid not in GRIDS:
-        what = "a floating-point minimum for each block" if scheme.grid == "q4_1" else "parameters of its own"
-        return f"{scheme.name} stores {what}, and a GPTQ zero point is a whole number"
+    if scheme.nested:
+        return f"{scheme.name} has scales in steps that a super-block shares, and GPTQ one float16 for each group"
+    if scheme.grid not in GRIDS and not scheme.symmetric:
+        return f"{scheme.name} stores a floating-point minimum for each block, and a GPTQ zero point is a whole number"
     if scheme.bits not in (4, 8):
         return f"{scheme.name} has {scheme.bits} bits; 4 and 8 are packed here"
     per_word = 32 // scheme.bits

@@ -7,6 +7,10 @@ refined twice more. With an absmax step the extreme weight of a group rules all 
 as much as error compensation does at 4 bits.
 
 Symmetric 4-bit grids have one level more below zero than above, so both signs of the step are tried.
+
+Groups of a super-block are first searched each on its own, a and b any real numbers (b at most 0), and stored as
+nearly as the grid can. Then, in turns, the codes follow by rounding and the shared float16 numbers and each group's
+whole ones by least squares, as long as a super-block gains.
 """
 
 from __future__ import annotations
@@ -16,10 +20,11 @@ __all__ = ["search"]
 import torch
 from torch import Tensor
 
-from phi4edge.quant.grid import Grid, Params, half
+from phi4edge.quant.grid import Grid, NestedGrid, Params, half, reciprocal
 
 _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
 _REFINEMENTS = 2
+_TURNS = 3  # of codes and steps, in a super-block
 
 
 def _ratios(bits: int) -> list[float]:
@@ -33,7 +38,7 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
     """Parameters of every group of ``values``.
 
     ``values`` [rows, groups, group_size] float32; ``importance`` [groups, group_size], [rows, groups, group_size]
-    or None for equal weights. Returns float16 scales (and zeros or mins) [rows, groups].
+    or None for equal weights; whole super-blocks where the scheme has them. Returns what the grid stores.
 
     Raises:
         InputError: a scale exceeds float16.
@@ -45,7 +50,7 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
         _search(grid, values[r : r + step].reshape(-1, size), weight[r : r + step].reshape(-1, size))
         for r in range(0, rows, step)
     ]
-    return {field: torch.cat([part[field] for part in parts]).reshape(rows, groups) for field in grid.fields}
+    return {field: torch.cat([part[field] for part in parts]).reshape(rows, -1) for field in grid.fields}
 
 
 def _importance(importance: Tensor | None, values: Tensor) -> Tensor:
@@ -57,11 +62,14 @@ def _importance(importance: Tensor | None, values: Tensor) -> Tensor:
 
 
 def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
+    if isinstance(grid, NestedGrid):
+        return _nested(grid, x, h)
     if grid.scheme.symmetric:
         return {"scales": half(_symmetric(grid, x, h))}
     if grid.scheme.grid == "affine":
         return _with_zero_point(grid, x, h)
-    return _with_minimum(grid, x, h)
+    scale, minimum = _with_minimum(grid, x, h)
+    return {"scales": half(scale), "mins": half(minimum)}
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -125,9 +133,11 @@ def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> Params:
     return {"scales": half(scale.squeeze(1)), "zeros": zero.squeeze(1).to(torch.uint8)}
 
 
-def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> Params:
-    top = float(grid.high)
+def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    top, nested = float(grid.high), grid.scheme.nested
     low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    if nested:
+        low = low.clamp_max(0)
     total, hx = h.sum(1, keepdim=True), h * x
     sum_x, sum_xx = hx.sum(1, keepdim=True), (hx * x).sum(1, keepdim=True)
     best = torch.full_like(low, torch.inf)
@@ -140,9 +150,14 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> Params:
         sum_q, sum_qq, sum_qx = hq.sum(1, keepdim=True), (hq * q).sum(1, keepdim=True), (hx * q).sum(1, keepdim=True)
         determinant = total * sum_qq - sum_q * sum_q
         a = _ratio(total * sum_qx - sum_x * sum_q, determinant)
-        # What is stored is rounded to float16; the minimum answers for the rounded step.
-        a = a.to(torch.float16).float()
-        b = ((sum_x - a * sum_q) / total).to(torch.float16).float()
+        if nested:
+            above = sum_x > a * sum_q  # b would be positive, and is stored as −dmin·m
+            a = torch.where(above, _ratio(sum_qx, sum_qq), a)
+            b = torch.where(above, torch.zeros_like(a), (sum_x - a * sum_q) / total)
+        else:
+            # What is stored is rounded to float16; the minimum answers for the rounded step.
+            a = a.to(torch.float16).float()
+            b = ((sum_x - a * sum_q) / total).to(torch.float16).float()
         error = sum_xx + a * a * sum_qq + b * b * total + 2 * (a * b * sum_q - a * sum_qx - b * sum_x)
         better = error < best
         best = torch.where(better, error, best)
@@ -158,4 +173,55 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> Params:
             consider(step, middle - step * top / 2 + tilt * (span - step * top))
     for _ in range(_REFINEMENTS):
         consider(torch.where(scale == 0, torch.ones_like(scale), scale), minimum)
-    return {"scales": half(scale.squeeze(1)), "mins": half(minimum.squeeze(1))}
+    return scale.squeeze(1), minimum.squeeze(1)
+
+
+def _nested(grid: NestedGrid, x: Tensor, h: Tensor) -> Params:
+    blocks = (-1, grid.scheme.unit // grid.scheme.group_size)
+    if grid.scheme.symmetric:
+        a = _symmetric(grid, x, h)
+        b = a * -grid.middle
+    else:
+        a, b = _with_minimum(grid, x, h)
+    x, h = x.reshape(*blocks, x.shape[1]), h.reshape(*blocks, h.shape[1])
+    trial = grid.store(a.reshape(blocks), b.reshape(blocks), h.sum(2))
+    best, found = torch.full((x.shape[0], 1), torch.inf, device=x.device), trial
+    for turn in range(_TURNS + 1):
+        a, b = (step[..., None] for step in grid.steps(trial))
+        q = grid.encode(x, a, b)
+        error = (h * (x - (a * q + b)).square_()).sum((1, 2))[:, None]
+        better = error < best
+        best = torch.where(better, error, best)
+        found = {field: torch.where(better, trial[field], found[field]) for field in grid.fields}
+        if turn < _TURNS:
+            trial = _refit(grid, trial, x, h, q)
+    return found
+
+
+def _refit(grid: NestedGrid, params: Params, x: Tensor, h: Tensor, q: Tensor) -> Params:
+    """The shared numbers that lose least with codes ``q`` [blocks, groups, group_size], then the whole ones."""
+    low, high = grid.sub_range
+    s = params["sub_scales"].float()
+    if grid.scheme.symmetric:
+        q = q - grid.middle
+        along, square = (h * x * q).sum(2), (h * q * q).sum(2)
+        d = ((s * along).sum(1, keepdim=True) * reciprocal((s * s * square).sum(1, keepdim=True))).to(torch.float16)
+        s = (along * reciprocal(square) * reciprocal(d.float())).round_().clamp_(low, high)
+        return {"scales": d, "sub_scales": s.to(torch.int8)}
+    m = params["sub_mins"].float()
+    hx, hq = h * x, h * q
+    n, sum_x, sum_q = h.sum(2), hx.sum(2), hq.sum(2)
+    sum_qx, sum_qq = (hx * q).sum(2), (hq * q).sum(2)
+    # Normal equations of d and dmin: the squared error is that of d·s·q − dmin·m.
+    dd, dm, mm = ((s * s * sum_qq), (s * m * sum_q), (m * m * n))
+    dd, dm, mm = (part.sum(1, keepdim=True) for part in (dd, dm, mm))
+    dx, mx = (s * sum_qx).sum(1, keepdim=True), (m * sum_x).sum(1, keepdim=True)
+    inverse = reciprocal(dd * mm - dm * dm)
+    d, dmin = (mm * dx - dm * mx) * inverse, (dm * dx - dd * mx) * inverse
+    alone = inverse == 0  # no minima, or none that differ from the scales
+    d = torch.where(alone, dx * reciprocal(dd), d).to(torch.float16)
+    dmin = torch.where(alone, torch.zeros_like(dmin), dmin).to(torch.float16)
+    s = (n * sum_qx - sum_x * sum_q) * reciprocal(n * sum_qq - sum_q * sum_q) * reciprocal(d.float())
+    s = s.round_().clamp_(low, high)
+    m = ((d * s * sum_q - sum_x) * reciprocal(n) * reciprocal(dmin.float())).round_().clamp_(low, high)
+    return {"scales": d, "mins": dmin, "sub_scales": s.to(torch.uint8), "sub_mins": m.to(torch.uint8)}

@@ -16,10 +16,11 @@ column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper
 One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
 sum over finished columns is one matrix product a block. R is the flipped lower factor of the flipped H.
 
-Scales: searched at the start of each group, weighted by diag H, on what the paper's updates have made of the group
-by then, w_G + S M_GG⁻¹ with S the sum above over finished columns, so that they answer for the errors handed on to
-it. With ``act_order`` columns go in order of falling diag H while the groups stay where they are (static groups,
-scales searched on W), so no permuted g_idx ever reaches an artifact.
+Scales: searched at the start of each group (of a super-block, where several groups share something), weighted by
+diag H, on what the paper's updates have made of it by then, w_G + S M_GG⁻¹ with S the sum above over finished
+columns, so that they answer for the errors handed on to it. With ``act_order`` columns go in order of falling diag H
+while the groups stay where they are (static groups, scales searched on W), so no permuted g_idx ever reaches an
+artifact.
 """
 
 from __future__ import annotations
@@ -103,7 +104,8 @@ def _loop(
     """Codes [rows, n] and parameters of some rows. Works on transposes, where a column is contiguous."""
     rows, n = W.shape
     size = n // groups
-    static = order is not None or groups == 1
+    unit = grid.scheme.unit if grid.scheme.nested else size  # columns whose parameters are found together
+    static = order is not None or unit == n
     columns = list(range(n)) if order is None else order.tolist()
     original = (W if order is None else W[:, order]).T.contiguous()  # [n, rows]
     E = torch.empty_like(original)
@@ -114,22 +116,22 @@ def _loop(
         found = [search(grid, W.reshape(rows, groups, size), diagonal.reshape(groups, size))]
         a, b = grid.steps(found[0])
         steps = list(zip(a.T.contiguous(), b.T.contiguous(), strict=True))
-    block = _BLOCK if static else size * math.ceil(_BLOCK / size)
+    block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
     sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
         stop = min(start + block, n)
         work = torch.addmm(original[start:stop], M[:start, start:stop].T, E[:start])
         for first in range(start, stop, sub):
             last = min(first + sub, stop)
-            if not static and first % size == 0:
-                group = slice(first, first + size)
-                shift = work[first - start : first - start + size] - original[group]
+            if not static and first % unit == 0:
+                group = slice(first, first + unit)
+                shift = work[first - start : first - start + unit] - original[group]
                 # What GPTQ's updates make of the group before its first column is rounded: w + shift · M_GG⁻¹.
                 torch.linalg.solve_triangular(M[group, group].T, shift, upper=False, unitriangular=True, out=shift)
-                values = (original[group] + shift).T.contiguous()[:, None, :]
-                found.append(search(grid, values, diagonal[None, group]))
+                values = (original[group] + shift).T.contiguous().reshape(rows, -1, size)
+                found.append(search(grid, values, diagonal[group].reshape(-1, size)))
                 a, b = grid.steps(found[-1])
-                steps.append((a[:, 0], b[:, 0]))
+                steps += zip(a.T.contiguous(), b.T.contiguous(), strict=True)
             for i in range(first, last):
                 a, b = steps[columns[i] // size]
                 q = grid.encode(work[i - start], a, b)

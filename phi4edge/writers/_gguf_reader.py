@@ -18,13 +18,12 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, dequantize, unpack_linear
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.quant.scheme import GGML_SCHEMES, Scheme, parse_scheme
 from phi4edge.writers._gguf_file import MAGIC, GgufFile, GgufTensor, read_gguf, read_rows
 from phi4edge.writers._gguf_metadata import EXCEPTIONS, SCHEME, read_config
 from phi4edge.writers._gguf_names import FACTORS, checkpoint_name, gguf_name
 
 _BY_CODE = {block.code: block for block in BLOCK_TYPES.values()}
-_WITH_CODES = ("q4_0", "q4_1", "q8_0")  # types whose codes are those of a scheme
 
 
 def matches(path: Path) -> bool:
@@ -62,7 +61,7 @@ class GgufReader:
         block = _BY_CODE.get(int(found.type))
         if block is not None:
             values = dequantize(block, packed)
-        else:  # a type that others write, such as a K-quant
+        else:  # a type that others write, such as iq4_nl
             values = torch.from_numpy(gguf.dequantize(packed.numpy(), found.type))
         if len(found.shape) > 1:
             return values
@@ -76,7 +75,7 @@ class GgufReader:
         """
         found = self._find(f"{name}.weight")
         block = _BY_CODE.get(int(found.type)) if found is not None else None
-        if found is None or block is None or block.name not in _WITH_CODES:
+        if found is None or block is None or block.name not in GGML_SCHEMES:
             return None
         scheme = self.exceptions.get(name, self.scheme) if ".layers." in name else None
         if scheme is not None and block_type_of(scheme) != block:

@@ -32,6 +32,7 @@ from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
+from phi4edge.quant.scheme import GGML_SCHEMES
 from phi4edge.writers._api import Artifact, WriteOptions
 from phi4edge.writers._gguf_metadata import (
     ARCHITECTURE,
@@ -52,7 +53,12 @@ _FILE_TYPES = {
     "bf16": gguf.LlamaFileType.MOSTLY_BF16,
     "q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
     "q4_1": gguf.LlamaFileType.MOSTLY_Q4_1,
+    "q5_0": gguf.LlamaFileType.MOSTLY_Q5_0,
+    "q5_1": gguf.LlamaFileType.MOSTLY_Q5_1,
     "q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
+    "q4_k": gguf.LlamaFileType.MOSTLY_Q4_K_S,  # every linear in the one type: nothing of the larger mixes
+    "q5_k": gguf.LlamaFileType.MOSTLY_Q5_K_S,
+    "q6_k": gguf.LlamaFileType.MOSTLY_Q6_K,
 }
 
 
@@ -114,7 +120,9 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     """
     reason = _shape_refusal(model, options)  # of the codes, packing finds what does not fit as it goes
     if reason:
-        raise InputError(f"gguf cannot hold this run: {reason}", "schemes that fit: w4g32, w4g128, q4_0, q4_1, q8_0")
+        raise InputError(
+            f"gguf cannot hold this run: {reason}", f"schemes that fit: w4g32, w4g128, {', '.join(GGML_SCHEMES)}"
+        )
     kind = block_type_of(model.scheme)
     assert kind is not None, "refused above"
     plan = plan_tensors(model.rest, options.tables(model), model, kind)
