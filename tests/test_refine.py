@@ -26,6 +26,7 @@ from phi4edge.solvers._refine import refine
 from phi4edge.stages.quantize import quantize
 
 DAMP = 0.01
+NESTED = ["q4_k", "q5_k", "q6_k"]  # groups share stored parameters
 
 
 def damped(p: Problem) -> Tensor:
@@ -49,9 +50,9 @@ def solved(p: Problem, solver: object = gptq) -> Solution:
 
 
 @pytest.mark.parametrize("solver", [gptq, rtn], ids=["gptq", "rtn"])
-@pytest.mark.parametrize("name", SCHEMES)
+@pytest.mark.parametrize("name", [*SCHEMES, *NESTED])
 def test_no_row_gets_worse_and_all_together_get_better(name: str, solver: object) -> None:
-    p = problem(name)
+    p = problem(name, columns=512 if name in NESTED else 128)
     plain = solved(p, solver)
     before = objective(p, plain.linear.dequantize())
     for switches in ({"refit": True}, {"sweeps": 1}, {"refit": True, "sweeps": 3}):
@@ -199,7 +200,17 @@ def dying(descriptor):
 os.fsync = dying
 quantize(sys.argv[1], Recipe(**eval(sys.argv[5]), corpus=CorpusRecipe(sys.argv[3], 8, 48)), Path(sys.argv[2]))
 """
-SWITCHES = [{"refit": True, "sweeps": 2}, {"full_precision_targets": 0.5}, {"method": "rtn", "sweeps": 1}]
+SWITCHES: list[dict[str, Any]] = [
+    {"refit": True, "sweeps": 2},
+    {"group_aware": True},
+    {"full_precision_targets": 0.5},
+    {"method": "rtn", "sweeps": 1},
+]
+    {"refit": True, "sweeps": 2},
+    {"group_aware": True},
+    {"full_precision_targets": 0.5},
+    {"method": "rtn", "sweeps": 1},
+]
 
 
 @pytest.mark.slow
@@ -233,6 +244,8 @@ def test_a_refined_run_records_what_refining_gained(phi4_checkpoint: Path, tmp_p
 
 
 def test_impossible_switches_are_usage_errors() -> None:
+    with pytest.raises(UsageError, match="two orders of the same columns"):
+        Recipe(act_order=True, group_aware=True)
     with pytest.raises(UsageError, match="sweeps -1 is negative"):
         Recipe(sweeps=-1)
     with pytest.raises(UsageError, match="need calibration text"):

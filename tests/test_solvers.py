@@ -29,8 +29,11 @@ def problem(scheme: str | Scheme, rows: int = 24, columns: int = 128, seed: int 
     return Problem("layer", weight, inputs.T @ inputs / 1024, scheme)
 
 
-def naive_obq(p: Problem, damp: float) -> Tensor:
-    """Optimal Brain Quantization, column by column in float64 with the explicit inverse (arXiv 2208.11580)."""
+def naive_obq(p: Problem, damp: float, order: list[int] | None = None) -> Tensor:
+    """Optimal Brain Quantization, column by column in float64 with the explicit inverse (arXiv 2208.11580).
+
+    Columns go as they stand or in ``order``, which keeps groups together; a group's scales are searched as it begins.
+    """
     W, grid = p.weight.double().clone(), grid_for(p.scheme)
     rows, n = W.shape
     assert p.hessian is not None
@@ -40,10 +43,11 @@ def naive_obq(p: Problem, damp: float) -> Tensor:
     size = n // groups
     codes = torch.empty(rows, n)
     inverse = torch.linalg.inv(H)
-    for i in range(n):
-        if i % size == 0:
-            part = W[:, i : i + size].float().reshape(rows, 1, size)
-            params = search(grid, part, p.hessian.diagonal()[i : i + size].reshape(1, size))
+    for count, i in enumerate(order or range(n)):
+        if count % size == 0:
+            group = slice(i // size * size, i // size * size + size)
+            part = W[:, group].float().reshape(rows, 1, size)
+            params = search(grid, part, p.hessian.diagonal()[group].reshape(1, size))
             a, b = (s[:, 0] for s in grid.steps(params))
         q = grid.encode(W[:, i].float(), a, b)
         codes[:, i] = q
@@ -62,6 +66,43 @@ def test_gptq_codes_equal_naive_obq(name: str) -> None:
     theirs = naive_obq(p, 0.01)
     # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way.
     assert int((ours != theirs).any(dim=1).sum()) <= 1
+
+
+@pytest.mark.parametrize("name", ["w4g32", "w4g16", "w4g32-asym", "q4_1"])
+def test_group_aware_order_is_obq_in_that_order(name: str) -> None:
+    """Groups by their most excited column, columns by excitement inside them, every group whole."""
+    p = problem(name)
+    assert p.hessian is not None
+    groups, h = p.scheme.groups(128), p.hessian.diagonal()
+    size = 128 // groups
+    ranked = sorted(range(groups), key=lambda g: -float(h[g * size : (g + 1) * size].max()))
+    order = [i for g in ranked for i in sorted(range(g * size, (g + 1) * size), key=lambda i: -float(h[i]))]
+    assert order != list(range(128))
+    ours = gptq.solve(p, SolverOptions(damp_percent=0.01, group_aware=True)).linear.codes
+    # Rows may go either way where two steps are equally good to the last float32 bit (two of q4_1's do).
+    assert int((ours != naive_obq(p, 0.01, order)).any(dim=1).sum()) <= 2
+
+
+@pytest.mark.parametrize("name", ["w4g32", "q4_1", "q4_k", "q6_k", "w4row"])
+def test_group_aware_order_with_equal_columns_changes_nothing(name: str) -> None:
+    """Where all columns are equally excited there is one order, whatever the grid keeps together."""
+    p = problem(name, columns=512)
+    assert p.hessian is not None
+    scale = p.hessian.diagonal().rsqrt()
+    H = p.hessian * scale[:, None] * scale[None, :]
+    H.diagonal().fill_(1.0)
+    level = Problem("layer", p.weight, H, p.scheme)
+    a, b = (gptq.solve(level, SolverOptions(group_aware=aware)).linear for aware in (False, True))
+    assert torch.equal(a.codes, b.codes)
+    assert all(torch.equal(a.params[f], b.params[f]) for f in a.params)
+
+
+@pytest.mark.parametrize("name", SCHEMES)
+def test_group_aware_order_is_a_solution_like_any_other(name: str) -> None:
+    p = problem(name)
+    found = gptq.solve(p, SolverOptions(damp_percent=0.01, group_aware=True))
+    assert found.loss < 0.7 * rtn.solve(p, SolverOptions()).loss
+    assert found.linear.params["scales"].shape == (24, p.scheme.groups(128))
 
 
 @pytest.mark.parametrize("name", SCHEMES)

@@ -91,6 +91,7 @@ class Recipe:
     corpus: CorpusRecipe | None = CorpusRecipe()  # None: data-free
     damp_percent: float = 0.01
     act_order: bool = False
+    group_aware: bool = False  # the other order of columns: whole groups
     refit: bool = False  # least squares for the steps, given the codes
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
@@ -116,6 +117,8 @@ class Recipe:
             raise UsageError(
                 "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
             )
+        if self.act_order and self.group_aware:
+            raise UsageError("act_order and group_aware are two orders of the same columns", "give one of both")
         if self.sweeps < 0:
             raise UsageError(f"sweeps {self.sweeps} is negative")
         if not 0 <= self.full_precision_targets <= 1:

@@ -42,6 +42,7 @@ class SolverOptions:
     rows: int = 1536  # rows of W solved together, on one core; codes do not depend on how many cores there are
     refit: bool = False  # least squares for the steps, given the codes
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
+    group_aware: bool = False  # most excited groups first, and columns inside each; not with act_order
 
 
 @dataclass(frozen=True)

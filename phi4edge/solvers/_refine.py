@@ -33,7 +33,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
-from phi4edge.quant.grid import Grid, grid_for
+from phi4edge.quant.grid import Grid, grid_for, reciprocal
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import run_parallel
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
@@ -136,7 +136,7 @@ class _Rows:
         for first in range(unit.start, unit.stop, sub):
             part, there = slice(first, first + sub), slice(start + first, start + first + sub)
             a = self._a[there.start // self._size]  # [rows]
-            per_step = torch.where(a == 0, torch.zeros_like(a), 1 / a)
+            per_step = reciprocal(a)
             old = self._Q[there].float()
             new = old.clone()
             change = torch.empty_like(old)  # of E
@@ -214,7 +214,7 @@ class _Rows:
                 stretch = torch.where(energy > 0, (values * pull).sum(0) / torch.where(energy > 0, energy, 1), 0)
                 best_a[k] += stretch * a[k]
                 best_b[k] += stretch * b[k]
-                weight[k] = energy
+                weight[k] = energy * reciprocal(a[k]) ** 2
                 change = -values * stretch
             if k + 1 < a.shape[0]:
                 g.addmm_(H[:, part], change)

@@ -19,8 +19,9 @@ sum over finished columns is one matrix product a block. R is the flipped lower 
 Scales: searched at the start of each group (of a super-block, where several groups share something), weighted by
 diag H, on what the paper's updates have made of it by then, w_G + S M_GG⁻¹ with S the sum above over finished
 columns, so that they answer for the errors handed on to it. With ``act_order`` columns go in order of falling diag H
-while the groups stay where they are (static groups, scales searched on W), so no permuted g_idx ever reaches an
-artifact.
+while the groups stay where they are (static groups, scales searched on W). With ``group_aware`` (arXiv 2505.14638)
+groups go whole, in order of their falling largest diag H, and so do the columns inside each, so that scales are still
+searched as the loop comes to a group. Neither ever puts a permuted g_idx into an artifact.
 """
 
 from __future__ import annotations
@@ -59,11 +60,13 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     groups = problem.scheme.groups(n, problem.name)
     H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
     diagonal = H.diagonal().clone()
-    order = torch.argsort(diagonal, descending=True, stable=True) if options.act_order else None
+    unit = problem.scheme.unit if problem.scheme.nested else n // groups  # columns whose parameters are found together
+    order = _order(diagonal, unit, options)
+    static = options.act_order or unit == n
     M, damp, events = _factor(H, order, options.damp_percent, problem.name)
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_loop, grid, W[start : start + options.rows], groups, diagonal, M, order)
+        partial(_loop, grid, W[start : start + options.rows], groups, unit, diagonal, M, order, static)
         for start in range(0, W.shape[0], options.rows)
     ]
     parts = run_parallel(pieces)
@@ -71,6 +74,18 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
     return Solution(linear, layer_loss(problem, linear), damp, events)
+
+
+def _order(diagonal: Tensor, unit: int, options: SolverOptions) -> Tensor | None:
+    """The columns as they are to be visited, or None for the order that they stand in."""
+    if options.act_order:
+        return torch.argsort(diagonal, descending=True, stable=True)
+    if not options.group_aware:
+        return None
+    grouped = diagonal.reshape(-1, unit)
+    inside = grouped.argsort(dim=1, descending=True, stable=True)
+    inside += torch.arange(0, diagonal.numel(), unit, device=diagonal.device)[:, None]
+    return inside[grouped.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
 def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:
@@ -99,23 +114,21 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
 
 
 def _loop(
-    grid: Grid, W: Tensor, groups: int, diagonal: Tensor, M: Tensor, order: Tensor | None
+    grid: Grid, W: Tensor, groups: int, unit: int, diagonal: Tensor, M: Tensor, order: Tensor | None, static: bool
 ) -> tuple[Tensor, dict[str, Tensor]]:
     """Codes [rows, n] and parameters of some rows. Works on transposes, where a column is contiguous."""
     rows, n = W.shape
     size = n // groups
-    unit = grid.scheme.unit if grid.scheme.nested else size  # columns whose parameters are found together
-    static = order is not None or unit == n
     columns = list(range(n)) if order is None else order.tolist()
     original = (W if order is None else W[:, order]).T.contiguous()  # [n, rows]
     E = torch.empty_like(original)
     Q = torch.empty(n, rows, dtype=torch.uint8, device=W.device)
-    found: list[Params] = []
-    steps: list[tuple[Tensor, Tensor]] = []  # a and b [rows] of each group
+    found: dict[int, Params] = {}  # by first column
+    steps: dict[int, tuple[Tensor, Tensor]] = {}  # a and b [rows] of each group
     if static:
-        found = [search(grid, W.reshape(rows, groups, size), diagonal.reshape(groups, size))]
+        found[0] = search(grid, W.reshape(rows, groups, size), diagonal.reshape(groups, size))
         a, b = grid.steps(found[0])
-        steps = list(zip(a.T.contiguous(), b.T.contiguous(), strict=True))
+        steps = dict(enumerate(zip(a.T.contiguous(), b.T.contiguous(), strict=True)))
     block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
     sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
@@ -128,10 +141,14 @@ def _loop(
                 shift = work[first - start : first - start + unit] - original[group]
                 # What GPTQ's updates make of the group before its first column is rounded: w + shift · M_GG⁻¹.
                 torch.linalg.solve_triangular(M[group, group].T, shift, upper=False, unitriangular=True, out=shift)
-                values = (original[group] + shift).T.contiguous().reshape(rows, -1, size)
-                found.append(search(grid, values, diagonal[group].reshape(-1, size)))
-                a, b = grid.steps(found[-1])
-                steps += zip(a.T.contiguous(), b.T.contiguous(), strict=True)
+                values = original[group] + shift
+                if order is not None:
+                    values = values[order[group].argsort()]  # as the columns stand in the group
+                place = min(columns[group])
+                values = values.T.contiguous().reshape(rows, -1, size)
+                found[place] = search(grid, values, diagonal[place : place + unit].reshape(-1, size))
+                a, b = grid.steps(found[place])
+                steps |= enumerate(zip(a.T.contiguous(), b.T.contiguous(), strict=True), place // size)
             for i in range(first, last):
                 a, b = steps[columns[i] // size]
                 q = grid.encode(work[i - start], a, b)
@@ -141,4 +158,4 @@ def _loop(
                     work[i + 1 - start : last - start].addr_(M[i, i + 1 : last], E[i])
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
-    return Q.T, {field: torch.cat([params[field] for params in found], dim=1) for field in grid.fields}
+    return Q.T, {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}

@@ -185,7 +185,9 @@ def _solve_linear(
     stream: CalibrationStream | None,
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
     recipe = job.recipe
-    options = SolverOptions(recipe.damp_percent, recipe.act_order, SOLVER_ROWS, recipe.refit, recipe.sweeps)
+    options = SolverOptions(
+        recipe.damp_percent, recipe.act_order, SOLVER_ROWS, recipe.refit, recipe.sweeps, recipe.group_aware
+    )
     problem = Problem(
         name, weight, stats.hessian if stats else None, job.scheme_of(name), stats.mean_square if stats else None
     )

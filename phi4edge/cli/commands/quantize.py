@@ -90,6 +90,7 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
 @click.option("--group-size", type=int, help="Input channels that share a scale; -1: a whole row.  [default: 32]")
 @click.option("--symmetric/--asymmetric", default=None, help="Grid with or without zero points.  [default: symmetric]")
 @click.option("--act-order", is_flag=True, help="Most excited columns first; groups stay in place (static groups).")
+@click.option("--group-aware", is_flag=True, help="Most excited groups first; scales searched as each is reached.")
 @click.option(
     "--damp-percent",
     type=float,
@@ -179,6 +180,7 @@ def command(
     group_size: int | None,
     symmetric: bool | None,
     act_order: bool,
+    group_aware: bool,
     damp_percent: float,
     sink_share: float,
     shrinkage: float,
@@ -240,6 +242,7 @@ def command(
         corpus=calibration,
         damp_percent=damp_percent,
         act_order=act_order,
+        group_aware=group_aware,
         sink_share=sink_share,
         shrinkage=shrinkage,
         refit=refit,

@@ -22,6 +22,7 @@ _SECTIONS = {
         "scheme",
         "damp_percent",
         "act_order",
+        "group_aware",
         "sink_share",
         "shrinkage",
         "guard",
