@@ -8,24 +8,25 @@ from torch import Tensor
 
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
-from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.quant.scheme import GGML_SCHEMES, Scheme, parse_scheme
 from phi4edge.quant.search import search
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, SolverOptions
 
-SCHEMES = ["w4g32", "w4g16", "w4g64", "w4row", "w4g32-asym", "w8g32", "w8g64-asym", "q4_0", "q4_1", "q8_0"]
+SCHEMES = ["w4g32", "w4g16", "w4g64", "w4row", "w4g32-asym", "w8g32", "w8g64-asym", *GGML_SCHEMES]
 TINY_DAMP = SolverOptions(damp_percent=1e-6)
 
 
-def problem(scheme: str | Scheme, rows: int = 24, columns: int = 128, seed: int = 0, rank: int = 16) -> Problem:
-    """Correlated inputs (low rank plus noise), as a trained model's are."""
+def problem(scheme: str | Scheme, rows: int = 24, columns: int | None = None, seed: int = 0, rank: int = 16) -> Problem:
+    """Correlated inputs (low rank plus noise), as a trained model's are; four groups of 32, or two super-blocks."""
+    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
+    columns = columns or (512 if scheme.nested else 128)
     generator = torch.Generator().manual_seed(seed)
     mixing = torch.randn(rank, columns, generator=generator)
     inputs = torch.randn(1024, rank, generator=generator) @ mixing + 0.3 * torch.randn(
         1024, columns, generator=generator
     )
     weight = torch.randn(rows, columns, generator=generator) / columns**0.5
-    scheme = parse_scheme(scheme) if isinstance(scheme, str) else scheme
     return Problem("layer", weight, inputs.T @ inputs / 1024, scheme)
 
 
@@ -39,16 +40,17 @@ def naive_obq(p: Problem, damp: float, order: list[int] | None = None) -> Tensor
     assert p.hessian is not None
     H = p.hessian.double()
     H = H + damp * H.diagonal().mean() * torch.eye(n, dtype=torch.float64)
-    groups = p.scheme.groups(n)
-    size = n // groups
+    size = n // p.scheme.groups(n)
+    unit = p.scheme.unit
     codes = torch.empty(rows, n)
     inverse = torch.linalg.inv(H)
     for count, i in enumerate(order or range(n)):
-        if count % size == 0:
-            group = slice(i // size * size, i // size * size + size)
-            part = W[:, group].float().reshape(rows, 1, size)
-            params = search(grid, part, p.hessian.diagonal()[group].reshape(1, size))
-            a, b = (s[:, 0] for s in grid.steps(params))
+        if count % unit == 0:
+            columns = slice(i // unit * unit, i // unit * unit + unit)
+            part = W[:, columns].float().reshape(rows, -1, size)
+            params = search(grid, part, p.hessian.diagonal()[columns].reshape(-1, size))
+            steps = grid.steps(params)
+        a, b = (s[:, i % unit // size] for s in steps)
         q = grid.encode(W[:, i].float(), a, b)
         codes[:, i] = q
         error = (W[:, i] - (a.double() * q.double() + b.double())) / inverse[i, i]
@@ -59,13 +61,14 @@ def naive_obq(p: Problem, damp: float, order: list[int] | None = None) -> Tensor
     return codes.to(torch.uint8)
 
 
-@pytest.mark.parametrize("name", ["w4g32", "w4g32-asym", "q4_0", "q4_1", "w8g64"])
+@pytest.mark.parametrize("name", ["w4g32", "w4g32-asym", "q4_0", "q4_1", "w8g64", "q5_0", "q4_k", "q6_k"])
 def test_gptq_codes_equal_naive_obq(name: str) -> None:
     p = problem(name)
     ours = gptq.solve(p, SolverOptions(damp_percent=0.01)).linear.codes
     theirs = naive_obq(p, 0.01)
-    # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way.
-    assert int((ours != theirs).any(dim=1).sum()) <= 1
+    # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way. A super-block
+    # has many steps to choose from, and a d from least squares that float16 may round up or down.
+    assert int((ours != theirs).any(dim=1).sum()) <= (8 if p.scheme.nested else 1)
 
 
 @pytest.mark.parametrize("name", ["w4g32", "w4g16", "w4g32-asym", "q4_1"])
@@ -108,7 +111,7 @@ def test_group_aware_order_is_a_solution_like_any_other(name: str) -> None:
 @pytest.mark.parametrize("name", SCHEMES)
 def test_gptq_with_identity_hessian_is_rtn(name: str) -> None:
     p = problem(name)
-    eye = Problem(p.name, p.weight, torch.eye(128), p.scheme)
+    eye = Problem(p.name, p.weight, torch.eye(p.weight.shape[1]), p.scheme)
     a, b = gptq.solve(eye, SolverOptions()).linear, rtn.solve(eye, SolverOptions()).linear
     assert torch.equal(a.codes, b.codes)
     assert all(torch.equal(a.params[f], b.params[f]) for f in a.params)
@@ -136,8 +139,9 @@ def test_codes_stay_on_the_grid_and_dequantize_to_their_steps(name: str) -> None
     grid = grid_for(linear.scheme)
     assert int(linear.codes.min()) >= grid.low
     assert int(linear.codes.max()) <= grid.high
-    scale = linear.params["scales"].float().repeat_interleave(128 // linear.params["scales"].shape[1], dim=1)
+    step, _ = grid.steps(linear.params)
     if linear.scheme.symmetric:
+        scale = step.repeat_interleave(linear.in_features // step.shape[1], dim=1)
         assert torch.equal(linear.dequantize(), scale * (linear.codes.float() - grid.middle))
 
 
@@ -147,7 +151,9 @@ def test_weights_already_on_the_grid_are_kept(name: str) -> None:
     on_grid = Problem(p.name, rtn.solve(p, SolverOptions()).linear.dequantize(), p.hessian, p.scheme)
     for solver in (rtn, gptq):
         kept = solver.solve(on_grid, SolverOptions()).linear.dequantize()
-        assert float((kept - on_grid.weight).norm() / on_grid.weight.norm()) < 2e-3
+        # Codes shifted by one another minimum would do as well, but no multiple of dmin: not all are found again.
+        most = 2e-2 if p.scheme.nested else 2e-3
+        assert float((kept - on_grid.weight).norm() / on_grid.weight.norm()) < most
 
 
 def test_scale_search_beats_absmax_in_the_weighted_error() -> None:

@@ -9,8 +9,10 @@ as much as error compensation does at 4 bits.
 Symmetric 4-bit grids have one level more below zero than above, so both signs of the step are tried.
 
 Groups of a super-block are first searched each on its own, a and b any real numbers (b at most 0), and stored as
-nearly as the grid can. Then, in turns, the codes follow by rounding and the shared float16 numbers and each group's
-whole ones by least squares, as long as a super-block gains.
+nearly as the grid can. Then whole numbers near those found are tried for each group, with the codes that follow, and
+the shared float16 numbers by least squares, in turns. It is the minimum's steps that cost most: with 6 bits for all
+minima of a super-block they are as wide as a third of q5_k's own, so which of them suits a group's weights best
+must be tried on the weights.
 """
 
 from __future__ import annotations
@@ -21,16 +23,20 @@ import torch
 from torch import Tensor
 
 from phi4edge.quant.grid import Grid, NestedGrid, Params, half, reciprocal
+from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
 _REFINEMENTS = 2
-_TURNS = 3  # of codes and steps, in a super-block
+# In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
+_REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 
 
-def _ratios(bits: int) -> list[float]:
+def _ratios(scheme: Scheme) -> list[float]:
     """Candidate spans of the codes over the absmax span: above 1 the extremes are clipped."""
-    if bits >= 8:
+    if scheme.bits >= 8:
         return [0.98, 1.0, 1.02, 1.05]
+    if not scheme.symmetric and (scheme.bits == 5 or scheme.nested):
+        return [0.9 + 0.025 * i for i in range(13)]
     return [0.85 + 0.05 * i for i in range(17)]
 
 
@@ -94,7 +100,7 @@ def _symmetric(grid: Grid, x: Tensor, h: Tensor) -> Tensor:
         scale = torch.where(better, _ratio(along, square), scale)
 
     safe = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
-    for ratio in _ratios(grid.scheme.bits):
+    for ratio in _ratios(grid.scheme):
         consider(low * ratio / safe)
         if low != -high:
             consider(high * ratio / safe)
@@ -122,7 +128,7 @@ def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> Params:
         scale = torch.where(better, _ratio(along, square), scale)
         zero = torch.where(better, point, zero)
 
-    for ratio in _ratios(grid.scheme.bits):
+    for ratio in _ratios(grid.scheme):
         step = (high - low) / (top * ratio)
         step = torch.where(step == 0, torch.ones_like(step), step)
         point = torch.round(-low / (step * ratio)).clamp_(0, top)
@@ -165,7 +171,7 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         minimum = torch.where(better, b, minimum)
 
     span = high - low
-    for ratio in _ratios(grid.scheme.bits):
+    for ratio in _ratios(grid.scheme):
         step = span / (top * ratio)
         step = torch.where(step == 0, torch.ones_like(step), step)
         middle = (low + high) / 2
@@ -184,44 +190,56 @@ def _nested(grid: NestedGrid, x: Tensor, h: Tensor) -> Params:
     else:
         a, b = _with_minimum(grid, x, h)
     x, h = x.reshape(*blocks, x.shape[1]), h.reshape(*blocks, h.shape[1])
-    trial = grid.store(a.reshape(blocks), b.reshape(blocks), h.sum(2))
-    best, found = torch.full((x.shape[0], 1), torch.inf, device=x.device), trial
-    for turn in range(_TURNS + 1):
-        a, b = (step[..., None] for step in grid.steps(trial))
-        q = grid.encode(x, a, b)
-        error = (h * (x - (a * q + b)).square_()).sum((1, 2))[:, None]
+    trial = found = grid.store(a.reshape(blocks), b.reshape(blocks), h.sum(2))
+    best = torch.full((x.shape[0], 1), torch.inf, device=x.device)
+    for reach in _REACHES["symmetric" if grid.scheme.symmetric else "with minimum"]:
+        trial, error = _near(grid, trial, x, h, *reach)
         better = error < best
         best = torch.where(better, error, best)
         found = {field: torch.where(better, trial[field], found[field]) for field in grid.fields}
-        if turn < _TURNS:
-            trial = _refit(grid, trial, x, h, q)
+        trial = _shared(grid, trial, x, h)
     return found
 
 
-def _refit(grid: NestedGrid, params: Params, x: Tensor, h: Tensor, q: Tensor) -> Params:
-    """The shared numbers that lose least with codes ``q`` [blocks, groups, group_size], then the whole ones."""
+def _near(grid: NestedGrid, params: Params, x: Tensor, h: Tensor, far: int, far_min: int) -> tuple[Params, Tensor]:
+    """Whole numbers at most ``far`` and ``far_min`` off that lose least, and what a super-block loses: [blocks, 1]."""
     low, high = grid.sub_range
-    s = params["sub_scales"].float()
+    d, s = params["scales"].float(), params["sub_scales"].float()
+    dmin, m = (params["mins"].float(), params["sub_mins"].float()) if "mins" in params else (d, s)
+    best, best_s, best_m = torch.full_like(s, torch.inf), s, m
+    for off in range(-far, far + 1):
+        trial_s = (s + off).clamp_(low, high)
+        a = (d * trial_s)[..., None]
+        inverse = reciprocal(a)
+        # Codes about the middle keep their values when the minimum makes good what the scale changes.
+        middle_m = m + (d * (trial_s - s) * (grid.high / 2) * reciprocal(dmin)).round_()
+        for off_min in range(-far_min, far_min + 1):
+            trial_m = (middle_m + off_min).clamp_(low, high)
+            lowest = a * -grid.middle if grid.scheme.symmetric else -(dmin * trial_m)[..., None]
+            rest = x - lowest
+            q = (rest * inverse).round_().clamp_(grid.low, grid.high)
+            error = rest.sub_(q.mul_(a)).square_().mul_(h).sum(2)
+            better = error < best
+            best = torch.where(better, error, best)
+            best_s, best_m = torch.where(better, trial_s, best_s), torch.where(better, trial_m, best_m)
+    whole = {"sub_scales": best_s, "sub_mins": best_m}
+    found = {field: whole[field].to(params[field].dtype) if field in whole else params[field] for field in grid.fields}
+    return found, best.sum(1, keepdim=True)
+
+
+def _shared(grid: NestedGrid, params: Params, x: Tensor, h: Tensor) -> Params:
+    """The same whole numbers with the d and dmin that lose least on the codes that ``params`` give."""
+    a, b = (step[..., None] for step in grid.steps(params))
+    q, s = grid.encode(x, a, b), params["sub_scales"].float()
     if grid.scheme.symmetric:
-        q = q - grid.middle
-        along, square = (h * x * q).sum(2), (h * q * q).sum(2)
-        d = ((s * along).sum(1, keepdim=True) * reciprocal((s * s * square).sum(1, keepdim=True))).to(torch.float16)
-        s = (along * reciprocal(square) * reciprocal(d.float())).round_().clamp_(low, high)
-        return {"scales": d, "sub_scales": s.to(torch.int8)}
-    m = params["sub_mins"].float()
-    hx, hq = h * x, h * q
-    n, sum_x, sum_q = h.sum(2), hx.sum(2), hq.sum(2)
-    sum_qx, sum_qq = (hx * q).sum(2), (hq * q).sum(2)
-    # Normal equations of d and dmin: the squared error is that of d·s·q − dmin·m.
-    dd, dm, mm = ((s * s * sum_qq), (s * m * sum_q), (m * m * n))
-    dd, dm, mm = (part.sum(1, keepdim=True) for part in (dd, dm, mm))
-    dx, mx = (s * sum_qx).sum(1, keepdim=True), (m * sum_x).sum(1, keepdim=True)
-    inverse = reciprocal(dd * mm - dm * dm)
-    d, dmin = (mm * dx - dm * mx) * inverse, (dm * dx - dd * mx) * inverse
-    alone = inverse == 0  # no minima, or none that differ from the scales
-    d = torch.where(alone, dx * reciprocal(dd), d).to(torch.float16)
-    dmin = torch.where(alone, torch.zeros_like(dmin), dmin).to(torch.float16)
-    s = (n * sum_qx - sum_x * sum_q) * reciprocal(n * sum_qq - sum_q * sum_q) * reciprocal(d.float())
-    s = s.round_().clamp_(low, high)
-    m = ((d * s * sum_q - sum_x) * reciprocal(n) * reciprocal(dmin.float())).round_().clamp_(low, high)
-    return {"scales": d, "mins": dmin, "sub_scales": s.to(torch.uint8), "sub_mins": m.to(torch.uint8)}
+        q = (q - grid.middle) * s[..., None]
+        d = (h * x * q).sum((1, 2)) * reciprocal((h * q * q).sum((1, 2)))
+        return {**params, "scales": d[:, None].to(torch.float16)}
+    # The squared error is that of d·sq − dmin·m.
+    m, sq, hx = params["sub_mins"].float(), q * s[..., None], h * x
+    dd, dm, mm = (h * sq * sq).sum((1, 2)), ((h * sq).sum(2) * m).sum(1), (h.sum(2) * m * m).sum(1)
+    dx, mx = (hx * sq).sum((1, 2)), (hx.sum(2) * m).sum(1)
+    inverse = reciprocal(dd * mm - dm * dm)  # 0 where there are no minima
+    d = torch.where(mm > 0, (mm * dx - dm * mx) * inverse, dx * reciprocal(dd))
+    dmin = (dm * dx - dd * mx) * inverse
+    return {**params, "scales": d[:, None].to(torch.float16), "mins": dmin[:, None].to(torch.float16)}
