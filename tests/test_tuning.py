@@ -55,7 +55,15 @@ def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: 
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(3, 24, config.hidden_size, generator=generator)
     dy = torch.randn(3, 24, config.hidden_size, generator=generator)
-    arriving, found, weight_gradients = BlockRunner(block, rotary, config).backward([(x[:2], dy[:2]), (x[2:], dy[2:])])
+    runner, slopes = BlockRunner(block, rotary, config), [dy[:2], dy[2:]]
+    arriving, found, weight_gradients = runner.backward(slopes, [x[:2], x[2:]])
+    keeping = BlockRunner(block, rotary, config)
+    outputs = [keeping.forward_kept(x[:2]), keeping.forward_kept(x[2:])]
+    assert torch.equal(torch.cat(outputs), torch.cat([runner.forward(x[:2]), runner.forward(x[2:])]))
+    kept_arriving, kept_found, kept_weight_gradients = keeping.backward(slopes)
+    assert all(torch.equal(a, b) for a, b in zip(arriving, kept_arriving, strict=True))
+    assert all(torch.equal(found[name], kept_found[name]) for name in found)
+    assert all(torch.equal(weight_gradients[name], kept_weight_gradients[name]) for name in weight_gradients)
 
     leaves: dict[str, Tensor] = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
     weights = []
@@ -187,7 +195,7 @@ def test_states_on_disk_give_the_same_bytes(
     from phi4edge.stages import job
 
     plan = job.plan_memory
-    monkeypatch.setattr(job, "plan_memory", lambda *a: replace(plan(*a), spill_tuning=True))
+    monkeypatch.setattr(job, "plan_memory", lambda *a: replace(plan(*a), keep_graphs=False, spill_tuning=True))
     quantize(phi4_checkpoint, RECIPE, tmp_path / "run")
     assert run_digests(tmp_path / "run") == run_digests(tuned)
     assert not list((tmp_path / "run" / "tuning").glob("state-*"))

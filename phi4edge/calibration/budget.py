@@ -27,6 +27,7 @@ class MemoryPlan:
     least: int  # the smallest budget that this run could keep
     expected: int  # planned peak RSS
     spill: bool  # activations live in files, not in RAM
+    keep_graphs: bool = False  # while tuning, blocks stay in RAM between the way forward and the way back
     spill_tuning: bool = False  # so do codes, optimizer states and what lies between blocks while tuning
 
 
@@ -67,8 +68,23 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     limit, needed = _limit(budget), max(least, tuning)
     _check(limit, needed, needed)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
-    expected = max(least + (0 if spill else stores), tuning + (0 if spill_tuning else tuning_stores))
-    return MemoryPlan(limit, needed, expected, spill, spill_tuning)
+    tuning_expected = tuning + (0 if spill_tuning else tuning_stores)
+    graphs = _graphs(config, recipe, recipe.tuning) if recipe.tuning else 0
+    keep_graphs = bool(graphs) and tuning_expected + graphs <= limit
+    expected = max(least + (0 if spill else stores), tuning_expected + (graphs if keep_graphs else 0))
+    return MemoryPlan(limit, needed, expected, spill, keep_graphs, spill_tuning)
+
+
+def _kept_by_autograd(config: ModelConfig) -> int:
+    """Bytes a token that the graph of a block holds."""
+    return (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
+
+
+def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:
+    """All blocks' graphs for a batch, with their weights."""
+    assert recipe.corpus is not None
+    tokens = tuning.batch * recipe.corpus.sequence_length
+    return config.num_layers * tokens * _kept_by_autograd(config) + 4 * config.linear_parameters
 
 
 def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int) -> tuple[int, int]:
@@ -76,15 +92,15 @@ def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int
     assert recipe.corpus is not None
     codes = config.linear_parameters  # a byte each while they are in use
     continuous = codes // 16  # groups of 32 with scale and minimum at the most; three moments of each
+    states = 3 * 4 * continuous + (4 * codes if tuning.code_rate else 0)
     length = recipe.corpus.sequence_length
     piece = max(length, TUNING_PIECE_TOKENS)
-    # What autograd keeps of a block, and what the block computes on the way.
-    working = piece * (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
+    working = piece * _kept_by_autograd(config)
     head = config.vocab_size * config.hidden_size * 2 + 4 * TUNING_LOGIT_BYTES
-    block = (codes + 3 * 4 * continuous) // config.num_layers
+    block = (codes + states) // config.num_layers
     samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch
     stores = samples * length * config.hidden_size * 4
-    return base + block + max(working, head), codes + 3 * 4 * continuous + stores
+    return base + block + max(working, head), codes + states + stores
 
 
 def _limit(budget: int | None) -> int:

@@ -1,7 +1,8 @@
-"""One block, forward and backward, with nothing kept between the two but its input.
+"""One block, forward and backward.
 
-The backward pass computes the forward pass again. The gradient of a weight is summed over the sequences of a batch and
-only then reduced to its groups' parameters, so codes are looked at once a step.
+Nothing need be kept between the two but the block's input: the backward pass then computes the forward pass again, to
+the same bits. The gradient of a weight is summed over the sequences of a batch and only then reduced to its groups'
+parameters, so codes are looked at once a step.
 """
 
 from __future__ import annotations
@@ -71,35 +72,50 @@ class BlockRunner:
     def __init__(self, block: QuantizedBlock, rotary: Rotary, config: ModelConfig) -> None:
         self._block, self._rotary, self._config = block, rotary, config
         self._weights = [linear.dequantize() for linear in block.linears]
+        self._gains = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
+        self._gradients: list[Tensor] = []
+        self._kept: list[tuple[Tensor, Tensor]] = []  # input and output of each piece whose graph is alive
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         """The block's output for hidden states ``x`` [batch, length, hidden] float32."""
         return run_block(x, self._weights, list(self._block.gains.values()), self._rotary, self._config)
 
+    def forward_kept(self, x: Tensor) -> Tensor:
+        """The same, and what the way back needs stays in RAM."""
+        self._kept.append(self._graph(x))
+        return self._kept[-1][1].detach()
+
     def backward(
-        self, pieces: list[tuple[Tensor, Tensor]]
+        self, slopes: list[Tensor], inputs: list[Tensor] | None = None
     ) -> tuple[list[Tensor], dict[str, Tensor], dict[str, Tensor]]:
-        """Gradients for ``pieces`` of a batch, each (input, gradient of the output), [batch, length, hidden].
+        """Gradients for the pieces of a batch, from those of their outputs, ``slopes`` [batch, length, hidden].
+
+        ``inputs`` of the pieces, where their graphs were not kept and the forward pass is computed again.
 
         Returns the gradients of the inputs; of everything continuous by name; and of the dequantized weights by the
         linear's name; all but the first summed over the pieces.
         """
-        buffers = [torch.zeros_like(weight) for weight in self._weights]
-        gains = {name: gain.clone().requires_grad_() for name, gain in self._block.gains.items()}
-
-        def gather(index: int, x: Tensor, dy: Tensor) -> None:
-            buffers[index].addmm_(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]))
-
+        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
         arriving = []
-        for x, dy in pieces:
-            with torch.enable_grad():
-                leaf = x.detach().requires_grad_()
-                out = run_block(leaf, self._weights, list(gains.values()), self._rotary, self._config, gather)
-                out.backward(dy)  # type: ignore[no-untyped-call]
+        for i, slope in enumerate(slopes):
+            leaf, out = self._graph(inputs[i]) if inputs is not None else self._kept[i]
+            out.backward(slope)  # type: ignore[no-untyped-call]
             assert leaf.grad is not None
             arriving.append(leaf.grad)
-        found = {name: gain.grad for name, gain in gains.items() if gain.grad is not None}
-        for linear, dW in zip(self._block.linears, buffers, strict=True):
+        self._kept = []
+        found = {name: gain.grad for name, gain in self._gains.items() if gain.grad is not None}
+        of_weights = {}
+        for linear, dW in zip(self._block.linears, self._gradients, strict=True):
             found |= gradients_of_steps(linear, dW)
-        return arriving, found, {linear.name: dW for linear, dW in zip(self._block.linears, buffers, strict=True)}
+            of_weights[linear.name] = dW
+        return arriving, found, of_weights
+
+    def _graph(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        with torch.enable_grad():
+            leaf = x.detach().requires_grad_()
+            gains = list(self._gains.values())
+            return leaf, run_block(leaf, self._weights, gains, self._rotary, self._config, self._gather)
+
+    def _gather(self, index: int, x: Tensor, dy: Tensor) -> None:
+        self._gradients[index].addmm_(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]))

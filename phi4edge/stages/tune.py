@@ -2,7 +2,8 @@
 
 A step takes a batch of calibration samples forward through all blocks, keeping only what goes into each, and backward
 again, block by block; a block's parameters move as soon as its gradient is there. So one block's weights are in RAM at
-a time, and states, codes and what lies between blocks are in RAM or on disk as the budget asks. The samples kept aside
+a time, and states, codes and what lies between blocks are in RAM or on disk as the budget asks; where there is room
+for it, blocks stay as they were on the way forward. The bytes are the same. The samples kept aside
 by the guard say whether it helps: the state that does best on them is the one that is kept.
 
     RUN/tuning/          a run directory of its own: teacher, state after the last committed step, result
@@ -153,16 +154,30 @@ class _Tuner:
                 state[_latent(linear.name)] = latent_state(linear, weight)
         return state
 
-    def _forward(self, hidden: list[Tensor], keep: ActivationStore | None) -> None:
-        """Send pieces of a batch through all blocks, in place; what goes into each block is kept."""
+    def _runner(self, layer: int) -> BlockRunner:
+        return BlockRunner(self._block(layer)[0], self._rotary, self._config)
+
+    def _forward(self, hidden: list[Tensor]) -> None:
+        """Send pieces through all blocks, in place, keeping nothing."""
         for layer in range(self._config.num_layers):
-            runner = BlockRunner(self._block(layer)[0], self._rotary, self._config)
+            runner = self._runner(layer)
+            hidden[:] = [runner.forward(x) for x in hidden]
+
+    def _forward_of_a_step(self, hidden: list[Tensor]) -> list[BlockRunner]:
+        """The same; each block's graph is kept where the budget allows it, otherwise what goes into the block."""
+        runners = []
+        for layer in range(self._config.num_layers):
+            runner = self._runner(layer)
+            if self._job.memory.keep_graphs:
+                hidden[:] = [runner.forward_kept(x) for x in hidden]
+                runners.append(runner)
+                continue
             at = layer * self._recipe.batch
             for i, x in enumerate(hidden):
-                if keep is not None:
-                    keep.write(at, x)
-                    at += x.shape[0]
+                self._between.write(at, x)
+                at += x.shape[0]
                 hidden[i] = runner.forward(x)
+        return runners
 
     def _final_state(self) -> Tensor:
         held = self._states.load(self._config.num_layers)
@@ -186,19 +201,21 @@ class _Tuner:
         config = self._config
         rate = learning_rate(step, self._steps, self._recipe.learning_rate)
         pieces = [batch[i : i + self._per_piece] for i in range(0, len(batch), self._per_piece)]
-        between = self._between
         hidden = [self._inputs(piece) for piece in pieces]
-        self._forward(hidden, between)
+        runners = self._forward_of_a_step(hidden)
         loss, slopes, gain_gradient = self._head_backward(hidden, pieces)
         state = adam_step(self._final_state(), gain_gradient * self._final.unit, step, rate)
         self._states.store(config.num_layers, {_FINAL_NORM: state})
         for layer in reversed(range(config.num_layers)):
             block, continuous, states = self._block(layer)
-            at, arriving = layer * self._recipe.batch, []
-            for slope in slopes:
-                arriving.append((between.read(at, at + slope.shape[0]), slope))
-                at += slope.shape[0]
-            slopes, gradients, of_weights = BlockRunner(block, self._rotary, config).backward(arriving)
+            if runners:
+                slopes, gradients, of_weights = runners.pop().backward(slopes)
+            else:
+                inputs, at = [], layer * self._recipe.batch
+                for slope in slopes:
+                    inputs.append(self._between.read(at, at + slope.shape[0]))
+                    at += slope.shape[0]
+                slopes, gradients, of_weights = self._runner(layer).backward(slopes, inputs)
             moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
             if self._recipe.code_rate:
                 code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
@@ -241,7 +258,7 @@ class _Tuner:
         samples = list(range(self._train, self._tokens.shape[0]))
         groups = [samples[i : i + self._per_piece] for i in range(0, len(samples), self._per_piece)]
         hidden = [self._inputs(group) for group in groups]
-        self._forward(hidden, None)
+        self._forward(hidden)
         for x, group in zip(hidden, groups, strict=True):
             values, _ = self._divergence(rms_norm(x, gain, self._config.rms_norm_eps), group, gradient=False)
             for sample, kld in zip(group, values.reshape(len(group), -1).mean(1).tolist(), strict=True):
