@@ -50,7 +50,7 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     help="gptq compensates rounding errors; rtn rounds to nearest on searched scales.",
 )
 @click.option("--bits", type=int, help="4 or 8.  [default: 4]")
-@click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q4_1, q8_0, …")
+@click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q5_1, q8_0, q4_k, q6_k, …")
 @click.option("--group-size", type=int, help="Input channels that share a scale; -1: a whole row.  [default: 32]")
 @click.option("--symmetric/--asymmetric", default=None, help="Grid with or without zero points.  [default: symmetric]")
 @click.option("--act-order", is_flag=True, help="Most excited columns first; groups stay in place (static groups).")
