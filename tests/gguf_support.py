@@ -58,13 +58,15 @@ def libggml_dequantize(kind: BlockType, packed: Tensor) -> Tensor:
     return torch.from_numpy(out).reshape(packed.shape[0], -1)
 
 
-def libggml_quantize(kind: BlockType, values: Tensor) -> Tensor:
-    """libggml's own rounding of [rows, in_features] float32."""
+def libggml_quantize(kind: BlockType, values: Tensor, imatrix: Tensor | None = None) -> Tensor:
+    """libggml's own rounding of [rows, in_features] float32, with the importance [in_features] of each channel."""
     data = np.ascontiguousarray(values.numpy())
+    weights = None if imatrix is None else np.ascontiguousarray(imatrix.numpy())
     out = np.empty((data.shape[0], kind.row_bytes(data.shape[1])), dtype=np.uint8)
     written = libggml().ggml_quantize_chunk(
-        kind.code, data.ctypes.data, out.ctypes.data, 0, data.shape[0], data.shape[1], None
-    )
+        kind.code, data.ctypes.data, out.ctypes.data, 0, data.shape[0], data.shape[1],
+        None if weights is None else weights.ctypes.data,
+    )  # fmt: skip
     assert written == out.nbytes
     return torch.from_numpy(out)
 

@@ -39,6 +39,7 @@ from phi4edge.targets.roofline import decode_estimate
 PHI_4, MINI = PUBLISHED["phi-4"], PUBLISHED["phi-4-mini"]
 Q4, Q8 = GGML_SCHEMES["q4_0"], GGML_SCHEMES["q8_0"]
 ALL = tuple(GGML_SCHEMES.values())
+TINY = parse_config(tiny_config(hidden_size=256, intermediate_size=512))  # whole super-blocks
 GGUF_ONLY = {"gguf"}
 
 
@@ -137,7 +138,7 @@ def test_block_sizes_are_ggmls(kind: str) -> None:
     assert gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind.upper()]] == BLOCKS[kind]
 
 
-@pytest.mark.parametrize("config", [PHI_4, MINI, parse_config(tiny_config("mini"))], ids=["phi-4", "mini", "tiny"])
+@pytest.mark.parametrize("config", [PHI_4, MINI, TINY], ids=["phi-4", "mini", "tiny"])
 @pytest.mark.parametrize("scheme", ALL, ids=lambda s: s.name)
 def test_gguf_bytes_are_those_of_every_tensor_as_the_gguf_library_shapes_it(
     config: ModelConfig, scheme: Scheme
@@ -170,6 +171,7 @@ def test_gptq_bytes_are_those_of_its_four_tensors_a_linear() -> None:
         ("w4g32-asym", None),
         ("w8g32", "q8_0"),
         ("w4g16", None),
+        ("q4_k", "q4_k"),
     ],
 )
 def test_an_affine_scheme_is_counted_as_the_block_that_holds_it(name: str, block: str | None) -> None:
@@ -179,6 +181,8 @@ def test_an_affine_scheme_is_counted_as_the_block_that_holds_it(name: str, block
 def test_what_gguf_cannot_hold_is_refused_and_not_guessed() -> None:
     with pytest.raises(InputError, match="no block type holds w4g16"):
         weights(MINI, parse_scheme("w4g16"))
+    with pytest.raises(InputError, match="gptq: its scales and zero points do not hold q4_k"):
+        weights(MINI, parse_scheme("q4_k"), format="gptq")
     with pytest.raises(InputError, match=r"lm_head: rows of 64 weights do not divide into q6_k blocks of 256"):
         weights(parse_config(tiny_config()), Q4, head="q6_k")
 
@@ -248,7 +252,8 @@ def suggest(config: ModelConfig, request: Request, usable_gb: float) -> tuple[st
 
 
 def test_the_best_scheme_at_the_context_asked_for_comes_first() -> None:
-    assert suggest(PHI_4, Request(Q8, 4096), 12.0) == ("asked", Request(GGML_SCHEMES["q4_1"], 4096))
+    assert suggest(PHI_4, Request(Q8, 4096), 14.0) == ("asked", Request(GGML_SCHEMES["q6_k"], 4096))
+    assert suggest(PHI_4, Request(Q8, 4096), 11.0) == ("asked", Request(GGML_SCHEMES["q4_1"], 4096))
     assert suggest(PHI_4, Request(Q8, 4096), 10.0) == ("asked", Request(Q4, 4096))
 
 

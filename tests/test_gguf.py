@@ -34,7 +34,7 @@ from phi4edge.writers._gguf_file import read_gguf
 from phi4edge.writers._gguf_metadata import safe_name
 from phi4edge.writers._gguf_names import checkpoint_name, gguf_name
 
-HELD = ("q4_0", "q4_1", "q8_0", "w4g32", "w4g64", "w4row")  # schemes that blocks hold
+HELD = ("q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "w4g32", "w4g64", "w4row")  # schemes that blocks hold
 KINDS = ("phi4", "mini")
 
 
@@ -407,7 +407,7 @@ def test_llama_cpp_computes_the_unquantized_model(
 
 
 @pytest.mark.parametrize(("kind", "length", "context"), RUNS)
-@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q8_0", "w4g64"])
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "w4g64"])
 def test_llama_cpp_computes_the_quantized_model(
     models: dict[str, Path], tmp_path: Path, kind: str, length: int, context: int, scheme: str
 ) -> None:
@@ -418,7 +418,7 @@ def test_llama_cpp_computes_the_quantized_model(
     expected = transformers_logits(gguf.read(path), tokens)
     original = transformers_logits(open_checkpoint(models[kind]), tokens)
     # llama.cpp rounds activations to 8 bits in blocks of 32 before it multiplies: 0.02 to 0.024 on these models,
-    # whatever the weights' type. What rounding the weights does is 0.28 to 0.43 at 4 bits, 0.034 at 8.
+    # whatever the weights' type. What rounding the weights does is 0.28 to 0.43 at 4 bits, 0.13 to 0.2 at 5, 0.034 at 8.
     error = relative_error(logits, expected)
     assert error <= 3e-2
     assert error < 0.8 * relative_error(logits, original)

@@ -100,6 +100,9 @@ def test_a_zero_point_that_v1_cannot_store_is_refused_not_wrapped() -> None:
     ("scheme_name", "shape", "reason"),
     [
         ("q4_1", (32, 64), "floating-point minimum"),
+        ("q5_1", (32, 64), "floating-point minimum"),
+        ("q5_0", (32, 64), "has 5 bits; 4 and 8 are packed"),
+        ("q6_k", (32, 256), "q6_k has scales in steps that a super-block shares"),
         ("w4g32", (12, 64), "out_features 12 is not divisible by 8"),
         ("w8g32", (6, 64), "out_features 6 is not divisible by 4"),
         ("w4row", (16, 36), "in_features 36 is not divisible by 8"),

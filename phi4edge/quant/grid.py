@@ -179,6 +179,9 @@ def _split(wanted: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tensor,
         InputError: d exceeds float16.
     """
     largest, smallest = wanted.amax(-1), wanted.amin(-1)
+    furthest = float(torch.maximum(largest, -smallest).max())
+    if not furthest <= high * torch.finfo(torch.float16).max:
+        raise InputError(f"groups need steps of {furthest:.3g}, beyond {high} times float16's 65504")
     ends = [(torch.where(largest > -smallest, largest, smallest), top) for top in range(high, high // 2, -1)]
     if low < 0:
         ends.append((ends[0][0], low))
@@ -202,8 +205,6 @@ def _split(wanted: Tensor, weight: Tensor, low: int, high: int) -> tuple[Tensor,
     along, square = (weight * wanted * whole).sum(-1), (weight * whole * whole).sum(-1)
     consider(along * reciprocal(square), whole)
     consider(shared)
-    if not bool(torch.isfinite(best).all()):
-        raise InputError(f"groups need steps of {float(wanted.abs().max()):.3g}, beyond a super-block's float16")
     return shared, whole
 
 

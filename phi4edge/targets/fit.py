@@ -29,6 +29,7 @@ __all__ = [
     "check_context",
     "decode_bytes",
     "largest_that_fits",
+    "layout_holds",
     "memory_needed",
     "weight_lines",
 ]
@@ -48,7 +49,11 @@ BLOCKS = {
     "f16": (1, 2),
     "q4_0": (32, 18),
     "q4_1": (32, 20),
+    "q5_0": (32, 22),
+    "q5_1": (32, 24),
     "q8_0": (32, 34),
+    "q4_k": (256, 144),
+    "q5_k": (256, 176),
     "q6_k": (256, 210),
 }
 FLOAT_TYPES = ("f32", "f16")
@@ -116,6 +121,13 @@ def block_type(scheme: Scheme) -> str | None:
     return {(4, True): "q4_0", (8, True): "q8_0"}.get((scheme.bits, scheme.symmetric))
 
 
+def layout_holds(layout: str, scheme: Scheme) -> bool:
+    """Whether format ``layout``, one of LAYOUTS, stores ``scheme``'s codes and parameters without another rounding."""
+    if layout == "gguf":
+        return block_type(scheme) is not None
+    return scheme.grid in ("affine", "q4_0", "q8_0")  # a float16 scale a group, whole-numbered zero points
+
+
 def tensor_bytes(shape: Sequence[int], kind: str, where: str) -> int:
     """Bytes of a tensor of ``shape`` ([rows, columns] or [columns]) stored as ``kind``.
 
@@ -126,7 +138,7 @@ def tensor_bytes(shape: Sequence[int], kind: str, where: str) -> int:
     if shape[-1] % weights:
         raise InputError(
             f"{where}: rows of {shape[-1]} weights do not divide into {kind} blocks of {weights}",
-            "q8_0 has blocks of 32; f16 has none",
+            "q4_0 … q8_0 have blocks of 32; f16 has none",
         )
     return math.prod(shape) // weights * size
 
@@ -150,11 +162,13 @@ def weight_lines(config: ModelConfig, request: Request) -> tuple[Line, ...]:
     if request.format == "gguf":
         kind = block_type(scheme)
         if kind is None:
-            raise InputError(f"gguf: no block type holds {scheme.name}", "use q4_0, q4_1, q8_0 or w4g32")
+            raise InputError(f"gguf: no block type holds {scheme.name}", "use q4_0, q4_k, q8_0 or w4g32")
         for name, shape in config.linear_shapes.items():
             linears += config.num_layers * tensor_bytes(shape, kind, name)
         how, head, embedding, norm = f"GGUF {kind}", request.head, request.embedding, "f32"
     elif request.format == "gptq":
+        if not layout_holds("gptq", scheme):
+            raise InputError(f"gptq: its scales and zero points do not hold {scheme.name}", "use w4g32 or w8g128")
         for name, shape in config.linear_shapes.items():
             linears += config.num_layers * _gptq_linear_bytes(shape, scheme, name)
         how, head, embedding, norm = "codes, scales, zero points, g_idx", "f16", "f16", "f16"
@@ -263,14 +277,13 @@ def largest_that_fits(
     for name, shapes in [(model, config), *smaller_models]:
         wish = replace(request, context=min(request.context, shapes.context_length))
         held = [s for s in schemes if _holds(shapes, replace(wish, scheme=s))]
-        options = sorted(held, key=lambda s: -attempt(shapes, replace(wish, scheme=s)).needed_bytes)
-        for scheme in options:
-            fit = attempt(shapes, replace(wish, scheme=scheme))
+        options = sorted((attempt(shapes, replace(wish, scheme=s)) for s in held), key=lambda fit: -fit.needed_bytes)
+        for fit in options:
             if fit.fits:
                 return Suggestion(name, fit)
         if not options:
             continue
-        smallest = replace(wish, scheme=options[-1])
+        smallest = min(options, key=lambda fit: fit.needed_bytes).request  # of equal ones the first of ``schemes``
         smaller_kv = sorted((t for t in kv_types if KV_BYTES[t] < KV_BYTES[request.kv]), key=lambda t: -KV_BYTES[t])
         for kv in smaller_kv:
             fit = attempt(shapes, replace(smallest, kv=kv))

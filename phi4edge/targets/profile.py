@@ -54,7 +54,7 @@ RUNTIMES = (
 )
 FORMATS = ("gguf", "gptq", "awq", "compressed_tensors", "onnx", "openvino_ir", "mlx", "mlc", "pte", "tensorrt", "qnn")
 # Grids that devices are good at and that no scheme of phi4edge is solved for yet.
-FOREIGN_SCHEMES = ("q4_k", "q5_k", "q6_k", "8da4w", "w4a16", "w8a16", "nvfp4", "fp8")
+FOREIGN_SCHEMES = ("8da4w", "w4a16", "w8a16", "nvfp4", "fp8")
 LOCAL = "local"  # the id of this machine, which has no file
 
 

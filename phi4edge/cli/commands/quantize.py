@@ -76,7 +76,7 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     help="gptq compensates rounding errors; rtn rounds to nearest on searched scales.",
 )
 @click.option("--bits", type=int, help="4 or 8.  [default: 4]")
-@click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q4_1, q8_0, …")
+@click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q5_1, q8_0, q4_k, q6_k, …")
 @click.option("--target-bpw", type=float, help="Choose a scheme for each tensor: bits a parameter of the whole file.")
 @click.option("--target-size", metavar="SIZE", help="The same by the size of all tensors, e.g. 2.3GiB.")
 @click.option(

@@ -23,7 +23,7 @@ from phi4edge.core.errors import InputError, TargetError
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.targets.catalog import Catalog, open_catalog
 from phi4edge.targets.choice import DoesNotFitError, Wish, choose, context_for, process_bytes, refusal
-from phi4edge.targets.fit import LAYOUTS, Fit, Request, block_type, memory_needed
+from phi4edge.targets.fit import LAYOUTS, Fit, Request, layout_holds, memory_needed
 from phi4edge.targets.profile import Figure, Profile, RuntimeOption
 from phi4edge.targets.schema import read_profile
 
@@ -204,7 +204,7 @@ def _fit_of(
     scheme = parse_scheme(scheme_name)
     for name, (_, in_features) in config.linear_shapes.items():
         scheme.groups(in_features, name)
-    held = [f for f in LAYOUTS if f != "gguf" or block_type(scheme) is not None]
+    held = [f for f in LAYOUTS if layout_holds(f, scheme)]
     options = [(option, f) for option in profile.runtimes for f in option.formats if f in held]
     if not options:
         formats = dict.fromkeys(f for option in profile.runtimes for f in option.formats)
