@@ -251,6 +251,26 @@ def test_what_ram_does_not_hold_is_rounded_or_refused(cache: Path, phi4_checkpoi
         assert again == own
 
 
+@with_llama
+def test_a_bad_part_of_a_mix_is_refused_before_the_model_writes(
+    cache: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    recipe = CorpusRecipe(f"self=0.5,{tmp_path / 'absent.txt'}=0.5", samples=8, sequence_length=64)
+    with pytest.raises(InputError, match=r"absent\.txt: no such file"):
+        calibrate(phi4_checkpoint, recipe, tmp_path / "run")
+    assert not cache.exists()
+    assert not (tmp_path / "run").exists()
+
+
+@with_llama
+def test_own_text_is_mixed_with_another_corpus(cache: Path, phi4_checkpoint: Path, tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("aaaa bbbb " * 4000)
+    recipe = CorpusRecipe(f"self=0.25,{tmp_path / 'a.txt'}=0.75", samples=16, sequence_length=64)
+    data = calibrate(phi4_checkpoint, recipe, tmp_path / "run")["data"]
+    assert data["domains"].pop("a")["samples"] == 12
+    assert sum(count["samples"] for count in data["domains"].values()) == 4
+
+
 def test_seeds_are_no_corpus(phi4_checkpoint: Path) -> None:
     with pytest.raises(InputError, match="no corpus 'seeds'"):
         load_corpus("seeds", load_tokenizer(phi4_checkpoint), samples=4, sequence_length=64)

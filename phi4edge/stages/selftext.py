@@ -15,6 +15,7 @@ __all__ = ["SelfText", "load_corpus_of"]
 
 import json
 import math
+import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -25,7 +26,7 @@ import psutil
 
 from phi4edge import __version__
 from phi4edge.calibration.corpus import Corpus, load_corpus, whole_samples
-from phi4edge.calibration.parts import share_of_self
+from phi4edge.calibration.parts import SELF, documents, read_parts, share_of_self
 from phi4edge.calibration.seeds import Seed, SeedDomain, load_seeds, seeds_of
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
@@ -49,6 +50,7 @@ from phi4edge.solvers import rtn
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.stages.inputs import hash_checkpoint
 from phi4edge.stages.run_reader import read_json
+from phi4edge.targets.local import cgroup_limit
 from phi4edge.writers import gguf
 from phi4edge.writers._api import WriteOptions
 
@@ -98,8 +100,12 @@ def load_corpus_of(
     own = None
     share = share_of_self(recipe.corpus)
     if share > 0:
-        _choose_weights(checkpoint.config, recipe.sequence_length, ram_budget)  # refused before anything is read
+        unwritten = Path(SELF)
+        for part in read_parts(recipe.corpus, recipe.chat_template, unwritten):
+            if part.path not in (None, unwritten):
+                next(documents(part), None)  # a file that is missing is refused before the model begins to write
         if run is None:
+            _choose_weights(checkpoint.config, recipe.sequence_length, ram_budget)
             return None, None
         samples = math.ceil(recipe.samples * share)
         own = _write(checkpoint, tokenizer, recipe, samples, run, ram_budget, progress)
@@ -124,7 +130,9 @@ def _choose_weights(config: ModelConfig, length: int, ram_budget: int | None) ->
     reason = llama_cpp.available()
     if reason:
         raise MissingToolError(f"corpus self: {reason}", llama_cpp.INSTALL)
-    limit = ram_budget or int(psutil.virtual_memory().total * _SHARE_OF_RAM)
+    group = cgroup_limit()
+    total = min(psutil.virtual_memory().total, group.limit if group is not None else sys.maxsize)
+    limit = ram_budget or int(total * _SHARE_OF_RAM)
     cache = 2 * config.num_layers * config.num_kv_heads * config.head_dim * 2 * length * TOGETHER
     needed = {kind: int(config.parameters * width) + cache + _BUFFERS for kind, width in WEIGHTS.items()}
     for kind, nbytes in needed.items():
