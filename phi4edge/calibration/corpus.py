@@ -7,10 +7,11 @@ to be kept aside come last, and every domain has its share of them.
 
 from __future__ import annotations
 
-__all__ = ["Corpus", "load_corpus", "load_texts"]
+__all__ = ["Corpus", "load_corpus", "load_texts", "whole_samples"]
 
 import hashlib
 import random
+import sys
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -185,6 +186,11 @@ def _chunks(part: Part, tokenizer: ChatTokenizer, count: int, length: int, seed:
         if len(chunks) >= count:
             break
     return chunks[:count]
+
+
+def whole_samples(path: Path, tokenizer: ChatTokenizer, sequence_length: int) -> int:
+    """How many samples of ``sequence_length`` tokens the file at ``path`` gives, each domain cut on its own."""
+    return len(_chunks(Part("file", path, 1.0, chat=False, domain=""), tokenizer, sys.maxsize, sequence_length, 0))
 
 
 def _render(document: Document, chat: bool, tokenizer: ChatTokenizer) -> str:

@@ -17,6 +17,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from phi4edge.calibration.installed import KINDS, installed_documents
+from phi4edge.calibration.seeds import SEEDS
 from phi4edge.calibration.sources import Document, file_documents
 from phi4edge.core.errors import InputError, UsageError, closest
 from phi4edge.core.resources import data_folder
@@ -105,9 +106,9 @@ def _named(spec: str, chat: bool | None, sampled: Path | None) -> list[Part]:
         raise UsageError(f"corpus {spec!r}: no half called {half!r}", "write NAME, NAME:calibration or NAME:eval")
     recipe = Path(name) if name.endswith(".toml") else data_folder("calibration") / f"{name}.toml"
     looks_like_name = "/" not in name and "." not in name
-    if not recipe.is_file():
+    if not recipe.is_file() or name == SEEDS:
         if looks_like_name and not Path(name).exists():
-            known = sorted([*(p.stem for p in data_folder("calibration").glob("*.toml")), SELF])
+            known = sorted({*(p.stem for p in data_folder("calibration").glob("*.toml")), SELF} - {SEEDS})
             near = closest(name, known)
             hint = f"did you mean {near!r}?" if near else f"known corpora: {', '.join(known)}; or give a file"
             raise InputError(f"no corpus {name!r}", hint)

@@ -38,7 +38,9 @@ def corpus_options(function: F) -> F:
             default=None,
             help="Run text through the model's chat template.  [default: as the corpus says]",
         ),
-        click.option("--seed", type=int, envvar="PHI4EDGE_SEED", help="Order of the documents.  [default: 0]"),
+        click.option(
+            "--seed", type=int, envvar="PHI4EDGE_SEED", help="Order of documents, and of self's text.  [default: 0]"
+        ),
         click.option(
             "--sequence-length",
             type=int,
@@ -48,9 +50,10 @@ def corpus_options(function: F) -> F:
         click.option("--samples", type=int, envvar="PHI4EDGE_SAMPLES", help="Calibration samples.  [default: 128]"),
         click.option(
             "--corpus",
-            metavar="PATH|NAME",
+            metavar="PATH|NAME|MIX",
             envvar="PHI4EDGE_CORPUS",
-            help="Text, JSONL or recipe file, or the name of a corpus.  [default: builtin]",
+            help="Text, JSONL or recipe file; builtin; self (the model writes it); or a mix, builtin=0.7,self=0.3.  "
+            "[default: builtin]",
         ),
     ):
         function = decorator(function)

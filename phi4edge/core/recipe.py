@@ -17,7 +17,7 @@ from phi4edge.core.errors import UsageError
 class CorpusRecipe:
     """Which text is run through the model, and how much of it."""
 
-    corpus: str = "builtin"  # a name from calibration/, a recipe, a text or a JSONL file
+    corpus: str = "builtin"  # a name, a recipe, a text or a JSONL file; or several, NAME=SHARE,…
     samples: int = 128
     sequence_length: int = 512
     seed: int = 0

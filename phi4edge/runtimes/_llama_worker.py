@@ -4,10 +4,11 @@ llama.cpp lives in a child of its own so that a crash in native code is an error
 RSS is the runtime's alone. Requests are JSON lines on stdin; answers are JSON lines on stdout, those with
 ``nbytes`` followed by as many raw bytes. Whatever else writes to stdout lands on stderr.
 
-    {"op": "load", "path", "context", "settings"}   → {"ok", "vocab_size", "load_s", "details"}
+    {"op": "load", "path", "context", "sequences", "settings"}   → {"ok", "vocab_size", "load_s", "details"}
     {"op": "logits", "tokens": […], "first": n}     → {"ok", "nbytes"} + bytes, again and again until length − first
                                                       rows of vocab_size float32 have come
     {"op": "speed", "request"}                      → {"ok", "prefill_s", "ttft_s", "token_s", …}
+    {"op": "sample", "request"}                     → {"ok", "written": [[{"prompt", "tokens", "ended"}, …], …]}
     anything that fails                             → {"ok": false, "kind", "message"}
 """
 
@@ -24,6 +25,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Iterator
+from dataclasses import asdict
 from itertools import pairwise
 from typing import Any, BinaryIO
 
@@ -32,6 +34,7 @@ from numpy.typing import NDArray
 
 from phi4edge.core.memory import peak_rss_bytes, rss_bytes
 from phi4edge.runtimes._api import Settings, SpeedRequest
+from phi4edge.runtimes._sampling import SampleRequest, Stream, Written
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _LOG_LINES = 400
@@ -86,10 +89,11 @@ class Log:
 class Engine:
     """One model and one context of llama.cpp."""
 
-    def __init__(self, path: str, context: int, settings: Settings, log: Log) -> None:
+    def __init__(self, path: str, context: int, sequences: int, settings: Settings, log: Log) -> None:
         import llama_cpp
 
         self._lib, self._log, self._context, self._settings = llama_cpp, log, context, settings
+        self._sequences = sequences
         self._callback = llama_cpp.llama_log_callback(log.receive)  # kept: C holds no reference
         llama_cpp.llama_log_set(self._callback, ctypes.c_void_p(0))
         llama_cpp.llama_backend_init()
@@ -113,8 +117,10 @@ class Engine:
     def _begin(self) -> Any:
         lib, settings = self._lib, self._settings
         params = lib.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = self._context, settings.batch, settings.ubatch
-        params.n_seq_max, params.n_outputs_max, params.n_outputs_max_per_seq = 1, 0, 0
+        params.n_ctx = self._context * self._sequences
+        params.n_batch, params.n_ubatch = settings.batch, settings.ubatch
+        params.n_seq_max, params.n_outputs_max, params.n_outputs_max_per_seq = self._sequences, 0, 0
+        params.kv_unified = False  # every sequence has cells of its own: attention never walks over the others'
         params.n_threads = params.n_threads_batch = settings.threads
         params.flash_attn_type = _FLASH[settings.flash_attention]
         params.offload_kqv = params.op_offload = settings.gpu_layers != 0  # a build with a GPU computes on the CPU too
@@ -163,6 +169,29 @@ class Engine:
         if code != 0:
             words = "no room in the KV cache" if code == 1 else self._log.reason()
             raise WorkerError("runtime", f"llama_decode returned {code} at position {position}: {words}")
+
+    def sample(self, request: SampleRequest) -> list[list[Written]]:
+        """Let the model write; see :mod:`phi4edge.runtimes._sampling`."""
+        lib, batch = self._lib, self._batch
+        streams = [Stream(prompts, seed, request) for prompts, seed in zip(request.prompts, request.seeds, strict=True)]
+        lib.llama_memory_clear(self._memory, True)
+        for _ in range(request.length):
+            batch.n_tokens = len(streams)
+            for i, stream in enumerate(streams):
+                batch.token[i], batch.pos[i] = stream.token, stream.position
+                batch.n_seq_id[i], batch.seq_id[i][0], batch.logits[i] = 1, i, True
+            code = lib.llama_decode(self._ctx, batch)
+            if code != 0:
+                raise WorkerError("runtime", f"llama_decode returned {code} while sampling: {self._log.reason()}")
+            for i, stream in enumerate(streams):
+                row = np.ctypeslib.as_array(lib.llama_get_logits_ith(self._ctx, i), shape=(self.vocab_size,))
+                if not np.isfinite(row).all():
+                    raise WorkerError("runtime", "a logit is not finite")
+                if stream.take(row):
+                    lib.llama_memory_seq_rm(self._memory, i, -1, -1)
+        for stream in streams:
+            stream.close()
+        return [stream.written for stream in streams]
 
     def logits(self, tokens: list[int], first: int) -> Iterator[NDArray[np.float32]]:
         """Logits [length − first, vocab] of one sequence in pieces of rows; a piece is gone when the next is made."""
@@ -236,7 +265,8 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
             if request["op"] == "load":
                 _import_llama()
                 idle_rss = rss_bytes()  # what the interpreter and the bindings take is not the model's
-                engine = Engine(request["path"], request["context"], Settings(**request["settings"]), log)
+                settings = Settings(**request["settings"])
+                engine = Engine(request["path"], request["context"], request["sequences"], settings, log)
                 body = {"vocab_size": engine.vocab_size, "load_s": engine.load_s, "details": engine.details()}
                 _answer(answers, body)
                 continue
@@ -246,6 +276,9 @@ def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
                     _answer(answers, {"nbytes": part.nbytes})
                     answers.write(part.data)
                 answers.flush()
+            elif request["op"] == "sample":
+                written = engine.sample(SampleRequest(**request["request"]))
+                _answer(answers, {"written": [[asdict(text) for text in texts] for texts in written]})
             else:
                 samples = engine.speed(SpeedRequest(**request["request"]))
                 _answer(answers, samples | {"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle_rss})

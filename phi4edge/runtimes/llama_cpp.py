@@ -31,6 +31,7 @@ import phi4edge
 from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.runtimes._api import Logits, Settings, SpeedRequest, SpeedSamples
+from phi4edge.runtimes._sampling import SampleRequest, Written
 from phi4edge.runtimes._threads import physical_cores
 
 NAME = "llama_cpp"
@@ -62,8 +63,10 @@ def version() -> str:
         return "not installed"
 
 
-def open(artifact: Path, context: int, settings: Settings) -> LlamaSession:
+def open(artifact: Path, context: int, settings: Settings, sequences: int = 1) -> LlamaSession:
     """Load GGUF file ``artifact`` into a child process, for sequences of up to ``context`` tokens.
+
+    ``sequences`` of them can be computed side by side, which :meth:`LlamaSession.sample` does.
 
     Raises:
         InputError: not GGUF, or damaged.
@@ -79,7 +82,7 @@ def open(artifact: Path, context: int, settings: Settings) -> LlamaSession:
     from phi4edge.writers._gguf_file import read_gguf  # not at the top: it brings torch
 
     read_gguf(artifact)  # a header that lies is refused before llama.cpp believes it
-    return LlamaSession(artifact, context, settings)
+    return LlamaSession(artifact, context, settings, sequences)
 
 
 def speed(artifact: Path, request: SpeedRequest, settings: Settings) -> SpeedSamples:
@@ -100,7 +103,7 @@ def speed(artifact: Path, request: SpeedRequest, settings: Settings) -> SpeedSam
 class LlamaSession:
     """A GGUF file loaded in a child process; use as a context manager."""
 
-    def __init__(self, artifact: Path, context: int, settings: Settings) -> None:
+    def __init__(self, artifact: Path, context: int, settings: Settings, sequences: int = 1) -> None:
         self.artifact = artifact
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  the child's stderr, read when it dies
         self._child = subprocess.Popen(
@@ -112,7 +115,8 @@ class LlamaSession:
         )
         resolved = replace(settings, threads=settings.threads or physical_cores())
         try:
-            answer = self.call({"op": "load", "path": str(artifact), "context": context, "settings": asdict(resolved)})
+            load = {"op": "load", "path": str(artifact), "context": context, "sequences": sequences}
+            answer = self.call({**load, "settings": asdict(resolved)})
         except BaseException:
             self.close()
             raise
@@ -144,6 +148,15 @@ class LlamaSession:
             yield out
             progress.advance()
         progress.finish()
+
+    def sample(self, request: SampleRequest) -> list[list[Written]]:
+        """What the model writes in every stream of ``request``; the same on the same machine and threads.
+
+        Raises:
+            TargetError: llama.cpp fails, or a logit is not finite.
+        """
+        answer = self.call({"op": "sample", "request": asdict(request)})
+        return [[Written(**text) for text in texts] for texts in answer["written"]]
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and wait for its answer."""

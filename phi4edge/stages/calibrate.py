@@ -2,7 +2,7 @@
 
 Tokenizes the corpus and sends it through the model block by block, keeping the mean square of every linear's
 inputs: the imatrix, as llama.cpp's own tool measures it. It goes to ``RUN/calibration``, a run directory of its own,
-so that `quantize` into the same RUN takes the same corpus.
+so that `quantize` into the same RUN takes the same corpus. What the model wrote for itself lies there as self.jsonl.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
-from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.calibration.corpus import Corpus
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
 from phi4edge.core.atomic import write_bytes, write_json
@@ -33,8 +33,9 @@ from phi4edge.model.block import LINEARS, load_block
 from phi4edge.model.rope import rotary_table
 from phi4edge.stages.inputs import check_tokenizer, hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, read_json
+from phi4edge.stages.selftext import SelfText, load_corpus_of
 
-TOKENS = "tokens.safetensors"
+TOKENS, SELF_TEXT = "tokens.safetensors", "self.jsonl"
 
 
 def corpus_of_run(run: Path) -> CorpusRecipe | None:
@@ -58,8 +59,9 @@ def calibrate(
         InputError: the model or the corpus is not usable.
         ResumeError: begun with other inputs.
     """
-    checkpoint, corpus, memory = _prepare(model, recipe, ram_budget)
     folder = out / CALIBRATION
+    checkpoint, corpus, own, memory = _prepare(model, recipe, ram_budget, folder, progress)
+    assert corpus is not None
     hashes = hash_checkpoint(checkpoint.index, folder)
     inputs = {"kind": "calibrate", "recipe": asdict(recipe), **open_inputs(recipe, corpus.sha256, hashes)}
     with Workdir.open(folder, inputs, restart=restart) as work:
@@ -71,7 +73,11 @@ def calibrate(
         with torch.inference_mode():
             imatrix = _measure(checkpoint, corpus.tokens, memory, folder, progress)
         write_bytes(folder / IMATRIX, save(imatrix))
-        work.commit({"performance": {"seconds": time.monotonic() - started}}, [TOKENS, IMATRIX])
+        files = [TOKENS, IMATRIX]
+        if own is not None:
+            write_bytes(folder / SELF_TEXT, own.path.read_bytes())
+            files.append(SELF_TEXT)
+        work.commit({"performance": {"seconds": time.monotonic() - started}}, files)
         manifest = {
             "schema": "phi4edge/calibrate/1",
             "ok": True,
@@ -81,6 +87,8 @@ def calibrate(
                 "key": sha256_json(inputs),
                 "tokens": recipe.tokens,
                 "corpus_sha256": corpus.sha256,
+                "domains": corpus.domain_counts(),
+                **({"self": own.as_dict()} if own is not None else {}),
                 "imatrix": {name: float(values.mean()) for name, values in imatrix.items()},
                 "peak_rss_bytes": peak_rss_bytes(),
                 "seconds": time.monotonic() - started,
@@ -92,32 +100,29 @@ def calibrate(
 
 def plan(model: str | Path, recipe: CorpusRecipe, *, ram_budget: int | None = None) -> dict[str, Any]:
     """The same checks as :func:`calibrate`, and what it would do; writes nothing and reads no weight."""
-    checkpoint, corpus, memory = _prepare(model, recipe, ram_budget)
+    checkpoint, corpus, _, memory = _prepare(model, recipe, ram_budget)
     return {
         "model": checkpoint.index.name,
         "recipe": asdict(recipe),
         "tokens": recipe.tokens,
-        "corpus_sha256": corpus.sha256,
+        "corpus_sha256": None if corpus is None else corpus.sha256,  # None: the model writes it first
         "memory": asdict(memory),
     }
 
 
 def _prepare(
-    model: str | Path, recipe: CorpusRecipe, ram_budget: int | None
-) -> tuple[CheckpointReader, Corpus, MemoryPlan]:
+    model: str | Path,
+    recipe: CorpusRecipe,
+    ram_budget: int | None,
+    run: Path | None = None,
+    progress: Progress = SILENT,
+) -> tuple[CheckpointReader, Corpus | None, SelfText | None, MemoryPlan]:
     """Everything that can be refused is refused here, before the first weight is read."""
     checkpoint = open_checkpoint(model)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(checkpoint.config, Recipe(method="rtn", corpus=recipe, guard=False), ram_budget)
-    corpus = load_corpus(
-        recipe.corpus,
-        tokenizer,
-        samples=recipe.samples,
-        sequence_length=recipe.sequence_length,
-        seed=recipe.seed,
-        chat=recipe.chat_template,
-    )
-    return checkpoint, corpus, memory
+    corpus, own = load_corpus_of(checkpoint, tokenizer, recipe, run, ram_budget=ram_budget, progress=progress)
+    return checkpoint, corpus, own, memory
 
 
 def _measure(

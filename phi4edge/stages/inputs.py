@@ -19,6 +19,7 @@ from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
 _PIECE = 1 << 22  # weights in RAM at a time
 LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
+_READ: dict[str, dict[str, str]] = {}  # hashes of what this process has read, by folder and stamps
 CODE = 1  # raised when the same recipe would give other codes
 
 
@@ -53,8 +54,11 @@ def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
             known = {}
     if known.get("folder") == str(index.folder.resolve()) and known.get("stamps") == stamps:
         return dict(known["sha256"])
-    check_finite(CheckpointReader(index))
-    return {path.name: sha256_file(path) for path in paths}
+    seen = json.dumps([str(index.folder.resolve()), stamps])
+    if seen not in _READ:
+        check_finite(CheckpointReader(index))
+        _READ[seen] = {path.name: sha256_file(path) for path in paths}
+    return dict(_READ[seen])
 
 
 def check_finite(checkpoint: CheckpointReader) -> None:

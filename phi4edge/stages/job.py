@@ -6,18 +6,21 @@ __all__ = ["Job", "prepare"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import torch
 
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
-from phi4edge.calibration.corpus import Corpus, load_corpus
+from phi4edge.calibration.corpus import Corpus
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.errors import MissingToolError, UsageError
+from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
+from phi4edge.stages.selftext import SelfText, load_corpus_of
 
 
 @dataclass(frozen=True)
@@ -31,14 +34,24 @@ class Job:
     memory: MemoryPlan
     device: str
     types: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
+    self_text: SelfText | None = None  # what the model wrote, where the corpus asks for it
 
     def scheme_of(self, linear: str) -> Scheme:
         """The scheme of one linear."""
         return self.types.get(linear, self.scheme)
 
 
-def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None, device: str) -> Job:
+def prepare(
+    checkpoint: CheckpointReader,
+    recipe: Recipe,
+    ram_budget: int | None,
+    device: str,
+    run: Path | None = None,
+    progress: Progress = SILENT,
+) -> Job:
     """Check model, scheme, tokenizer, device, RAM and corpus.
+
+    ``run`` is where the work will be done; without it, a corpus that the model must write first is not made.
 
     Raises:
         InputError, UsageError: the model, the scheme or the corpus is not usable.
@@ -53,19 +66,14 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
         raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)
-    corpus = None
+    types = _types(config, recipe)
+    corpus, own = None, None
     if recipe.corpus is not None:
-        c = recipe.corpus
-        corpus = load_corpus(
-            c.corpus,
-            tokenizer,
-            samples=c.samples,
-            sequence_length=c.sequence_length,
-            seed=c.seed,
-            chat=c.chat_template,
-            held_out=recipe.held_out,
+        held_out = recipe.held_out
+        corpus, own = load_corpus_of(
+            checkpoint, tokenizer, recipe.corpus, run, held_out=held_out, ram_budget=ram_budget, progress=progress
         )
-    return Job(checkpoint, recipe, scheme, corpus, memory, device, _types(config, recipe))
+    return Job(checkpoint, recipe, scheme, corpus, memory, device, types, own)
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

@@ -58,6 +58,7 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocati
                 "tokens": c.tokens,
                 "domains": job.corpus.domain_counts(),
                 "sha256": job.corpus.sha256,
+                **({"self": job.self_text.as_dict()} if job.self_text is not None else {}),
             },
             "quantized_fraction": config.linear_parameters / config.parameters,
             "bits_per_weight": _bits_per_weight(job),

@@ -73,7 +73,7 @@ def quantize(
         ResumeError: ``out`` was begun with other inputs.
     """
     checkpoint = open_checkpoint(model)
-    job = prepare(checkpoint, recipe, ram_budget, device)
+    job = prepare(checkpoint, recipe, ram_budget, device, out, progress)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
     inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}

@@ -39,6 +39,7 @@ def command(
     """Tokenize a corpus and measure the inputs of every linear of the full-precision MODEL.
 
     Writes tokens and imatrix to --out/calibration. A later `quantize` into the same --out takes the same corpus.
+    With --corpus self the model writes the text first, which needs no data but llama.cpp; it is kept beside them.
     """
     from phi4edge.stages.calibrate import calibrate, plan
 

@@ -69,7 +69,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 )
 @click.option("--method", type=click.Choice(names("phi4edge.solvers")), help="[default: gptq]")
 @click.option("--scheme", help="One scheme for all targets.  [default: what suits each]")
-@click.option("--corpus", metavar="PATH|NAME", help="Calibration text.  [default: builtin]")
+@click.option("--corpus", metavar="PATH|NAME|MIX", help="Calibration text, as quantize takes it.  [default: builtin]")
 @click.option("--samples", type=int, help="Calibration samples.  [default: 128]")
 @click.option("--text", metavar="PATH|NAME", help="Evaluation text.  [default: builtin:eval]")
 @click.option("--chunks", type=int, help="Chunks of it.  [default: all of a file, 32 of a corpus]")
