@@ -206,11 +206,6 @@ SWITCHES: list[dict[str, Any]] = [
     {"full_precision_targets": 0.5},
     {"method": "rtn", "sweeps": 1},
 ]
-    {"refit": True, "sweeps": 2},
-    {"group_aware": True},
-    {"full_precision_targets": 0.5},
-    {"method": "rtn", "sweeps": 1},
-]
 
 
 @pytest.mark.slow
