@@ -1,7 +1,7 @@
 """Seconds a layer of our GPTQ beside the form in which the paper's authors wrote it, on Phi-4's real shapes.
 
 Both get the same W, the same H, the same damping, the same column order (falling diag H) and the same scales (static
-groups, searched on W), so that the codes can be held against each other. The reference form: Cholesky, inverse,
+groups, absmax), so that the codes can be held against each other. The reference form: Cholesky, inverse,
 Cholesky of the inverse, and a column loop with lazy blocks of 128 that changes W in place (arXiv 2210.17323,
 Algorithm 1, with the Cholesky reformulation of its section 3.3), in torch, on all cores that it cares to use.
 
@@ -32,7 +32,6 @@ from phi4edge.core.memory import peak_rss_bytes
 from phi4edge.quant.grid import Params, grid_for
 from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.scheme import parse_scheme
-from phi4edge.quant.search import search
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import SolverOptions
 
@@ -75,10 +74,11 @@ def layer(rows: int, n: int, seed: int = 0) -> tuple[Tensor, Tensor]:
     return torch.randn(rows, n, generator=generator) / n**0.5, H
 
 
-def scales(W: Tensor, H: Tensor) -> Params:
-    """Parameters of static groups, which both sides are given."""
-    grid, groups = grid_for(SCHEME), SCHEME.groups(W.shape[1])
-    return search(grid, W.reshape(W.shape[0], groups, -1), H.diagonal().reshape(groups, -1))
+def scales(W: Tensor) -> Params:
+    """Absmax parameters of static groups, which both sides are given."""
+    grid = grid_for(SCHEME)
+    a = W.reshape(W.shape[0], SCHEME.groups(W.shape[1]), -1).abs().amax(-1) / (grid.high - grid.middle)
+    return grid.store(a, -a * grid.middle)
 
 
 def reference_factor(H: Tensor, order: Tensor) -> Tensor:
@@ -149,7 +149,7 @@ def compare(rows: int, n: int) -> dict[str, Any]:
     """Both sides in this process, on the same numbers."""
     W, H = layer(rows, n)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    params = scales(W, H)
+    params = scales(W)
     a, b = grid_for(SCHEME).steps(params)
 
     def timed(function: Any, *arguments: Any) -> tuple[Any, float]:
@@ -178,7 +178,7 @@ def peak(side: str, rows: int, n: int) -> dict[str, int]:
     """Peak RSS of one side alone, above what the process had with W and H made."""
     W, H = layer(rows, n)
     order = torch.argsort(H.diagonal(), descending=True, stable=True)
-    params = scales(W, H)
+    params = scales(W)
     a, b = grid_for(SCHEME).steps(params)
     with open("/proc/self/clear_refs", "w") as file:  # so that the peak is the solver's, not the making of H
         file.write("5")
@@ -254,7 +254,7 @@ def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--shapes", choices=list(SHAPES), default="small")
-    parser.add_argument("--rows", type=int, default=2048, help="Most rows that a loop is timed on.")
+    parser.add_argument("--rows", type=int, default=16384, help="Most rows that a loop is timed on.")
     parser.add_argument("--child", nargs=3, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.child:

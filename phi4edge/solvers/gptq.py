@@ -98,7 +98,11 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
         events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
     asked = damp
     while True:
-        flipped = (H if order is None else H[order][:, order]).flip(0, 1)  # a copy
+        if order is None:
+            flipped = H.flip(0, 1)  # a copy
+        else:
+            backwards = order.flip(0)
+            flipped = H.index_select(0, backwards).index_select(1, backwards)
         flipped.diagonal().add_(damp * mean if mean > 0 else 1.0)
         lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
