@@ -22,6 +22,10 @@ columns, so that they answer for the errors handed on to it. With ``act_order`` 
 while the groups stay where they are (static groups, scales searched on W). With ``group_aware`` (arXiv 2505.14638)
 groups go whole, in order of their falling largest diag H, and so do the columns inside each, so that scales are still
 searched as the loop comes to a group. Neither ever puts a permuted g_idx into an artifact.
+
+Damping is raised tenfold until H can be factored, and what was used is in the solution. It is not searched for: on an
+H drawn to its diagonal (``shrinkage``) held-out errors of a real model's layers lie within 2 % of each other for .001
+to .03 of the mean diagonal, while every candidate costs a factorisation and a solution.
 """
 
 from __future__ import annotations
