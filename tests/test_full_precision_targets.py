@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from test_quantize import OTHER_TEXT, TEXT
+from test_quantize import CORPUS, OTHER_TEXT, TEXT, digests
 from test_solvers import problem
 from torch import Tensor
 
+from phi4edge.calibration.budget import plan_memory
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import UsageError
@@ -20,6 +22,7 @@ from phi4edge.model.rope import rotary_table
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages import job
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
@@ -145,6 +148,27 @@ def test_a_run_that_aims_at_full_precision_comes_nearer_to_it(phi4_checkpoint: P
         # Nothing is quantized before the first linear of the first block: its inputs are full precision's.
         assert shifts == [None] * 8 if strength == 0 else shifts[0] == 0 and all(s > 0 for s in shifts[1:])
     assert errors[1] < errors[0]
+
+
+def test_the_second_stream_is_in_the_memory_plan(phi4_checkpoint: Path) -> None:
+    config = open_checkpoint(phi4_checkpoint).config
+    corpus = CorpusRecipe(TEXT, samples=4096, sequence_length=512)
+    one, two = (
+        plan_memory(config, Recipe(corpus=corpus, full_precision_targets=alpha), 1 << 50) for alpha in (0.0, 0.5)
+    )
+    stores = corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
+    assert two.expected - one.expected > 0.9 * stores > 2**30  # but for what this process grew by in between
+
+
+def test_streams_on_disk_give_the_same_bytes_as_in_ram(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    recipe = Recipe(corpus=CORPUS, full_precision_targets=0.5)
+    quantize(phi4_checkpoint, recipe, tmp_path / "ram")
+    monkeypatch.setattr(job, "plan_memory", lambda *a: replace(plan_memory(*a), spill=True))
+    quantize(phi4_checkpoint, recipe, tmp_path / "disk")
+    assert digests(tmp_path / "disk") == digests(tmp_path / "ram")
+    assert not list((tmp_path / "disk" / "hidden").iterdir())
 
 
 def test_impossible_strengths_are_usage_errors() -> None:

@@ -22,6 +22,10 @@ columns, so that they answer for the errors handed on to it. With ``act_order`` 
 while the groups stay where they are (static groups, scales searched on W). With ``group_aware`` (arXiv 2505.14638)
 groups go whole, in order of their falling largest diag H, and so do the columns inside each, so that scales are still
 searched as the loop comes to a group. Neither ever puts a permuted g_idx into an artifact.
+
+Damping is raised tenfold until H can be factored, and what was used is in the solution. It is not searched for: on an
+H drawn to its diagonal (``shrinkage``) held-out errors of a real model's layers lie within 2 % of each other for .001
+to .03 of the mean diagonal, while every candidate costs a factorisation and a solution.
 """
 
 from __future__ import annotations
@@ -66,7 +70,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     M, damp, events = _factor(H, order, options.damp_percent, problem.name)
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_loop, grid, W[start : start + options.rows], groups, unit, diagonal, M, order, static)
+        partial(_solve_rows, grid, W[start : start + options.rows], groups, unit, diagonal, M, order, static)
         for start in range(0, W.shape[0], options.rows)
     ]
     parts = run_parallel(pieces)
@@ -98,7 +102,11 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
         events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
     asked = damp
     while True:
-        flipped = (H if order is None else H[order][:, order]).flip(0, 1)  # a copy
+        if order is None:
+            flipped = H.flip(0, 1)  # a copy
+        else:
+            backwards = order.flip(0)
+            flipped = H.index_select(0, backwards).index_select(1, backwards)
         flipped.diagonal().add_(damp * mean if mean > 0 else 1.0)
         lower, info = torch.linalg.cholesky_ex(flipped)
         if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
@@ -113,22 +121,41 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
     return R.div_(R.diagonal().clone()[None, :]), damp, tuple(events)
 
 
-def _loop(
+def _solve_rows(
     grid: Grid, W: Tensor, groups: int, unit: int, diagonal: Tensor, M: Tensor, order: Tensor | None, static: bool
-) -> tuple[Tensor, dict[str, Tensor]]:
-    """Codes [rows, n] and parameters of some rows. Works on transposes, where a column is contiguous."""
+) -> tuple[Tensor, Params]:
+    rows = W.shape[0]
+    fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1)) if static else None
+    return _loop(grid, W, groups, unit, diagonal, M, order, fixed)
+
+
+def _loop(
+    grid: Grid,
+    W: Tensor,
+    groups: int,
+    unit: int,
+    diagonal: Tensor,
+    M: Tensor,
+    order: Tensor | None,
+    fixed: Params | None,
+) -> tuple[Tensor, Params]:
+    """Codes [rows, n] and parameters of some rows: those given, or found as the loop comes to each unit.
+
+    Works on transposes, where a column is contiguous.
+    """
     rows, n = W.shape
+    static = fixed is not None
     size = n // groups
     columns = list(range(n)) if order is None else order.tolist()
-    original = (W if order is None else W[:, order]).T.contiguous()  # [n, rows]
+    original = W.T.contiguous() if order is None else W.T.contiguous()[order]  # [n, rows]
     E = torch.empty_like(original)
     Q = torch.empty(n, rows, dtype=torch.uint8, device=W.device)
     found: dict[int, Params] = {}  # by first column
-    steps: dict[int, tuple[Tensor, Tensor]] = {}  # a and b [rows] of each group
-    if static:
-        found[0] = search(grid, W.reshape(rows, groups, size), diagonal.reshape(groups, size))
-        a, b = grid.steps(found[0])
-        steps = dict(enumerate(zip(a.T.contiguous(), b.T.contiguous(), strict=True)))
+    steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of each group
+    q = torch.empty(rows, device=W.device)
+    if fixed is not None:
+        found[0] = fixed
+        steps = dict(enumerate(_steps(grid, fixed)))
     block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
     sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
@@ -147,15 +174,32 @@ def _loop(
                 place = min(columns[group])
                 values = values.T.contiguous().reshape(rows, -1, size)
                 found[place] = search(grid, values, diagonal[place : place + unit].reshape(-1, size))
-                a, b = grid.steps(found[place])
-                steps |= enumerate(zip(a.T.contiguous(), b.T.contiguous(), strict=True), place // size)
+                steps |= enumerate(_steps(grid, found[place]), place // size)
             for i in range(first, last):
-                a, b = steps[columns[i] // size]
-                q = grid.encode(work[i - start], a, b)
+                a, b, divisor = steps[columns[i] // size]
+                # Grid.encode, in place and with its divisor made once a group: this is where small layers spend time.
+                torch.sub(work[i - start], b, out=q).div_(divisor).round_().clamp_(grid.low, grid.high)
                 Q[columns[i]] = q
-                torch.sub(original[i], a * q + b, out=E[i])
+                torch.sub(original[i], q.mul_(a).add_(b), out=E[i])
                 if i + 1 < last:
                     work[i + 1 - start : last - start].addr_(M[i, i + 1 : last], E[i])
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
-    return Q.T, {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
+    params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
+    return _settle(grid, Q.T, params), params
+
+
+def _steps(grid: Grid, params: Params) -> list[tuple[Tensor, Tensor, Tensor]]:
+    """a, b, and a where it is not 0 but 1 where it is, of each group; all [rows]."""
+    a, b = grid.steps(params)
+    divisor = torch.where(a == 0, torch.ones_like(a), a)
+    return list(zip(a.T.contiguous(), b.T.contiguous(), divisor.T.contiguous(), strict=True))
+
+
+def _settle(grid: Grid, codes: Tensor, params: Params) -> Tensor:
+    """``codes`` with those of groups whose step is zero, which stand for ``b`` alone, as Grid.encode has them."""
+    a, b = grid.steps(params)
+    if not bool((a == 0).any()):
+        return codes
+    grouped, constant = codes.reshape(*a.shape, -1), grid.encode(b, a, b).to(torch.uint8)
+    return torch.where((a == 0)[..., None], constant[..., None], grouped).reshape(codes.shape)
