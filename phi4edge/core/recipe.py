@@ -97,6 +97,7 @@ class Recipe:
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
     guard: bool = True  # compare every linear with RTN on samples kept aside
+    awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does
     mix: MixRecipe | None = None  # None: every linear on ``scheme``
     types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
     tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
@@ -124,6 +125,13 @@ class Recipe:
             raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
+        if self.corpus is None and self.scales_inputs:
+            raise UsageError("awq needs calibration text", "name a --corpus, or use --method rtn without --awq")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether input channels are scaled before a linear is rounded."""
+        return self.awq or self.method == "awq"
 
     @property
     def held_out(self) -> int:

@@ -16,6 +16,7 @@ from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.errors import MissingToolError, UsageError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
+from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
 
@@ -25,6 +26,7 @@ class Job:
     """One quantization: what goes in, checked."""
 
     checkpoint: CheckpointReader
+    source: WeightSource  # the checkpoint's weights as they are rounded
     recipe: Recipe
     scheme: Scheme
     corpus: Corpus | None
@@ -65,7 +67,7 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
             chat=c.chat_template,
             held_out=recipe.held_out,
         )
-    return Job(checkpoint, recipe, scheme, corpus, memory, device, _types(config, recipe))
+    return Job(checkpoint, checkpoint, recipe, scheme, corpus, memory, device, _types(config, recipe))
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

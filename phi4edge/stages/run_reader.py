@@ -11,6 +11,7 @@ __all__ = [
     "read_block",
     "read_json",
     "read_manifest",
+    "read_norms",
     "tuned_file",
 ]
 
