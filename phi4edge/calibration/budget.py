@@ -41,7 +41,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     widest = max(columns for _, columns in shapes)
     block = sum(out * columns for out, columns in shapes) * 4
     largest = max(out * columns for out, columns in shapes)
-    reading = largest * 6  # one tensor as stored beside its float32 form
+    # One tensor as stored beside its float32 form; rotated, beside two more.
+    reading = largest * (6 if recipe.rotation == "none" else 14)
     embedding = 16384 * config.hidden_size * 6
     if recipe.corpus is None:
         needed = base + block + reading + 3 * largest * 4

@@ -19,6 +19,7 @@ from phi4edge.core.registry import load as load_plugin
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
+from phi4edge.transforms.rotation import rotated
 
 
 @dataclass(frozen=True)
@@ -43,7 +44,7 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
     """Check model, scheme, tokenizer, device, RAM and corpus.
 
     Raises:
-        InputError, UsageError: the model, the scheme or the corpus is not usable.
+        InputError, UsageError: the model, the scheme or the corpus is not usable, or the model cannot be rotated.
         TargetError: ``ram_budget`` cannot be kept.
         MissingToolError: no such device.
     """
@@ -53,6 +54,7 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
         scheme.groups(columns, f"model.layers.0.{name}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
+    source = rotated(checkpoint, recipe.rotation, recipe.rotation_seed)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)
     corpus = None
@@ -67,7 +69,7 @@ def prepare(checkpoint: CheckpointReader, recipe: Recipe, ram_budget: int | None
             chat=c.chat_template,
             held_out=recipe.held_out,
         )
-    return Job(checkpoint, checkpoint, recipe, scheme, corpus, memory, device, _types(config, recipe))
+    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, _types(config, recipe))
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

@@ -13,7 +13,7 @@ from phi4edge.cli.render import emit
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.jsonfile import read_object
 from phi4edge.core.memory import format_bytes, parse_bytes
-from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import ROTATIONS, CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.core.registry import names
 from phi4edge.quant.scheme import parse_scheme, scheme_from_options
 
@@ -25,7 +25,8 @@ def recipe_text(recipe: Recipe) -> str:
     corpus = recipe.corpus
     text = "data-free" if corpus is None else f"{corpus.corpus}, {corpus.samples} × {corpus.sequence_length} tokens"
     scaled = " with awq scales" if recipe.awq else ""
-    return f"{recipe.method} {recipe.scheme}{scaled}, calibration: {text}"
+    turned = "" if recipe.rotation == "none" else f", rotation {recipe.rotation}"
+    return f"{recipe.method} {recipe.scheme}{scaled}{turned}, calibration: {text}"
 
 
 Pairs = tuple[tuple[str, str], ...]
@@ -135,6 +136,14 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     default=False,
     help="Scale input channels by their activations before rounding, with any method.  [default: off]",
 )
+@click.option(
+    "--rotation",
+    type=click.Choice(ROTATIONS),
+    default=Recipe.rotation,
+    show_default=True,
+    help="Rotate the residual stream, the value heads or both, folded into the weights.",
+)
+@click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation.")
 @corpus_options
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
@@ -192,6 +201,8 @@ def command(
     sweeps: int,
     full_precision_targets: float,
     awq: bool,
+    rotation: str,
+    rotation_seed: int,
     corpus: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -257,6 +268,8 @@ def command(
         guard=guard,
         tuning=TuningRecipe(tune_passes, tune_rate, tune_batch, tune_codes) if tune_passes else None,
         awq=awq,
+        rotation=rotation,
+        rotation_seed=rotation_seed,
     )
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:

@@ -29,6 +29,8 @@ _SECTIONS = {
         "refit",
         "sweeps",
         "awq",
+        "rotation",
+        "rotation_seed",
         *_MACHINE,
     ),
     "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
