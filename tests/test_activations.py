@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from rounded import quantized_model
 from support import write_checkpoint
 from torch import Tensor
@@ -21,7 +22,7 @@ from phi4edge.core.errors import InputError, UsageError
 from phi4edge.quant.ggml import BLOCK_TYPES
 from phi4edge.runtimes import torch_ref
 from phi4edge.runtimes._activations import rounding_of
-from phi4edge.runtimes._api import ACTIVATIONS, Settings
+from phi4edge.runtimes._api import ACTIVATIONS, Settings, load_runtime
 from phi4edge.writers import gguf
 from phi4edge.writers._api import WriteOptions
 
@@ -32,16 +33,16 @@ CONTEXT = 4  # short: see the note on ties below
 TOKENS = np.random.default_rng(0).integers(0, 512, (40, CONTEXT))
 
 
-def logits(artifact: Path, settings: Settings, runtime: str = "torch_ref") -> Tensor:
-    from phi4edge.runtimes._api import load_runtime
+def logits(
+    artifact: Path, settings: Settings, runtime: str = "torch_ref", tokens: NDArray[np.int64] = TOKENS
+) -> Tensor:
+    with load_runtime(runtime).open(artifact, tokens.shape[1], settings) as session:
+        return torch.from_numpy(np.stack(list(session.logits(tokens))))
 
-    with load_runtime(runtime).open(artifact, CONTEXT, settings) as session:
-        return torch.from_numpy(np.stack(list(session.logits(TOKENS))))
 
-
-def served(artifact: Path) -> Tensor:
+def served(artifact: Path, tokens: NDArray[np.int64] = TOKENS) -> Tensor:
     """llama.cpp's logits with everything but its integer products in float32."""
-    return logits(artifact, Settings(threads=1, kv_type="f32", flash_attention="off"), "llama_cpp")
+    return logits(artifact, Settings(threads=1, kv_type="f32", flash_attention="off"), "llama_cpp", tokens)
 
 
 def relative(found: Tensor, expected: Tensor) -> float:
@@ -69,6 +70,21 @@ def test_simulated_q8_0_activations_explain_llama_cpp(scheme: str, kind: str, tm
     artifact = gguf.write(quantized_model(folder, scheme), tmp_path / "model.gguf", WriteOptions()).path
     simulated = logits(artifact, Settings(activations="q8_0"))
     assert_explained(simulated, logits(artifact, Settings()), served(artifact))
+
+
+@needs_llama_cpp
+def test_the_drift_of_simulated_activations_is_that_of_llama_cpp(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    """Over longer texts ties make other logits, and the same mean KLD."""
+    tokens = np.random.default_rng(1).integers(0, 512, (40, 64))
+    artifact = gguf.write(quantized_model(phi4_checkpoint, "q8_0"), tmp_path / "model.gguf", WriteOptions()).path
+    exact = logits(phi4_checkpoint, Settings(), tokens=tokens).log_softmax(-1)
+
+    def kld(found: Tensor) -> float:
+        return float((exact.exp() * (exact - found.log_softmax(-1))).sum(-1).mean())
+
+    real = kld(served(artifact, tokens))
+    assert kld(logits(artifact, Settings(), tokens=tokens)) < 0.75 * real
+    assert kld(logits(artifact, Settings(activations="q8_0"), tokens=tokens)) == pytest.approx(real, rel=0.03)
 
 
 @needs_llama_cpp
