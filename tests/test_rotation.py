@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,7 @@ from torch import Tensor
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.commands.quantize import command
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.recipe import CorpusRecipe, Recipe
+from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.core.workdir import JOURNAL
 from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import WeightSource
@@ -136,3 +137,19 @@ def test_a_rotated_run_with_scaled_inputs_is_resumed_to_the_same_bytes(phi4_chec
     (run / "manifest.json").unlink()
     assert CliRunner().invoke(command, [*arguments, *flags]).exit_code == 0
     assert digests(run) == whole
+
+
+def test_rotation_goes_with_a_mix_of_types_scaled_inputs_and_tuning(tmp_path: Path) -> None:
+    shape = {"hidden_size": 256, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 256}
+    folder = write_checkpoint(tmp_path / "model", "phi4", **shape)
+    recipe = replace(
+        RECIPE, awq=True, tuning=TuningRecipe(passes=1), mix=MixRecipe(("q4_0", "q4_k", "q6_k"), target_bpw=6.5)
+    )
+    manifest = quantize(folder, recipe, tmp_path / "run").manifest["data"]
+    model = open_run(tmp_path / "run")
+    assert {model.scheme_of(name).name for name in model.linears} >= {"q4_k", "q6_k"}
+    assert any(linear["awq"]["alpha"] for linear in manifest["linears"])
+    export.export(tmp_path / "run", "gguf", tmp_path / "model.gguf", WriteOptions())
+    assert export.verify(tmp_path / "model.gguf", tmp_path / "run").linears == 8
+    exact = logits(open_checkpoint(folder))
+    assert relative(logits(export.reader_of(tmp_path / "model.gguf")), exact) < 0.3
