@@ -42,7 +42,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     widest = max(columns for _, columns in shapes)
     block = sum(out * columns for out, columns in shapes) * 4
     largest = max(out * columns for out, columns in shapes)
-    reading = largest * 6  # one tensor as stored beside its float32 form
+    # One tensor as stored beside its float32 form; rotated, beside two more.
+    reading = largest * (6 if recipe.rotation == "none" else 14)
     embedding = 16384 * config.hidden_size * 6
     if recipe.corpus is None:
         needed = base + block + reading + 3 * largest * 4
@@ -55,7 +56,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
     cores = os.cpu_count() or 1
     pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
-    solving = (4 * widest * widest * 4 if recipe.method != "rtn" or recipe.whole_hessian else 0) + pieces
+    hessian = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
+    solving = (4 * widest * widest * 4 if hessian else 0) + pieces
     streams = 2 if recipe.full_precision_targets else 1
     if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
         solving += largest * 4

@@ -5,12 +5,14 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe"]
+__all__ = ["ROTATIONS", "CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe"]
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
 from phi4edge.core.errors import UsageError
+
+ROTATIONS = ("none", "residual", "heads", "residual+heads")
 
 
 @dataclass(frozen=True)
@@ -98,6 +100,9 @@ class Recipe:
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
     guard: bool = True  # compare every linear with RTN on samples kept aside
+    awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does
+    rotation: str = "none"  # what is rotated before anything is rounded: one of ROTATIONS
+    rotation_seed: int = 0
     mix: MixRecipe | None = None  # None: every linear on ``scheme``
     types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
     tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
@@ -127,6 +132,15 @@ class Recipe:
             raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
+        if self.rotation not in ROTATIONS:
+            raise UsageError(f"unknown rotation {self.rotation!r}", f"one of {', '.join(ROTATIONS)}")
+        if self.corpus is None and self.scales_inputs:
+            raise UsageError("awq needs calibration text", "name a --corpus, or use --method rtn without --awq")
+
+    @property
+    def scales_inputs(self) -> bool:
+        """Whether input channels are scaled before a linear is rounded."""
+        return self.awq or self.method == "awq"
 
     @property
     def held_out(self) -> int:

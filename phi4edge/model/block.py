@@ -8,8 +8,9 @@ look at its input, replace its weight and go on with what the replaced weight gi
 
 from __future__ import annotations
 
-__all__ = ["LINEARS", "Block", "down_input", "forward_block", "load_block", "o_input", "rms_norm"]
+__all__ = ["LINEARS", "Block", "down_input", "forward_block", "load_block", "o_input", "rms_norm", "unrounded"]
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -81,9 +82,19 @@ def down_input(gate_up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-def forward_block(block: Block, x: Tensor, rotary: Rotary, config: ModelConfig) -> Tensor:
-    """The block's output for hidden states ``x`` [batch, length, hidden] float32."""
-    normed = rms_norm(x, block.input_norm, config.rms_norm_eps)
-    x = x + F.linear(o_input(F.linear(normed, block.qkv), rotary, config), block.o)
-    normed = rms_norm(x, block.post_norm, config.rms_norm_eps)
-    return x + F.linear(down_input(F.linear(normed, block.gate_up)), block.down)
+def unrounded(x: Tensor) -> Tensor:
+    """``x`` as it is: inputs of linears in full precision."""
+    return x
+
+
+def forward_block(
+    block: Block, x: Tensor, rotary: Rotary, config: ModelConfig, rounded: Callable[[Tensor], Tensor] = unrounded
+) -> Tensor:
+    """The block's output for hidden states ``x`` [batch, length, hidden] float32.
+
+    ``rounded`` is applied to the input of every linear.
+    """
+    normed = rounded(rms_norm(x, block.input_norm, config.rms_norm_eps))
+    x = x + F.linear(rounded(o_input(F.linear(normed, block.qkv), rotary, config)), block.o)
+    normed = rounded(rms_norm(x, block.post_norm, config.rms_norm_eps))
+    return x + F.linear(rounded(down_input(F.linear(normed, block.gate_up))), block.down)

@@ -61,6 +61,7 @@ class QuantizedModel:
     replaced: Mapping[str, Tensor] = field(default_factory=dict)  # float tensors that the run changed
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
     tables: Mapping[str, str] = field(default_factory=dict)  # types of "head" and "embedding" that a GGUF is to have
+    base: WeightSource | None = None  # what the codes were solved for, where that is not the checkpoint: rotated
 
     @property
     def config(self) -> ModelConfig:
@@ -70,7 +71,7 @@ class QuantizedModel:
     @property
     def rest(self) -> Overlay:
         """Source of everything that is not quantized."""
-        return Overlay(self.checkpoint, self.replaced)
+        return Overlay(self.base or self.checkpoint, self.replaced)
 
     def scheme_of(self, linear: str) -> Scheme:
         """The scheme of one linear."""

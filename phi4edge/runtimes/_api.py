@@ -7,6 +7,7 @@ business of ``phi4edge.measurement``. Starts without torch, as a runtime on a de
 from __future__ import annotations
 
 __all__ = [
+    "ACTIVATIONS",
     "FLASH_ATTENTION",
     "KV_TYPES",
     "Logits",
@@ -33,6 +34,7 @@ from phi4edge.core.events import Progress
 
 Logits = NDArray[np.float32]
 KV_TYPES = ("f32", "f16", "bf16", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+ACTIVATIONS = ("none", "q8_0", "q8_k", "int8-b32", "int8-b64", "int8-b128")  # see _activations.py
 FLASH_ATTENTION = ("auto", "on", "off")
 
 
@@ -46,6 +48,7 @@ class Settings:
     flash_attention: str = "auto"
     kv_type: str = "f16"  # type of both halves of the KV cache
     gpu_layers: int = 0
+    activations: str = "none"  # how torch_ref rounds inputs of linears; a serving runtime rounds as it does
 
     def __post_init__(self) -> None:
         """Refuse impossible values."""
@@ -57,6 +60,8 @@ class Settings:
             raise UsageError(f"unknown KV cache type {self.kv_type!r}", f"known: {', '.join(KV_TYPES)}")
         if self.flash_attention not in FLASH_ATTENTION:
             raise UsageError(f"flash_attention is {self.flash_attention!r}", f"one of {', '.join(FLASH_ATTENTION)}")
+        if self.activations not in ACTIVATIONS:
+            raise UsageError(f"unknown activations {self.activations!r}", f"one of {', '.join(ACTIVATIONS)}")
 
 
 class Session(Protocol):

@@ -77,6 +77,11 @@ def open(artifact: Path, context: int, settings: Settings, sequences: int = 1) -
     reason = available()
     if reason:
         raise MissingToolError(reason, INSTALL)
+    if settings.activations != "none":
+        raise UsageError(
+            f"llama_cpp rounds activations as it does; {settings.activations} are simulated",
+            "--runtime torch_ref simulates them",
+        )
     if artifact.is_dir():
         raise InputError(f"{artifact}: is a folder; llama_cpp reads GGUF files", "give the .gguf file in it")
     from phi4edge.writers._gguf_file import read_gguf  # not at the top: it brings torch

@@ -1,7 +1,8 @@
 """The float32 forward pass in PyTorch as a runtime: what the stored weights mean, free of any kernel's rounding.
 
 Reads a checkpoint, or any artifact that a writer of ours reads back, block by block. Drift measured here is the
-weights' alone; a serving runtime's drift minus this one is its arithmetic.
+weights' alone; a serving runtime's drift minus this one is its arithmetic. With ``activations`` the inputs of linears
+are rounded as such a runtime rounds them, so that this part of its arithmetic is seen by itself.
 """
 
 from __future__ import annotations
@@ -21,10 +22,13 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core import registry
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.events import SILENT, Progress
+from phi4edge.model.block import unrounded
 from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import WeightSource
+from phi4edge.runtimes._activations import activation_refusal, rounding_of
 from phi4edge.runtimes._api import Logits, Settings, SpeedRequest, SpeedSamples
 from phi4edge.runtimes._threads import physical_cores
+from phi4edge.writers._api import ArtifactReader
 
 NAME = "torch_ref"
 _HIDDEN_BYTES = 2**30  # hidden states in RAM at a time; more sequences stream the weights again
@@ -87,9 +91,16 @@ class TorchSession:
         limit = source.config.context_length
         if context > limit:
             raise InputError(f"a context of {context} exceeds the model's {limit}", f"give --context {limit} or less")
+        reason = activation_refusal(settings.activations, source.config)
+        if reason:
+            raise InputError(reason)
         self._source = source
+        self._rounded = rounding_of(settings.activations)
+        self._rounded_head = self._rounded if _integer_head(source) else unrounded
         self._threads = settings.threads or physical_cores()
         self._details = {"threads": self._threads, "dtype": "float32", "device": "cpu"}
+        if settings.activations != "none":
+            self._details["activations"] = settings.activations
 
     @property
     def vocab_size(self) -> int:
@@ -98,7 +109,7 @@ class TorchSession:
 
     @property
     def details(self) -> Mapping[str, Any]:
-        """Threads, dtype and device."""
+        """Threads, dtype and device, and activations where they are rounded."""
         return self._details
 
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = SILENT) -> Iterator[Logits]:
@@ -109,7 +120,15 @@ class TorchSession:
         try:
             for start in range(0, tokens.shape[0], group):
                 part = torch.from_numpy(tokens[start : start + group])
-                for logits in stream_logits(self._source, part, first=first, progress=progress):
+                found = stream_logits(
+                    self._source,
+                    part,
+                    first=first,
+                    progress=progress,
+                    rounded=self._rounded,
+                    rounded_head=self._rounded_head,
+                )
+                for logits in found:
                     yield logits.numpy()
         finally:
             torch.set_num_threads(before)
@@ -121,6 +140,12 @@ class TorchSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         return None
+
+
+def _integer_head(source: WeightSource) -> bool:
+    """Whether ``source`` is an artifact whose head is stored in integers: only then a runtime rounds its input."""
+    name = "model.embed_tokens" if source.config.tie_word_embeddings else "lm_head"
+    return isinstance(source, ArtifactReader) and source.holds_integers(name)
 
 
 def sequences_in_ram(source: WeightSource, length: int) -> int:

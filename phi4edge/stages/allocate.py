@@ -86,7 +86,7 @@ def _block_costs(job: Job, mix: MixRecipe, layer: int, sensitivity: dict[str, Te
     costs: dict[str, dict[str, float]] = {}
     for linear in LINEARS:
         name = f"model.layers.{layer}.{linear}"
-        weight = job.checkpoint.tensor(f"{name}.weight")
+        weight = job.source.tensor(f"{name}.weight")
         rows, columns = sensitivity[f"{name}.rows"], sensitivity[f"{name}.columns"]
         costs[name] = {}
         for candidate in mix.candidates:
@@ -115,7 +115,7 @@ def _table_costs(job: Job, sensitivity: dict[str, Tensor]) -> dict[str, dict[str
             total, step = 0.0, max(1, _PIECE // config.hidden_size)
             for start in range(0, config.vocab_size, step):
                 piece = slice(start, min(start + step, config.vocab_size))
-                weight = job.checkpoint.tensor(tensor, piece)
+                weight = job.source.tensor(tensor, piece)
                 error = weight - _rounded_table(weight, kind)
                 total += sum(
                     predicted_kld(error, sensitivity[f"{use}.rows"][piece], sensitivity[f"{use}.columns"])

@@ -18,9 +18,11 @@ from phi4edge.core.errors import MissingToolError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
+from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.selftext import SelfText, load_corpus_of
+from phi4edge.transforms.rotation import rotated
 
 
 @dataclass(frozen=True)
@@ -28,6 +30,7 @@ class Job:
     """One quantization: what goes in, checked."""
 
     checkpoint: CheckpointReader
+    source: WeightSource  # the checkpoint's weights as they are rounded
     recipe: Recipe
     scheme: Scheme
     corpus: Corpus | None
@@ -54,7 +57,7 @@ def prepare(
     ``run`` is where the work will be done; without it, a corpus that the model must write first is not made.
 
     Raises:
-        InputError, UsageError: the model, the scheme or the corpus is not usable.
+        InputError, UsageError: the model, the scheme or the corpus is not usable, or the model cannot be rotated.
         TargetError: ``ram_budget`` cannot be kept.
         MissingToolError: no such device.
     """
@@ -64,6 +67,7 @@ def prepare(
         scheme.groups(columns, f"model.layers.0.{name}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
+    source = rotated(checkpoint, recipe.rotation, recipe.rotation_seed)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)
     types = _types(config, recipe)
@@ -73,7 +77,7 @@ def prepare(
         corpus, own = load_corpus_of(
             checkpoint, tokenizer, recipe.corpus, run, held_out=held_out, ram_budget=ram_budget, progress=progress
         )
-    return Job(checkpoint, recipe, scheme, corpus, memory, device, types, own)
+    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, own)
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.core.events import Event
+from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import Workdir
 from phi4edge.stages.allocate import Allocation
 from phi4edge.stages.job import Job
@@ -90,7 +91,8 @@ def _bits_per_weight(job: Job) -> float:
 def _length_events(job: Job) -> list[Event]:
     """Too few tokens for a Hessian of full rank: GPTQ can then lose to RTN."""
     c = job.recipe.corpus
-    if c is None or (job.recipe.method == "rtn" and not job.recipe.whole_hessian):
+    solver = load_plugin("phi4edge.solvers", job.recipe.method)
+    if c is None or not (solver.NEEDS_HESSIAN or job.recipe.whole_hessian):
         return []
     tokens = (c.samples - job.recipe.held_out) * c.sequence_length
     width = max(columns for _, columns in job.checkpoint.config.linear_shapes.values())

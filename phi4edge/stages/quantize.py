@@ -42,6 +42,7 @@ from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
+from phi4edge.stages.scaling import scale_inputs
 from phi4edge.stages.stream import CalibrationStream, side_by_side
 from phi4edge.stages.tune import tune
 
@@ -119,7 +120,7 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
     stream = CalibrationStream(job, work, done, progress) if job.corpus is not None else None
     for layer in range(done, config.num_layers):
         started = time.monotonic()
-        block = load_block(job.checkpoint, layer)
+        block = load_block(job.source, layer)
         solved, records, events = _solve_block(job, block, layer, stream, progress)
         files = [block_file(layer)]
         write_bytes(work.path / files[0], save({k: v for tensors in solved for k, v in tensors.items()}))
@@ -147,7 +148,8 @@ def _solve_block(
     exact = stream.exact_pass(block) if stream is not None else None
     beside = exact.inputs(0) if exact is not None else None
     solver = load_plugin("phi4edge.solvers", job.recipe.method)
-    needs_hessian = bool(solver.NEEDS_HESSIAN) or job.recipe.whole_hessian
+    needs_hessian = bool(solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
+    linear: QuantizedLinear | None = None
     for stage, (name, weight) in enumerate(zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)):
         full = f"model.layers.{layer}.{name}"
         progress.status(f"block {layer} {name} · RSS {format_bytes(rss_bytes())}")
@@ -158,11 +160,16 @@ def _solve_block(
                 if sample < stream.kept:
                     moments.add(x, full_x)
             stats = moments.result(job.recipe.sink_share, job.recipe.shrinkage)
-        linear, record, found = _solve_linear(job, full, weight.to(job.device), stats, passing, exact, stage, stream)
+        given, factors = weight.to(job.device), None
+        if job.recipe.scales_inputs and stats is not None and passing is not None:
+            scaled = scale_inputs(job, layer, stage, given, stats, passing, linear)
+            given, stats, passing, factors = scaled.weight, scaled.stats, scaled.passing, scaled.factors
+            tensors.append(scaled.tensors)
+        linear, record, found = _solve_linear(job, full, given, stats, passing, exact, factors, stage, stream)
         tensors.append(linear.to("cpu").to_tensors())
         if stats is not None:
             tensors.append({f"{full}.imatrix": stats.mean_square.cpu()})
-        records.append(record)
+        records.append(record if factors is None else record | {"awq": scaled.record})
         events += found
         if passing is not None:
             arriving = passing.advance(stage, linear.dequantize())
@@ -181,6 +188,7 @@ def _solve_linear(
     stats: LayerStats | None,
     passing: BlockPass | None,
     exact: BlockPass | None,
+    factors: Tensor | None,
     stage: int,
     stream: CalibrationStream | None,
 ) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
@@ -198,7 +206,8 @@ def _solve_linear(
             weight, stats.hessian, stats.shift, recipe.full_precision_targets, recipe.damp_percent, name
         )
         aimed = replace(problem, weight=target)
-    solution: Solution = load_plugin("phi4edge.solvers", recipe.method).solve(aimed, options)
+    solver = load_plugin("phi4edge.solvers", recipe.method)
+    solution: Solution = solver.solve(aimed, options)
     solution = refine(aimed, solution, options)
     record: dict[str, Any] = {
         "name": name,
@@ -212,11 +221,13 @@ def _solve_linear(
     if aimed is not problem:
         record["target_shift"] = float((aimed.weight - weight).norm() / weight.norm().clamp_min(1e-30))
     events = [*shift_events, *solution.events]
-    plain = recipe.method == "rtn" and not recipe.whole_hessian
+    plain = not solver.NEEDS_HESSIAN and not recipe.whole_hessian
     if plain or passing is None or stream is None or not recipe.guard:
         return solution.linear, record, events
     rtn: Solution = load_plugin("phi4edge.solvers", "rtn").solve(problem, options)
     beside = exact.inputs(stage, stream.kept) if exact is not None else None
+    if beside is not None and factors is not None:
+        beside = ((sample, x / factors) for sample, x in beside)
     held = side_by_side(passing.inputs(stage, stream.kept), beside)
     ours, theirs = held_out_errors(held, weight, [solution.linear.dequantize(), rtn.linear.dequantize()])
     record |= {"loss_rtn": rtn.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}

@@ -11,6 +11,7 @@ __all__ = [
     "read_block",
     "read_json",
     "read_manifest",
+    "read_norms",
     "tuned_file",
 ]
 
@@ -33,6 +34,7 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import LOCATION, hash_checkpoint
+from phi4edge.transforms.rotation import rotated
 
 MANIFEST, PERFORMANCE, IMATRIX = "manifest.json", "performance.json", "imatrix.safetensors"
 
@@ -140,17 +142,21 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     replaced: dict[str, Tensor] = {}
     for layer in (*range(config.num_layers), None):
         replaced |= read_norms(run, layer, tuned=tuned)
-    corpus = manifest["corpus"]
+    corpus, recipe = manifest["corpus"], manifest["recipe"]
+    rotation = recipe.get("rotation", "none")
     text = "none" if corpus is None else f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
     provenance = {
         "version": __version__,
         "run_key": manifest["key"],
-        "recipe_sha256": sha256_json(manifest["recipe"]),
+        "recipe_sha256": sha256_json(recipe),
         "base_model": manifest["model"],
         "checkpoint_sha256": sha256_json(inputs["checkpoint"]),
         "method": manifest["method"],
         "scheme": scheme.name,
+        "rotation": rotation,
         "calibration": text,
         "calibration_sha256": "none" if corpus is None else corpus["sha256"],
     }
-    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced, exceptions, manifest["tables"])
+    base = None if rotation == "none" else rotated(checkpoint, rotation, recipe["rotation_seed"])
+    tables = manifest["tables"]
+    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced, exceptions, tables, base)

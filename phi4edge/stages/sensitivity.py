@@ -61,7 +61,7 @@ def measure_sensitivity(job: Job, run: Path, key: str, samples: int, progress: P
 
 class _BackwardPass:
     def __init__(self, job: Job, work: Workdir, tokens: Tensor, progress: Progress) -> None:
-        self._checkpoint, self._config, self._work = job.checkpoint, job.checkpoint.config, work
+        self._job, self._config, self._work = job, job.checkpoint.config, work
         self._tokens, self._progress = tokens, progress
         self._rotary = rotary_table(self._config.rope, tokens.shape[1])
         step = max(1, TUNING_PIECE_TOKENS // tokens.shape[1])
@@ -101,9 +101,9 @@ class _BackwardPass:
         """What goes into each block, and what comes out of the last."""
         stores = [self._store(f"inputs-{layer}") for layer in range(self._config.num_layers + 1)]
         for piece in self._pieces:
-            stores[0].write(piece.start, embed(self._checkpoint, self._tokens[piece]))
+            stores[0].write(piece.start, embed(self._job.source, self._tokens[piece]))
         for layer in range(self._config.num_layers):
-            block = load_block(self._checkpoint, layer)
+            block = load_block(self._job.source, layer)
             for piece in self._pieces:
                 x = stores[layer].read(piece.start, piece.stop)
                 stores[layer + 1].write(piece.start, forward_block(block, x, self._rotary, self._config))
@@ -112,9 +112,9 @@ class _BackwardPass:
 
     def _head(self, outputs: ActivationStore, slope: ActivationStore) -> None:
         started, width = time.monotonic(), self._config.hidden_size
-        name = self._checkpoint.head_name
-        head = Head(self._checkpoint, name, self._checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
-        gain = self._checkpoint.tensor("model.norm.weight")
+        name = self._job.checkpoint.head_name
+        head = Head(self._job.source, name, self._job.checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
+        gain = self._job.source.tensor("model.norm.weight")
         generator = torch.Generator().manual_seed(0)
         rows, columns = torch.zeros(self._config.vocab_size), torch.zeros(width)
         for piece in self._pieces:
@@ -134,7 +134,7 @@ class _BackwardPass:
         )
 
     def _back(self, layer: int, inputs: ActivationStore, slope: ActivationStore) -> dict[str, Tensor]:
-        block = load_block(self._checkpoint, layer)
+        block = load_block(self._job.source, layer)
         names = [f"model.layers.{layer}.{name}" for name in LINEARS]
         found: dict[str, Tensor] = {}
         for piece in self._pieces:

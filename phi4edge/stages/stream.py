@@ -18,8 +18,9 @@ from phi4edge.core.hashing import sha256_file
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import Block, load_block
 from phi4edge.model.rope import rotary_table
+from phi4edge.model.source import Overlay
 from phi4edge.stages.job import Job
-from phi4edge.stages.run_reader import read_block
+from phi4edge.stages.run_reader import read_block, read_norms
 
 HIDDEN, EXACT = "hidden", "exact"  # the two streams by their names in the journal
 
@@ -60,10 +61,11 @@ class CalibrationStream:
         record = work.records[done - 1].get(kind) if done else None
         if record and stores.hidden.load(work.path / record["file"], record["sha256"]):
             return
-        stores.fill(job.checkpoint, job.corpus.tokens)
+        stores.fill(job.source, job.corpus.tokens)
         for layer in range(done):  # the residual stream was lost: send it through the finished blocks again
             progress.status(f"recomputing {kind} states, block {layer}")
-            block = load_block(job.checkpoint, layer)
+            changed = read_norms(work.path, layer) if kind == HIDDEN else {}
+            block = load_block(Overlay(job.source, changed), layer)
             passing = self._pass(block, stores)
             weights = (
                 (block.qkv, block.o, block.gate_up, block.down)

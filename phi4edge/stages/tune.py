@@ -89,7 +89,7 @@ class _Tuner:
         self._per_piece = max(1, TUNING_PIECE_TOKENS // self._tokens.shape[1])
         self._held: dict[int, QuantizedBlock] = {}
         self._dtype = job.checkpoint.stored_dtype(_FINAL_NORM)
-        final = continuous_of(job.checkpoint.tensor(_FINAL_NORM), self._dtype)
+        final = continuous_of(job.source.tensor(_FINAL_NORM), self._dtype)
         self._final = Continuous(read_norms(run, None).get(_FINAL_NORM, final.start), final.unit, self._dtype)
         self._states = _States(work, self._config.num_layers, in_ram=not job.memory.spill_tuning)
 
@@ -129,7 +129,7 @@ class _Tuner:
         prefix = f"model.layers.{layer}."
         names = (f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight")
         changed = read_norms(self._run, layer)
-        gains = {name: changed.get(name, self._job.checkpoint.tensor(name)) for name in names}
+        gains = {name: changed.get(name, self._job.source.tensor(name)) for name in names}
         block = QuantizedBlock(tuple(read_block(self._run, layer, self._job.scheme_of)), gains, self._dtype)
         if self._states.in_ram:
             self._held[layer] = block
@@ -284,15 +284,15 @@ class _Tuner:
 
     def _teach(self) -> None:
         """The full-precision model's final hidden states, after its last norm, computed once; and all embeddings."""
-        checkpoint, config = self._job.checkpoint, self._config
+        source, checkpoint, config = self._job.source, self._job.checkpoint, self._config
         count = self._tokens.shape[0]
         self._embedded = self._store(count, "embedded")
         for i in range(0, count, self._per_piece):
-            self._embedded.write(i, embed(checkpoint, self._tokens[i : i + self._per_piece]))
+            self._embedded.write(i, embed(source, self._tokens[i : i + self._per_piece]))
         self._teacher = self._store(count, "teacher")
         self._between = self._store(config.num_layers * self._recipe.batch, "between")
         name = checkpoint.head_name
-        self._head = Head(checkpoint, name, checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
+        self._head = Head(source, name, checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
         path = self._work.path / _TEACHER
         known = next((r["files"][_TEACHER] for r in self._work.records if _TEACHER in r["files"]), None)
         if known is not None and self._teacher.load(path, known):
@@ -302,11 +302,11 @@ class _Tuner:
             self._teacher.write(i, self._embedded.read(i, i + 1))
         self._progress.start("teacher", config.num_layers, "block")
         for layer in range(config.num_layers):
-            block = load_block(checkpoint, layer)
+            block = load_block(source, layer)
             for i in range(count):
                 self._teacher.write(i, forward_block(block, self._teacher.read(i, i + 1).clone(), self._rotary, config))
             self._progress.advance()
-        gain = checkpoint.tensor(_FINAL_NORM)
+        gain = source.tensor(_FINAL_NORM)
         for i in range(count):
             self._teacher.write(i, rms_norm(self._teacher.read(i, i + 1), gain, config.rms_norm_eps))
         self._teacher.save(path)

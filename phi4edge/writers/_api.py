@@ -15,7 +15,7 @@ __all__ = ["Artifact", "ArtifactReader", "WriteOptions"]
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 from torch import Tensor
 
@@ -54,6 +54,7 @@ class Artifact:
     quantized_fraction: float  # share of the parameters that are stored as integer codes
 
 
+@runtime_checkable
 class ArtifactReader(Protocol):
     """An artifact as a source of weights, and of the codes they were stored as."""
 
@@ -73,4 +74,8 @@ class ArtifactReader(Protocol):
 
     def quantized(self, name: str) -> QuantizedLinear | None:
         """Codes of linear ``name`` (no ".weight"), or None where it is stored in floating point."""
+        ...
+
+    def holds_integers(self, name: str) -> bool:
+        """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
         ...

@@ -82,6 +82,11 @@ class GgufReader:
             raise InputError(f"{self.file.path}: {name} is {block.name}, but the file says {scheme.name}")
         return unpack_linear(name, block, read_rows(self.file, found), scheme)
 
+    def holds_integers(self, name: str) -> bool:
+        """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
+        found = self._find(f"{name}.weight")
+        return found is not None and found.type.name not in ("F32", "F16", "BF16")
+
     def _find(self, name: str) -> GgufTensor | None:
         stored = gguf_name(name)
         return self.file.tensors.get(stored) if stored is not None else None

@@ -57,19 +57,17 @@ def stored_pieces(model: QuantizedModel, ref: TensorRef) -> Iterator[Piece]:
     Raises:
         InputError: a value in it that is NaN or Inf.
     """
-    replaced = model.replaced.get(ref.name)
-    if replaced is not None:
-        yield ref.name, replaced.to(stored_dtype(ref))
-        return
     if not ref.shape:
         yield ref.name, read_tensor(ref)
         return
+    changed = ref.name in model.replaced or (model.base is not None and ref.name in model.config.tensor_shapes())
     step = max(1, _PIECE_BYTES * ref.shape[0] // max(ref.nbytes, 1))
     for start in range(0, ref.shape[0], step):
         rows = slice(start, min(start + step, ref.shape[0]))
-        piece = read_tensor(ref, rows)
+        piece = model.rest.tensor(ref.name, rows).to(stored_dtype(ref)) if changed else read_tensor(ref, rows)
         if piece.is_floating_point() and not bool(torch.isfinite(piece).all()):
             model.checkpoint.tensor(ref.name, rows)  # raises, naming the first bad element
+            raise InputError(f"{ref.name}: a value that the run put there exceeds the checkpoint's {ref.dtype}")
         yield ref.name, piece
 
 
@@ -84,6 +82,7 @@ def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
     group = "a whole row" if scheme.group_size < 0 else f"{scheme.group_size} input channels"
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     quantized = len(model.linears)
+    changed = model.base is not None or bool(model.replaced)
     made = [f"| {key} | {_cell(value)} |" for key, value in provenance.items()]
     return "\n".join(
         [
@@ -94,7 +93,8 @@ def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
             "",
             f"Weights of {model.config.family} rounded to {scheme.bits} bits, {kind}, one scale for {group} "
             f"({scheme.name}), stored in the {format_name} format. The {quantized} linears of the "
-            f"{model.config.num_layers} blocks are quantized; embedding, norms and head are as in the base model.",
+            f"{model.config.num_layers} blocks are quantized; embedding, norms and head are "
+            + ("the base model's, changed along with them." if changed else "as in the base model."),
             "",
             notes,
             "",

@@ -200,6 +200,10 @@ class GptqReader:
         tensors = {field: read_tensor(self.index.tensors[f"{name}.{field}"]) for field in FIELDS}
         return unpack_linear(name, self.format.scheme, tensors, self.format.zero_offset)
 
+    def holds_integers(self, name: str) -> bool:
+        """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
+        return f"{name}.qweight" in self.index.tensors
+
 
 def read(path: Path) -> GptqReader:
     """Open a GPTQ checkpoint; headers and configuration are checked, no weight is read.

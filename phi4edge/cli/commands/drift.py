@@ -13,6 +13,7 @@ from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
 from phi4edge.core.atomic import write_json
 from phi4edge.core.memory import format_bytes
+from phi4edge.runtimes._api import ACTIVATIONS
 
 COMMAND = "drift"
 _ROWS = (
@@ -67,6 +68,13 @@ def _text(data: dict[str, Any]) -> str:
     show_default=True,
     help="A limit that lies within the error of the value.",
 )
+@click.option(
+    "--activations",
+    type=click.Choice(ACTIVATIONS),
+    default="none",
+    show_default=True,
+    help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
+)
 @runtime_options
 @common
 def command(
@@ -80,6 +88,7 @@ def command(
     max_ppl_ratio: float | None,
     min_top1: float | None,
     gate_undecided: str,
+    activations: str,
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
@@ -106,7 +115,7 @@ def command(
     from phi4edge.runtimes._api import Settings
 
     limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
-    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv)
+    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv, activations=activations)
     checked_out(out)
     source: WeightSource | None = None
     if (artifact / RUN_FILE).is_file():

@@ -13,7 +13,7 @@ from phi4edge.cli.render import emit
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.jsonfile import read_object
 from phi4edge.core.memory import format_bytes, parse_bytes
-from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import ROTATIONS, CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.core.registry import names
 from phi4edge.quant.scheme import parse_scheme, scheme_from_options
 
@@ -24,7 +24,9 @@ def recipe_text(recipe: Recipe) -> str:
     """The recipe in a line."""
     corpus = recipe.corpus
     text = "data-free" if corpus is None else f"{corpus.corpus}, {corpus.samples} × {corpus.sequence_length} tokens"
-    return f"{recipe.method} {recipe.scheme}, calibration: {text}"
+    scaled = " with awq scales" if recipe.awq else ""
+    turned = "" if recipe.rotation == "none" else f", rotation {recipe.rotation}"
+    return f"{recipe.method} {recipe.scheme}{scaled}{turned}, calibration: {text}"
 
 
 Pairs = tuple[tuple[str, str], ...]
@@ -73,7 +75,7 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     default="gptq",
     show_default=True,
     envvar="PHI4EDGE_METHOD",
-    help="gptq compensates rounding errors; rtn rounds to nearest on searched scales.",
+    help="gptq compensates rounding errors; rtn rounds to nearest on searched scales; awq is rtn with --awq.",
 )
 @click.option("--bits", type=int, help="4 or 8.  [default: 4]")
 @click.option("--scheme", envvar="PHI4EDGE_SCHEME", help="w4g32, w4g128-asym, w8row, q4_0, q5_1, q8_0, q4_k, q6_k, …")
@@ -130,6 +132,19 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     show_default=True,
     help="Aim at what full precision computes: 0 not at all, 1 wholly.",
 )
+@click.option(
+    "--awq/--no-awq",
+    default=False,
+    help="Scale input channels by their activations before rounding, with any method.  [default: off]",
+)
+@click.option(
+    "--rotation",
+    type=click.Choice(ROTATIONS),
+    default=Recipe.rotation,
+    show_default=True,
+    help="Rotate the residual stream, the value heads or both, folded into the weights.",
+)
+@click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation.")
 @corpus_options
 @click.option(
     "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
@@ -187,6 +202,9 @@ def command(
     refit: bool,
     sweeps: int,
     full_precision_targets: float,
+    awq: bool,
+    rotation: str,
+    rotation_seed: int,
     corpus: str | None,
     samples: int | None,
     sequence_length: int | None,
@@ -216,13 +234,15 @@ def command(
     given = {"corpus": corpus, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     given = {key: value for key, value in {**given, "chat_template": chat_template}.items() if value is not None}
     calibration: CorpusRecipe | None
-    if method == "rtn" and not given:
+    data_free = method == "rtn" and not awq
+    if data_free and not given:
         calibration = None
     elif not given and (prepared := corpus_of_run(out)) is not None:
         calibration = prepared
     elif corpus == "none":
-        if method != "rtn":
-            raise UsageError(f"--method {method} needs calibration text", "use --method rtn, or name a --corpus")
+        if not data_free:
+            asked = "--awq" if method == "rtn" else f"--method {method}"
+            raise UsageError(f"{asked} needs calibration text", "use --method rtn, or name a --corpus")
         calibration = None
     else:
         calibration = CorpusRecipe(**given)  # type: ignore[arg-type]
@@ -250,6 +270,9 @@ def command(
         full_precision_targets=full_precision_targets,
         guard=guard,
         tuning=TuningRecipe(tune_passes, tune_rate, tune_batch, tune_codes) if tune_passes else None,
+        awq=awq,
+        rotation=rotation,
+        rotation_seed=rotation_seed,
     )
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:

@@ -29,6 +29,9 @@ _SECTIONS = {
         "full_precision_targets",
         "refit",
         "sweeps",
+        "awq",
+        "rotation",
+        "rotation_seed",
         *_MACHINE,
     ),
     "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
@@ -121,7 +124,7 @@ def command(
     budget, device = solving.pop("ram_budget", None), solving.pop("device", "cpu")
     try:
         limits = Limits(*(drift.pop(key, None) for key in ("max_kld", "max_ppl_ratio", "min_top1")))
-        calibrated = solving.get("method") != "rtn" or settings["calibration"]
+        calibrated = solving.get("method") != "rtn" or solving.get("awq") or settings["calibration"]
         order = Order(
             model=str(settings[""]["model"]),
             targets=tuple(settings[""].get("targets") or ("local",)),
