@@ -418,7 +418,7 @@ def test_llama_cpp_computes_the_quantized_model(
     expected = transformers_logits(gguf.read(path), tokens)
     original = transformers_logits(open_checkpoint(models[kind]), tokens)
     # llama.cpp rounds activations to 8 bits in blocks of 32 before it multiplies: 0.02 to 0.024 on these models,
-    # whatever the weights' type. What rounding the weights does is 0.28 to 0.43 at 4 bits, 0.13 to 0.2 at 5, 0.034 at 8.
+    # whatever the weights' type. Rounding the weights does 0.28 to 0.43 at 4 bits, 0.13 to 0.2 at 5, 0.034 at 8.
     error = relative_error(logits, expected)
     assert error <= 3e-2
     assert error < 0.8 * relative_error(logits, original)

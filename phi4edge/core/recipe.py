@@ -124,6 +124,11 @@ class Recipe:
             )
         if self.act_order and self.group_aware:
             raise UsageError("act_order and group_aware are two orders of the same columns", "give one of both")
+        if self.tuning is not None and self.tuning.code_rate and self.scales_inputs:
+            raise UsageError(
+                "tuning that moves codes starts from the checkpoint's own weights, which awq scales",
+                "leave out awq, or --tune-codes",
+            )
         if self.sweeps < 0:
             raise UsageError(f"sweeps {self.sweeps} is negative")
         if not 0 <= self.full_precision_targets <= 1:

@@ -150,7 +150,7 @@ class _Tuner:
         state = {name: new_state(c.start) for name, c in continuous.items()}
         if self._recipe.code_rate:
             for linear in base.linears:
-                weight = self._job.checkpoint.tensor(f"{linear.name}.weight")
+                weight = self._job.source.tensor(f"{linear.name}.weight")
                 state[_latent(linear.name)] = latent_state(linear, weight)
         return state
 
