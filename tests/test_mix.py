@@ -11,7 +11,7 @@ import torch.nn.functional as F  # noqa: N812
 
 from phi4edge.calibration.corpus import load_corpus
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.cli.commands.quantize import read_types
+from phi4edge.cli.solving_options import read_types
 from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.model.forward import stream_logits

@@ -5,8 +5,9 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["ROTATIONS", "CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe"]
+__all__ = ["EFFORTS", "ROTATIONS", "CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe", "solving_recipe"]
 
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -170,3 +171,40 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """The recipe as a JSON object."""
         return asdict(self)
+
+
+# What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
+EFFORTS: dict[str, dict[str, float]] = {
+    "low": {"tune_passes": 0.0},
+    "default": {"tune_passes": 1.0},
+    "high": {"tune_passes": 4.0, "tune_codes": 0.002},
+}
+_FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
+_TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}
+
+
+def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Recipe:
+    """A recipe from flat settings as the command line and a recipe's [quantize] have them; None is not given.
+
+    Keys are those of :class:`Recipe`, ``effort`` (one of EFFORTS) and ``tune_passes``, ``tune_rate``, ``tune_batch``
+    and ``tune_codes``. An effort asks for tuning only where there is calibration text of which some is kept aside.
+
+    Raises:
+        UsageError: an unknown effort, or values that contradict each other.
+    """
+    settings = {key: value for key, value in given.items() if value is not None}
+    effort = settings.pop("effort", "default")
+    if effort not in EFFORTS:
+        raise UsageError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
+    asked = {key: settings.pop(key) for key in _TUNING if key in settings}
+    can_tune = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_TUNE
+    if can_tune or asked:
+        preset = dict(EFFORTS[effort])
+        if settings.get("awq") or settings.get("method") == "awq":
+            preset.pop("tune_codes", None)
+        tuning = {**(preset if can_tune else {}), **asked}
+        if tuning.get("tune_passes", 0) > 0:
+            settings["tuning"] = TuningRecipe(**{_TUNING[key]: value for key, value in tuning.items()})
+        elif asked.keys() - {"tune_passes"}:
+            raise UsageError("tuning is set up but not asked for", "give --tune-passes, or --effort high")
+    return Recipe(corpus=corpus, **settings)

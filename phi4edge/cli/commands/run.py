@@ -12,6 +12,7 @@ from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.memory import parse_bytes
+from phi4edge.core.recipe import EFFORTS
 from phi4edge.core.registry import names
 from phi4edge.core.settings import Table, read_toml
 
@@ -19,6 +20,7 @@ _MACHINE = ("ram_budget", "device")
 _SECTIONS = {
     "quantize": (
         "method",
+        "effort",
         "scheme",
         "damp_percent",
         "act_order",
@@ -32,6 +34,10 @@ _SECTIONS = {
         "awq",
         "rotation",
         "rotation_seed",
+        "tune_passes",
+        "tune_rate",
+        "tune_batch",
+        "tune_codes",
         *_MACHINE,
     ),
     "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
@@ -71,6 +77,7 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     help="Folder for runs, artifacts, results and the report.",
 )
 @click.option("--method", type=click.Choice(names("phi4edge.solvers")), help="[default: gptq]")
+@click.option("--effort", type=click.Choice(list(EFFORTS)), help="[default: default]")
 @click.option("--scheme", help="One scheme for all targets.  [default: what suits each]")
 @click.option("--corpus", metavar="PATH|NAME|MIX", help="Calibration text, as quantize takes it.  [default: builtin]")
 @click.option("--samples", type=int, help="Calibration samples.  [default: 128]")
@@ -85,6 +92,7 @@ def command(
     targets: tuple[str, ...],
     out: Path,
     method: str | None,
+    effort: str | None,
     scheme: str | None,
     corpus: str | None,
     samples: int | None,
@@ -103,7 +111,7 @@ def command(
     Each target gets the scheme and format that its profile calls for. What cannot be measured here is said to be
     not measured. Exit code 6 when a gate of the recipe fails, with all results written.
     """
-    from phi4edge.core.recipe import CorpusRecipe, Recipe
+    from phi4edge.core.recipe import CorpusRecipe, solving_recipe
     from phi4edge.measurement.gates import Limits
     from phi4edge.pipeline import Order, plan, run
     from phi4edge.runtimes._api import SpeedRequest
@@ -114,7 +122,7 @@ def command(
         settings = _read(Path(what))
     flags: dict[str, dict[str, Any]] = {
         "": {"targets": list(targets) or None},
-        "quantize": {"method": method, "scheme": scheme, "ram_budget": ram_budget},
+        "quantize": {"method": method, "effort": effort, "scheme": scheme, "ram_budget": ram_budget},
         "calibration": {"corpus": corpus, "samples": samples},
         "drift": {"text": text, "chunks": chunks},
     }
@@ -129,7 +137,7 @@ def command(
             model=str(settings[""]["model"]),
             targets=tuple(settings[""].get("targets") or ("local",)),
             out=out,
-            recipe=Recipe(**solving, corpus=CorpusRecipe(**settings["calibration"]) if calibrated else None),
+            recipe=solving_recipe(solving, CorpusRecipe(**settings["calibration"]) if calibrated else None),
             scheme_given="scheme" in solving,
             wish=Wish(**settings["export"]),
             text=drift.get("text", "builtin:eval"),
