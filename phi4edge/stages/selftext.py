@@ -175,6 +175,7 @@ def _write(
         with _Author(checkpoint, tokenizer, recipe, folder / MODEL, weights, progress) as author:
             while True:
                 if len(work.records) < count:
+                    author.load()
                     progress.start("sample", count, "group", len(work.records))
                 for number in range(len(work.records), count):
                     file = _group_file(number)
@@ -210,7 +211,7 @@ def _check_committed(work: Workdir) -> None:
 
 
 class _Author:
-    """The model in llama.cpp, loaded when the first group is asked for. Use as a context manager."""
+    """The model in llama.cpp. Use as a context manager."""
 
     def __init__(
         self,
@@ -227,8 +228,7 @@ class _Author:
 
     def write(self, domains: Sequence[SeedDomain], number: int) -> list[dict[str, Any]]:
         """The documents of group ``number``, one sequence after the other."""
-        if self._session is None:
-            self._session = self._open()
+        assert self._session is not None, "load comes first"
         first = number * TOGETHER
         seeds = seeds_of(domains, first + TOGETHER, self._recipe.seed)[first:]
         prompts = [[self._prompt(seed) for seed in sequence] for sequence in seeds]
@@ -265,7 +265,10 @@ class _Author:
         words = self._tokenizer.decode(tokens).rstrip("\ufffd") + ("\n" if seed.chat else "\n\n")
         return {"text": words, "domain": seed.domain, "seed": seed.id, "sequence": sequence}
 
-    def _open(self) -> llama_cpp.LlamaSession:
+    def load(self) -> None:
+        """Have the weights written and the model loaded, once."""
+        if self._session is not None:
+            return
         self._progress.note(
             f"corpus self: the model writes from its {self._weights} weights, {TOGETHER} sequences at a time"
         )
@@ -275,7 +278,7 @@ class _Author:
                 gguf.write_f16(self._checkpoint, self._path, options)
             else:
                 gguf.write(_rounded(self._checkpoint, self._weights), self._path, options)
-        return llama_cpp.open(self._path, self._recipe.sequence_length, Settings(), TOGETHER)
+        self._session = llama_cpp.open(self._path, self._recipe.sequence_length, Settings(), TOGETHER)
 
     def __enter__(self) -> _Author:
         return self
