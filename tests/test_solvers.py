@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from phi4edge.core.errors import InputError
-from phi4edge.quant.grid import grid_for
+from phi4edge.quant.grid import NestedGrid, grid_for
 from phi4edge.quant.scheme import GGML_SCHEMES, Scheme, parse_scheme
-from phi4edge.quant.search import search
+from phi4edge.quant.search import search, search_again
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, SolverOptions
 
@@ -49,7 +49,12 @@ def naive_obq(p: Problem, damp: float, order: list[int] | None = None) -> Tensor
             columns = slice(i // unit * unit, i // unit * unit + unit)
             part = W[:, columns].float().reshape(rows, -1, size)
             params = search(grid, part, p.hessian.diagonal()[columns].reshape(-1, size))
-            steps = grid.steps(params)
+        elif count % size == 0:
+            assert isinstance(grid, NestedGrid)
+            columns = slice(i // size * size, i // size * size + size)
+            h = p.hessian.diagonal()[columns]
+            params = search_again(grid, params, i % unit // size, W[:, columns].float(), h)
+        steps = grid.steps(params)
         a, b = (s[:, i % unit // size] for s in steps)
         q = grid.encode(W[:, i].float(), a, b)
         codes[:, i] = q
