@@ -71,8 +71,10 @@ def test_gptq_codes_equal_naive_obq(name: str) -> None:
     p = problem(name)
     ours = gptq.solve(p, SolverOptions(damp_percent=0.01)).linear.codes
     theirs = naive_obq(p, 0.01)
-    # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way. A super-block
-    # has many steps to choose from, and a d from least squares that float16 may round up or down.
+    # Where two codes, or two steps, are equally good to the last float32 bit, a row may go either way.
+    columns = p.scheme.unit if p.scheme.nested else p.weight.shape[1]
+    assert int((ours != theirs)[:, :columns].any(dim=1).sum()) <= 1
+    # Of a later super-block many steps come from least squares, which float16 rounds up or down: a sixth of the rows.
     assert int((ours != theirs).any(dim=1).sum()) <= (8 if p.scheme.nested else 1)
 
 
