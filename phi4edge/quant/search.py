@@ -17,7 +17,7 @@ must be tried on the weights.
 
 from __future__ import annotations
 
-__all__ = ["search"]
+__all__ = ["search", "search_again"]
 
 import torch
 from torch import Tensor
@@ -29,6 +29,7 @@ _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's
 _REFINEMENTS = 2
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
+_REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since
 
 
 def _ratios(scheme: Scheme) -> list[float]:
@@ -57,6 +58,22 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
         for r in range(0, rows, step)
     ]
     return {field: torch.cat([part[field] for part in parts]).reshape(rows, -1) for field in grid.fields}
+
+
+def search_again(grid: NestedGrid, params: Params, group: int, values: Tensor, importance: Tensor) -> Params:
+    """``params`` of one super-block a row, with the whole numbers of one ``group`` fit to what has become of it.
+
+    ``values`` [rows, group_size] float32, ``importance`` [group_size]. The float16 numbers that groups share stay.
+    """
+    x = values[:, None, :]
+    part = slice(group, group + 1)
+    before = {field: p if field in grid.tunable else p[:, part] for field, p in params.items()}
+    reach = _REACH_AGAIN["symmetric" if grid.scheme.symmetric else "with minimum"]
+    after, _ = _near(grid, before, x, _importance(importance[None, :], x), *reach)
+    return {
+        field: p if field in grid.tunable else torch.cat((p[:, :group], after[field], p[:, group + 1 :]), dim=1)
+        for field, p in params.items()
+    }
 
 
 def _importance(importance: Tensor | None, values: Tensor) -> Tensor:
