@@ -48,7 +48,8 @@ from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = True
-_BLOCK = 128  # columns between two products with all finished ones
+_FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
+_BLOCK = 128  # columns between two products with those finished since
 _SUB = 32  # columns between two products inside a block
 _FACTOR_BLOCK = 384  # columns of R made together
 _MAX_DAMP = 1.0
@@ -178,7 +179,12 @@ def _loop(
     sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
         stop = min(start + block, n)
-        work = torch.addmm(original[start:stop], M[:start, start:stop].T, E[:start])
+        before = start % (_FAR * block)  # columns of the far block that are done
+        far = start - before
+        if before == 0:
+            ahead = slice(far, min(far + _FAR * block, n))
+            sums = torch.addmm(original[ahead], M[:far, ahead].T, E[:far])
+        work = torch.addmm(sums[before : before + block], M[far:start, start:stop].T, E[far:start])
         for first in range(start, stop, sub):
             last = min(first + sub, stop)
             if not static and first % unit == 0:
