@@ -18,6 +18,7 @@ __all__ = ["main"]
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -57,6 +58,7 @@ SHAPES: dict[str, list[tuple[str, int, int]]] = {  # linear, rows, n
 }
 SCHEME = parse_scheme("w4g128")
 DAMP = 0.01
+SIDES, CLOCKS = ("ours", "reference"), ("wall_s", "cpu_s")
 OPTIONS = SolverOptions(damp_percent=DAMP, act_order=True)
 
 
@@ -152,9 +154,10 @@ def compare(rows: int, n: int) -> dict[str, Any]:
     params = scales(W)
     a, b = grid_for(SCHEME).steps(params)
 
-    def timed(function: Any, *arguments: Any) -> tuple[Any, float]:
-        start = time.perf_counter()
-        return function(*arguments), time.perf_counter() - start
+    def timed(function: Any, *arguments: Any) -> tuple[Any, dict[str, float]]:
+        wall, cpu = time.perf_counter(), time.process_time()
+        result = function(*arguments)
+        return result, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
     M, our_factoring = timed(our_factor, H, order)
     ours, our_looping = timed(our_loop, W, H, M, order, params)
@@ -163,10 +166,8 @@ def compare(rows: int, n: int) -> dict[str, Any]:
     theirs, reference_looping = timed(reference_loop, W, U, order, a, b)
     del U
     return {
-        "factor_s": our_factoring,
-        "loop_s": our_looping,
-        "reference_factor_s": reference_factoring,
-        "reference_loop_s": reference_looping,
+        "ours": {"factor": our_factoring, "loop": our_looping},
+        "reference": {"factor": reference_factoring, "loop": reference_looping},
         "equal_codes": float((ours == theirs).double().mean()),
         "loss": loss(W, H, ours, a, b),
         "reference_loss": loss(W, H, theirs, a, b),
@@ -204,10 +205,12 @@ def measure(model: str, name: str, rows: int, n: int, limit: int) -> dict[str, A
     """One layer: times of ``min(rows, limit)`` rows, peaks of each side."""
     timed = min(rows, limit)
     found = child("compare", timed, n)
-    ours = found["factor_s"] + found["loop_s"] * rows / timed
-    theirs = found["reference_factor_s"] + found["reference_loop_s"] * rows / timed
+    layer = {
+        side: {clock: found[side]["factor"][clock] + found[side]["loop"][clock] * rows / timed for clock in CLOCKS}
+        for side in SIDES
+    }
     suffix = "" if timed == rows else "_estimated"
-    peaks = {side: child(side, timed, n) for side in ("ours", "reference")}
+    peaks = {side: child(side, timed, n) for side in SIDES}
     return {
         "model": model,
         "linear": name,
@@ -215,38 +218,33 @@ def measure(model: str, name: str, rows: int, n: int, limit: int) -> dict[str, A
         "n": n,
         "timed_rows": timed,
         **found,
-        f"layer_s{suffix}": ours,
-        f"reference_layer_s{suffix}": theirs,
-        f"times_as_fast{suffix}": theirs / ours,
+        f"layer{suffix}": layer,
+        f"times_as_fast{suffix}": {clock: layer["reference"][clock] / layer["ours"][clock] for clock in CLOCKS},
         "peak": peaks,
     }
 
 
 def table(document: dict[str, Any]) -> str:
     """The README's table."""
-    head = ["linear", "rows × n", "timed rows", "factor, s", "loop, s / 1,000 rows", "layer, s", "times as fast"]
-    head += ["equal codes", "loss ÷ reference", "peak above W and H, MiB"]
+    head = ["linear", "rows × n", "timed rows", "factor, s", "loop, s / 1,000 rows", "layer, s", "layer, processor s"]
+    head += ["times as fast", "in processor s", "equal codes", "loss ÷ reference", "peak above W and H, MiB"]
     lines = [f"| {' | '.join(head)} |", f"|{'---|' * len(head)}"]
     for row in document["results"]["layers"]:
-        estimated = "" if "layer_s" in row else "_estimated"
-        mark = " (estimated)" if estimated else ""
-        thousand = 1000 / row["timed_rows"]
-        above = [(row["peak"][s]["peak_rss_bytes"] - row["peak"][s]["before_bytes"]) / 2**20 for s in row["peak"]]
-        cells = [
-            f"{row['model']} {row['linear']}",
-            f"{row['rows']:,} × {row['n']:,}",
-            f"{row['timed_rows']:,}",
-            f"{row['factor_s']:.2f}; {row['reference_factor_s']:.2f}",
-            f"{row['loop_s'] * thousand:.2f}; {row['reference_loop_s'] * thousand:.2f}",
-            f"{row[f'layer_s{estimated}']:.1f}; {row[f'reference_layer_s{estimated}']:.1f}{mark}",
-            f"{row[f'times_as_fast{estimated}']:.1f}{mark}",
-            f"{100 * row['equal_codes']:.3f} %",
-            f"{row['loss'] / row['reference_loss']:.5f}",
-            "; ".join(f"{value:.0f}" for value in above),
-        ]
+        suffix = "" if "layer" in row else "_estimated"
+        mark = " (estimated)" if suffix else ""
+        layer, fast = row[f"layer{suffix}"], row[f"times_as_fast{suffix}"]
+        cells = [row["linear"], f"{row['rows']:,} × {row['n']:,}", f"{row['timed_rows']:,}"]
+        cells.append("; ".join(f"{row[side]['factor']['wall_s']:.2f}" for side in SIDES))
+        cells.append("; ".join(f"{row[side]['loop']['wall_s'] * 1000 / row['timed_rows']:.2f}" for side in SIDES))
+        cells += ["; ".join(f"{layer[side][clock]:.1f}" for side in SIDES) + mark for clock in CLOCKS]
+        cells += [f"{fast[clock]:.1f}{mark}" for clock in CLOCKS]
+        cells += [f"{100 * row['equal_codes']:.3f} %", f"{row['loss'] / row['reference_loss']:.6f}"]
+        above = [(row["peak"][side]["peak_rss_bytes"] - row["peak"][side]["before_bytes"]) / 2**20 for side in SIDES]
+        cells.append("; ".join(f"{value:.0f}" for value in above))
         lines.append(f"| {' | '.join(cells)} |")
     machine, results = document["machine"], document["results"]
-    note = f"Ours; reference. {SCHEME.name}, {results['threads']} threads, {machine['cpu']['model']}."
+    load = f"load average {results['load_before']:.1f} at the start"
+    note = f"Ours; reference. {SCHEME.name}, {results['threads']} threads, {machine['cpu']['model']}, {load}."
     return "\n".join([*lines, "", note])
 
 
@@ -261,12 +259,13 @@ def main() -> None:
         side, rows, n = a.child[0], int(a.child[1]), int(a.child[2])
         print(json.dumps(compare(rows, n) if side == "compare" else peak(side, rows, n)))
         return
+    load = os.getloadavg()[0]
     layers = []
     for name, rows, n in SHAPES[a.shapes]:
         layers.append(measure(a.shapes, name, rows, n, a.rows))
         print(json.dumps(layers[-1]), flush=True)
     command = f"python benchmarks/kernels/gptq_kernel.py --shapes {a.shapes} --rows {a.rows}"
-    results = {"scheme": SCHEME.name, "threads": torch.get_num_threads(), "layers": layers}
+    results = {"scheme": SCHEME.name, "threads": torch.get_num_threads(), "load_before": load, "layers": layers}
     document = record(
         HERE / "results" / f"gptq_{a.shapes}.json", command, results, ("benchmarks/kernels/gptq_kernel.py",)
     )

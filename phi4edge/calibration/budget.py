@@ -53,12 +53,14 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     tokens = recipe.corpus.sequence_length  # one sample is computed at a time
     # Widest moment of a forward pass through one block, its attention included.
     working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
-    # H, its flipped copy, the factor and M are alive together; then originals and errors of the rows in work.
+    # H and two copies on the way to its ordered one are alive together; or H, its damped copy, the factor and D, where
+    # the weight is shifted, and H scaled, where its inputs are; then originals and errors of the rows in work.
+    streams = 2 if recipe.full_precision_targets else 1
     cores = os.cpu_count() or 1
     pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
     hessian = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
-    solving = (4 * widest * widest * 4 if hessian else 0) + pieces
-    streams = 2 if recipe.full_precision_targets else 1
+    squares = 4 if recipe.full_precision_targets or recipe.scales_inputs else 3
+    solving = (squares * widest * widest * 4 if hessian else 0) + pieces
     if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
         solving += largest * 4
         working += 2 * widest * widest * 4

@@ -14,7 +14,7 @@ column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper
     w̃ᵢ = wᵢ + Σ_{j<i} (wⱼ − qⱼ) Mⱼᵢ.
 
 One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
-sum over finished columns is one matrix product a block. R is the flipped lower factor of the flipped H.
+sum over finished columns is one matrix product a block. R takes the place of the one copy of H that is made.
 
 Scales: searched at the start of each group (of a super-block, where several groups share something), weighted by
 diag H, on what the paper's updates have made of it by then, w_G + S M_GG⁻¹ with S the sum above over finished
@@ -50,8 +50,10 @@ from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = True
-_BLOCK = 128  # columns between two products with all finished ones
+_FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
+_BLOCK = 128  # columns between two products with those finished since
 _SUB = 32  # columns between two products inside a block
+_FACTOR_BLOCK = 384  # columns of R made together
 _MAX_DAMP = 1.0
 
 
@@ -106,14 +108,9 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
         events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
     asked = damp
     while True:
-        if order is None:
-            flipped = H.flip(0, 1)  # a copy
-        else:
-            backwards = order.flip(0)
-            flipped = H.index_select(0, backwards).index_select(1, backwards)
-        flipped.diagonal().add_(damp * mean if mean > 0 else 1.0)
-        lower, info = torch.linalg.cholesky_ex(flipped)
-        if int(info) == 0 and bool(torch.isfinite(lower.diagonal()).all()):
+        R = H.clone() if order is None else H.index_select(0, order).index_select(1, order)
+        R.diagonal().add_(damp * mean if mean > 0 else 1.0)
+        if _factor_upper(R):
             break
         damp = max(damp * 10, 1e-4)
         if damp > _MAX_DAMP or not math.isfinite(mean):
@@ -121,8 +118,30 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
     if damp != asked:
         detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
         events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
-    R = lower.flip(0, 1)
     return R.div_(R.diagonal().clone()[None, :]), damp, tuple(events)
+
+
+def _factor_upper(H: Tensor) -> bool:
+    """Put R, H = R Rᵀ, into the upper triangle of ``H``; False where H is not positive definite.
+
+    What lies below the diagonal is left as it was: nothing reads it. Block columns go from the last to the first, with
+    nearly all of the work in matrix products.
+    """
+    n = H.shape[0]
+    for start in range((n - 1) // _FACTOR_BLOCK * _FACTOR_BLOCK, -1, -_FACTOR_BLOCK):
+        stop = min(start + _FACTOR_BLOCK, n)
+        here, block = slice(start, stop), H[:stop, start:stop]
+        if stop < n:
+            block.addmm_(H[:stop, stop:], H[here, stop:].T, alpha=-1)
+        # The upper factor of a small H is the flipped lower factor of the flipped H.
+        lower, info = torch.linalg.cholesky_ex(H[here, here].flip(0, 1))
+        if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+            return False
+        R = lower.flip(0, 1)
+        H[here, here] = R
+        if start:
+            H[:start, here] = torch.linalg.solve_triangular(R.T, H[:start, here], upper=False, left=False)
+    return True
 
 
 def _solve_rows(
@@ -164,7 +183,12 @@ def _loop(
     sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
         stop = min(start + block, n)
-        work = torch.addmm(original[start:stop], M[:start, start:stop].T, E[:start])
+        before = start % (_FAR * block)  # columns of the far block that are done
+        far = start - before
+        if before == 0:
+            ahead = slice(far, min(far + _FAR * block, n))
+            sums = torch.addmm(original[ahead], M[:far, ahead].T, E[:far])
+        work = torch.addmm(sums[before : before + block], M[far:start, start:stop].T, E[far:start])
         for first in range(start, stop, sub):
             last = min(first + sub, stop)
             if not static and first % size == 0:
