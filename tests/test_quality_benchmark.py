@@ -61,7 +61,7 @@ def test_one_chunk_has_no_error_and_other_chunks_are_refused() -> None:
 def row(name: str, tool: str, **klds: list[float]) -> dict[str, object]:
     domains = {d: {"kld": sum(v) / len(v), "kld_se": 0.01, "per_chunk_kld": v} for d, v in klds.items()}
     cost = {"wall_seconds": 2.0, "cpu_seconds": 3.0, "peak_rss_bytes": 2**20}
-    return {"name": name, "tool": tool, "grid": "w4g64", "bytes": None, "cost": cost, "domains": domains}
+    return {"name": name, "tool": tool, "grid": "w4g64", "bytes": None, "cost": cost, "facts": {}, "domains": domains}
 
 
 def test_ours_is_held_against_the_peer_that_is_best_in_each_domain() -> None:

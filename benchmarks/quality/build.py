@@ -221,12 +221,14 @@ def make_llama(candidate: Candidate, work: Work, artifact: Path, log: Path) -> t
 def make_ours(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
     """phi4edge quantize, and export where a file is measured."""
     run = artifact.with_name("run")
+    begun = run.exists()  # and ended before it was whole: what it cost until then is not known
     quantize = phi4edge("quantize", work.model, "--out", run, "--scheme", candidate.grid, *candidate.arguments)
-    cost = child([*quantize, *corpus(work), "--restart", "--quiet"], log)
+    cost = child([*quantize, *corpus(work), "--quiet"], log)
     if candidate.format == "gguf":
         child(phi4edge("export", run, "--format", "gguf", "--out", artifact, "--force", "--quiet"), log)
     events = json.loads((run / "manifest.json").read_text())["data"]["events"]
-    return cost, {"fallbacks_to_rtn": sum(event["kind"] == "fallback_to_rtn" for event in events)}
+    fallbacks = sum(event["kind"] == "fallback_to_rtn" for event in events)
+    return cost, {"fallbacks_to_rtn": fallbacks, "resumed": begun}
 
 
 def make_peer(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
@@ -247,11 +249,12 @@ def build(candidate: Candidate, work: Work) -> Made:
     row = {key: value for key, value in asdict(candidate).items() if key not in ("name", "slow")}
     key = sha256_json([work.key, row, tool_state(candidate)])
     folder = work.folder / candidate.folder
-    artifact, note = folder / ARTIFACTS[candidate.format], folder / "made.json"
+    artifact, note, begun = folder / ARTIFACTS[candidate.format], folder / "made.json", folder / "begun.json"
     if not note.is_file() or json.loads(note.read_text())["key"] != key:
         print(f"{work.folder.name}: making {candidate.name}", file=sys.stderr, flush=True)
-        shutil.rmtree(folder, ignore_errors=True)
-        folder.mkdir(parents=True)
+        if not begun.is_file() or json.loads(begun.read_text()) != key:
+            shutil.rmtree(folder, ignore_errors=True)
+            write_json(begun, key)
         make = {"llama": make_llama, "phi4edge": make_ours}.get(candidate.tool, make_peer)
         cost, facts = make(candidate, work, artifact, folder / "log.txt")
         nbytes = artifact.stat().st_size if artifact.is_file() else None

@@ -35,9 +35,9 @@ class Domain:
     @property
     def key(self) -> str:
         """What the figures depend on beside the artifact."""
-        path = Path(self.text.partition(":")[0])
-        text = sha256_file(path) if path.is_file() else self.text
-        return sha256_json([text, self.text.rpartition(":")[2], self.chunks, self.context, sys.version])
+        name, _, half = self.text.partition(":")
+        text = sha256_file(Path(name)) if Path(name).is_file() else name
+        return sha256_json([text, half, self.chunks, self.context, sys.version])
 
 
 def evaluate(made: Made, work: Work, domain: Domain) -> dict[str, Any]:

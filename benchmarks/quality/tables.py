@@ -54,6 +54,8 @@ def table(results: Mapping[str, Any]) -> str:
             name = f"**{row['name']}**" if row["tool"] == "phi4edge" else row["name"]
             mib = "–" if size is None else f"{size / 2**20:.1f}"
             spent = f"{cost['cpu_seconds']:.0f} | {cost['peak_rss_bytes'] / 2**20:.0f}"
+            if row["facts"].get("resumed"):
+                spent = "not measured (resumed) | not measured"
             lines.append(f"| {row['grid']} | {name} | {mib} | {spent} | {klds} |")
         if found["against_best_peer"]:
             lines += ["", "Ratio of ours to the best peer of the same grid in that domain, chunks paired:", ""]
