@@ -165,8 +165,8 @@ def test_chunks_have_equal_shares_of_the_domains_and_serve_our_quantizer(model: 
 
 def test_builtin_texts_are_halves_of_each_kind(model: Path, tmp_path: Path) -> None:
     found = texts.builtin_texts(tmp_path)
-    assert found.unseen == []
-    made = texts.make_chunks(model, found, tmp_path / "chunks.safetensors", samples=6, length=64)
+    assert found.unseen == [texts.UNSEEN]
+    made = texts.make_chunks(model, found, tmp_path / "chunks.safetensors", samples=10, length=64)
     assert set(made["chunks_by_domain"].values()) == {2}
 
 

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 from build import Made, Work, child, phi4edge
-
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file, sha256_json
 

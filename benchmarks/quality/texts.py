@@ -2,7 +2,8 @@
 
 A folder of texts has ``calibration/*.txt`` or ``*.jsonl``, a domain each with an equal share of the chunks, and
 ``evaluation/<domain>.txt``. Without one, the kinds of text that every Python carries are the domains, calibrated on
-one half and evaluated on the other. A domain that calibration did not see is told by its name.
+one half and evaluated on the other, but for one kind that is only evaluated on. A domain that calibration did not see
+is told by its name.
 
 The chunks are safetensors, ``tokens`` [samples, length] int64, with the samples' ``domains`` in the metadata.
 
@@ -24,11 +25,13 @@ import torch
 from safetensors.torch import save
 
 from phi4edge.calibration.corpus import load_corpus
-from phi4edge.calibration.sources import PYTHON_KINDS
+from phi4edge.calibration.installed import KINDS
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_bytes
 from phi4edge.model.tokenizer import load_tokenizer
+
+UNSEEN = "python-questions"  # of the builtin kinds, the one that is only evaluated on
 
 
 @dataclass(frozen=True)
@@ -60,11 +63,12 @@ def folder_texts(folder: Path) -> Texts:
 
 
 def builtin_texts(scratch: Path) -> Texts:
-    """Python's own texts, a domain a kind; one-part corpus recipes for them are written into ``scratch``."""
-    recipes = {kind: scratch / f"{kind}.toml" for kind in PYTHON_KINDS}
+    """What an installed Python carries, a domain a kind; recipes of one part each are written into ``scratch``."""
+    recipes = {kind: scratch / f"{kind}.toml" for kind in KINDS}
     for kind, recipe in recipes.items():
         write_bytes(recipe, f'[[part]]\nkind = "{kind}"\n'.encode())
-    return Texts("builtin", {k: str(r) for k, r in recipes.items()}, {k: f"{r}:eval" for k, r in recipes.items()})
+    calibration = {kind: str(recipe) for kind, recipe in recipes.items() if kind != UNSEEN}
+    return Texts("builtin", calibration, {kind: f"{recipe}:eval" for kind, recipe in recipes.items()})
 
 
 def make_chunks(model: Path, texts: Texts, out: Path, *, samples: int, length: int, seed: int = 0) -> dict[str, Any]:
