@@ -48,6 +48,7 @@ class Candidate:
     format: str  # gguf, run or checkpoint
     arguments: tuple[str, ...] = ()
     slow: bool = False  # only made when asked for
+    scheme: str | None = None  # of ours, where the grid's name is none, such as a mix that a peer has one name for
 
     @property
     def ours(self) -> bool:
@@ -94,7 +95,7 @@ def load_candidates(path: Path) -> list[Candidate]:
     Raises:
         InputError: an unknown key, tool or format, or a name that stands there twice.
     """
-    known = ("name", "tool", "grid", "format", "arguments", "slow")
+    known = ("name", "tool", "grid", "format", "arguments", "slow", "scheme")
     rows = Table(read_toml(path), ("candidate",), str(path)).tables("candidate", known, required=True)
     found = [
         Candidate(
@@ -104,6 +105,7 @@ def load_candidates(path: Path) -> list[Candidate]:
             row.choice("format", tuple(ARTIFACTS)),
             tuple(row.data.get("arguments", ())),
             row.boolean("slow", False),
+            row.string("scheme") if "scheme" in row else None,
         )
         for row in rows
     ]
@@ -222,7 +224,8 @@ def make_ours(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tu
     """phi4edge quantize, and export where a file is measured."""
     run = artifact.with_name("run")
     begun = run.exists()  # and ended before it was whole: what it cost until then is not known
-    quantize = phi4edge("quantize", work.model, "--out", run, "--scheme", candidate.grid, *candidate.arguments)
+    quantize = phi4edge("quantize", work.model, "--out", run, "--scheme", candidate.scheme or candidate.grid)
+    quantize += candidate.arguments
     cost = child([*quantize, *corpus(work), "--quiet"], log)
     if candidate.format == "gguf":
         child(phi4edge("export", run, "--format", "gguf", "--out", artifact, "--force", "--quiet"), log)
