@@ -2,7 +2,7 @@
 
 A corpus is a recipe of parts with shares (``calibration/*.toml``), a text file, or a JSONL file. Samples are
 chunks of equal length, cut from the documents in an order that the seed decides; a sample is of one domain. Samples
-to be kept aside come last, and every domain has its share of them.
+to be kept aside come last, and every domain has its share of them. A ``.safetensors`` file has chunks that are ready.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from phi4edge.calibration.chunks import SUFFIX, read_chunks
 from phi4edge.calibration.parts import Part, documents, read_parts
 from phi4edge.calibration.sources import Document
 from phi4edge.core.errors import InputError, UsageError
@@ -36,6 +37,9 @@ class ChatTokenizer(Protocol):
 
     @property
     def bos_id(self) -> int | None: ...
+
+    @property
+    def vocab_size(self) -> int: ...
 
     def encode(self, text: str) -> list[int]: ...
 
@@ -119,6 +123,10 @@ def load_corpus(
     """
     if samples < 1 or sequence_length < 2:
         raise UsageError(f"samples {samples} × sequence_length {sequence_length} is no corpus")
+    if spec.endswith(SUFFIX):
+        vocabulary = tokenizer.vocab_size
+        ready = read_chunks(Path(spec), samples=samples, sequence_length=sequence_length, vocab_size=vocabulary)
+        return _corpus(spec, ready, held_out)
     parts = read_parts(spec, chat, sampled)
     counts = _allot(samples, [part.share for part in parts])
     pools = [_chunks(part, tokenizer, count, sequence_length, seed) for part, count in zip(parts, counts, strict=True)]
@@ -139,6 +147,10 @@ def load_corpus(
         )
     chunks = [chunk for pool in pools for chunk in pool]
     random.Random(seed).shuffle(chunks)
+    return _corpus(spec, chunks, held_out)
+
+
+def _corpus(spec: str, chunks: list[Chunk], held_out: int) -> Corpus:
     digest = hashlib.sha256(_tensor(chunks).numpy().tobytes()).hexdigest()
     chunks = _put_last(chunks, held_out)
     return Corpus(spec, digest, _tensor(chunks), tuple(domain for domain, _ in chunks), held_out)

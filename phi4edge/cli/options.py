@@ -52,8 +52,8 @@ def corpus_options(function: F) -> F:
             "--corpus",
             metavar="PATH|NAME|MIX",
             envvar="PHI4EDGE_CORPUS",
-            help="Text, JSONL or recipe file; builtin; self (the model writes it); or a mix, builtin=0.7,self=0.3.  "
-            "[default: builtin]",
+            help="Text, JSONL, recipe or token file; builtin; self (the model writes it); or a mix, "
+            "builtin=0.7,self=0.3.  [default: builtin]",
         ),
     ):
         function = decorator(function)
