@@ -17,7 +17,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from build import Made, Work, child, phi4edge
+from candidates import Made, Work, child, phi4edge
+
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file, sha256_json
 

@@ -22,12 +22,12 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks")]
+from candidates import Candidate, Work, build, load_candidates  # noqa: E402
 from evaluate import Domain, evaluate  # noqa: E402
 from record import record, update_readme  # noqa: E402
 from tables import Row, against_best_peer, table  # noqa: E402
 from texts import Texts, builtin_texts, folder_texts, make_chunks  # noqa: E402
 
-from build import Candidate, Work, build, load_candidates  # noqa: E402
 from phi4edge.core.errors import Phi4EdgeError, UsageError  # noqa: E402
 
 SOURCES = ("benchmarks/quality", "benchmarks/peers")
