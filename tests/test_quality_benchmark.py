@@ -20,7 +20,7 @@ from phi4edge.writers import gptq
 from phi4edge.writers._api import WriteOptions
 
 evaluate = load_script("benchmarks/quality/evaluate.py")
-build = load_script("benchmarks/quality/build.py")
+candidates = load_script("benchmarks/quality/candidates.py")
 environments = load_script("benchmarks/quality/environments.py")
 tables = load_script("benchmarks/quality/tables.py")
 texts = load_script("benchmarks/quality/texts.py")
@@ -171,7 +171,7 @@ def test_builtin_texts_are_halves_of_each_kind(model: Path, tmp_path: Path) -> N
 
 
 def test_the_committed_candidates_are_read_and_ask_for_grids_that_their_tools_have() -> None:
-    rows = build.load_candidates(ROOT / "benchmarks" / "quality" / "candidates.toml")
+    rows = candidates.load_candidates(ROOT / "benchmarks" / "quality" / "candidates.toml")
     assert {row.tool for row in rows} == {"llama", "phi4edge", *environments.TOOLS}
     for row in rows:
         if row.tool in environments.TOOLS:
@@ -184,7 +184,7 @@ def test_a_row_that_stands_twice_is_refused(tmp_path: Path) -> None:
     one = '[[candidate]]\nname = "A b"\ntool = "llama"\ngrid = "q4_0"\nformat = "gguf"\n'
     (tmp_path / "rows.toml").write_text(one + one.replace("A b", "a-b"))
     with pytest.raises(InputError, match="'a-b' twice"):
-        build.load_candidates(tmp_path / "rows.toml")
+        candidates.load_candidates(tmp_path / "rows.toml")
 
 
 def test_another_pin_is_another_environment_and_torch_is_installed_first() -> None:
@@ -200,5 +200,5 @@ def test_another_pin_is_another_environment_and_torch_is_installed_first() -> No
 
 def test_a_child_that_fails_ends_the_run_with_its_last_words(tmp_path: Path) -> None:
     with pytest.raises(SystemExit, match="no-such-model") as ended:
-        build.child(build.phi4edge("inspect", tmp_path / "no-such-model"), tmp_path / "log.txt")
+        candidates.child(candidates.phi4edge("inspect", tmp_path / "no-such-model"), tmp_path / "log.txt")
     assert "ended with 3" in str(ended.value)
