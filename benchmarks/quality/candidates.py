@@ -24,6 +24,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
+import gguf
 from environments import TOOLS, environment, requirements
 
 from phi4edge.core.atomic import write_json
@@ -48,7 +49,8 @@ class Candidate:
     format: str  # gguf, run or checkpoint
     arguments: tuple[str, ...] = ()
     slow: bool = False  # only made when asked for
-    scheme: str | None = None  # of ours, where the grid's name is none, such as a mix that a peer has one name for
+    scheme: str | None = None  # of ours, where the grid's name is none
+    same_size_as: str | None = None  # of ours: a mix whose tensors take at most the bytes of that row's
 
     @property
     def ours(self) -> bool:
@@ -95,7 +97,7 @@ def load_candidates(path: Path) -> list[Candidate]:
     Raises:
         InputError: an unknown key, tool or format, or a name that stands there twice.
     """
-    known = ("name", "tool", "grid", "format", "arguments", "slow", "scheme")
+    known = ("name", "tool", "grid", "format", "arguments", "slow", "scheme", "same_size_as")
     rows = Table(read_toml(path), ("candidate",), str(path)).tables("candidate", known, required=True)
     found = [
         Candidate(
@@ -106,6 +108,7 @@ def load_candidates(path: Path) -> list[Candidate]:
             tuple(row.data.get("arguments", ())),
             row.boolean("slow", False),
             row.string("scheme") if "scheme" in row else None,
+            row.string("same_size_as") if "same_size_as" in row else None,
         )
         for row in rows
     ]
@@ -224,14 +227,28 @@ def make_ours(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tu
     """phi4edge quantize, and export where a file is measured."""
     run = artifact.with_name("run")
     begun = run.exists()  # and ended before it was whole: what it cost until then is not known
-    quantize = phi4edge("quantize", work.model, "--out", run, "--scheme", candidate.scheme or candidate.grid)
-    quantize += candidate.arguments
+    quantize = phi4edge("quantize", work.model, "--out", run, *candidate.arguments)
+    if candidate.same_size_as is not None:
+        quantize += ["--target-size", str(tensor_bytes(work.folder / candidate.same_size_as / ARTIFACTS["gguf"]))]
+    else:
+        quantize += ["--scheme", candidate.scheme or candidate.grid]
     cost = child([*quantize, *corpus(work), "--quiet"], log)
     if candidate.format == "gguf":
         child(phi4edge("export", run, "--format", "gguf", "--out", artifact, "--force", "--quiet"), log)
     events = json.loads((run / "manifest.json").read_text())["data"]["events"]
     fallbacks = sum(event["kind"] == "fallback_to_rtn" for event in events)
     return cost, {"fallbacks_to_rtn": fallbacks, "resumed": begun}
+
+
+def tensor_bytes(path: Path) -> int:
+    """Bytes of all tensors of a GGUF.
+
+    Raises:
+        SystemExit: it was not made yet.
+    """
+    if not path.is_file():
+        sys.exit(f"{path} is not there: the row that gives the size has to be made first")
+    return sum(int(tensor.n_bytes) for tensor in gguf.GGUFReader(path).tensors)
 
 
 def make_peer(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tuple[dict[str, Any], dict[str, Any]]:
