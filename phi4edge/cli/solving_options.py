@@ -111,9 +111,7 @@ _OPTIONS = (
         "--full-precision-targets",
         metavar="ALPHA",
         type=float,
-        default=Recipe.full_precision_targets,
-        show_default=True,
-        help="Aim at what full precision computes: 0 not at all, 1 wholly.",
+        help="Aim at what full precision computes: 0 not at all, 1 wholly.  " + _preset("full_precision_targets"),
     ),
     click.option(
         "--awq/--no-awq",

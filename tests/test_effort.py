@@ -1,0 +1,75 @@
+"""Efforts fill in what nobody said, and nothing else."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from phi4edge.cli.main import main
+from phi4edge.core.errors import UsageError
+from phi4edge.core.recipe import EFFORTS, CorpusRecipe, Recipe, TuningRecipe, solving_recipe
+
+CORPUS = CorpusRecipe(samples=64)
+
+
+def test_low_effort_is_the_solver_alone() -> None:
+    assert solving_recipe({"effort": "low"}, CORPUS) == Recipe(corpus=CORPUS)
+
+
+def test_efforts_rise_in_tuning() -> None:
+    found = [solving_recipe({"effort": effort}, CORPUS).tuning for effort in EFFORTS]
+    passes = [0.0 if tuning is None else tuning.passes for tuning in found]
+    assert list(EFFORTS) == ["low", "default", "high"]
+    assert passes[0] == 0 < passes[1] < passes[2]
+    assert found[1] is not None
+    assert found[2] is not None
+    assert found[1].code_rate == 0 < found[2].code_rate
+    assert solving_recipe({}, CORPUS) == solving_recipe({"effort": "default"}, CORPUS)
+
+
+def test_what_was_said_is_stronger_than_the_effort() -> None:
+    recipe = solving_recipe({"effort": "high", "tune_codes": 0.0, "full_precision_targets": 0.25}, CORPUS)
+    assert recipe.tuning is not None
+    assert recipe.tuning.code_rate == 0
+    assert recipe.full_precision_targets == 0.25
+    assert solving_recipe({"effort": "high", "tune_passes": 0.0}, CORPUS).tuning is None
+    low = solving_recipe({"effort": "low", "tune_passes": 2.0, "tune_batch": 4}, CORPUS)
+    assert low == replace(Recipe(corpus=CORPUS), tuning=TuningRecipe(passes=2.0, batch=4))
+
+
+def test_without_text_kept_aside_no_effort_tunes() -> None:
+    few = CorpusRecipe(samples=8)
+    assert solving_recipe({"effort": "high"}, few).tuning is None
+    assert solving_recipe({"effort": "high", "guard": False}, CORPUS).tuning is None
+    assert solving_recipe({"effort": "high", "method": "rtn"}, None) == Recipe(method="rtn", corpus=None)
+    with pytest.raises(UsageError, match="kept aside"):
+        solving_recipe({"tune_passes": 1.0, "guard": False}, CORPUS)
+
+
+def test_rounding_to_nearest_stays_what_it_is() -> None:
+    assert solving_recipe({"method": "rtn"}, CORPUS).full_precision_targets == 0
+
+
+def test_awq_tunes_without_moving_codes() -> None:
+    tuning = solving_recipe({"effort": "high", "awq": True}, CORPUS).tuning
+    assert tuning is not None
+    assert tuning.code_rate == 0
+
+
+def test_settings_without_tuning_are_refused() -> None:
+    with pytest.raises(UsageError, match="not asked for"):
+        solving_recipe({"effort": "low", "tune_batch": 4}, CORPUS)
+    with pytest.raises(UsageError, match="unknown effort"):
+        solving_recipe({"effort": "hihg"}, CORPUS)
+
+
+def test_command_line_and_recipe_file_make_the_same_plan(
+    phi4_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    arguments = ["quantize", str(phi4_checkpoint), "--out", str(tmp_path / "run"), "--dry-run", "--effort", "high"]
+    assert main([*arguments, "--samples", "32", "--sequence-length", "32", "--scheme", "q4_0"]) == 0
+    assert "tuned 4 × over the samples, codes too" in capsys.readouterr().out
+    assert main([*arguments, "--samples", "8", "--sequence-length", "32", "--scheme", "q4_0"]) == 0
+    assert "tuned" not in capsys.readouterr().out
