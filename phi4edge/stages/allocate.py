@@ -11,6 +11,7 @@ from __future__ import annotations
 
 __all__ = ["ALLOCATION", "Allocation", "allocate"]
 
+import time
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -34,7 +35,8 @@ from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers import rtn
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.stages.job import Job
-from phi4edge.stages.sensitivity import measure_sensitivity, predicted_kld
+from phi4edge.stages.sensitivity import measure_sensitivity, predicted_kld, sensitivity_costs
+from phi4edge.stages.tuning_state import cost, total_cost
 
 ALLOCATION = "allocation"
 _TABLES = {"head": "lm_head", "embedding": "model.embed_tokens"}
@@ -49,6 +51,7 @@ class Allocation:
     types: dict[str, str]  # scheme of every linear
     tables: dict[str, str]  # type of "head" and "embedding" in a GGUF
     summary: dict[str, Any]  # for the manifest
+    performance: dict[str, float]  # seconds and peak_rss_bytes, sensitivity included
 
     @property
     def base(self) -> str:
@@ -71,14 +74,19 @@ def allocate(job: Job, run: Path, key: str, progress: Progress) -> Allocation:
         progress.start(ALLOCATION, config.num_layers + 1, "block", min(len(work.records), config.num_layers + 1))
         for layer in range(len(work.records), config.num_layers):
             progress.status(f"block {layer}")
-            work.commit({"costs": _block_costs(job, mix, layer, sensitivity)}, [])
+            started = time.monotonic()
+            costs = _block_costs(job, mix, layer, sensitivity)
+            work.commit({"costs": costs, "performance": cost(time.monotonic() - started)}, [])
             progress.advance()
         if len(work.records) == config.num_layers:
-            work.commit({"costs": _table_costs(job, sensitivity)}, [])
+            started = time.monotonic()
+            costs = _table_costs(job, sensitivity)
+            work.commit({"costs": costs, "performance": cost(time.monotonic() - started)}, [])
             progress.advance()
         progress.finish()
         costs = {name: found for record in work.records for name, found in record["costs"].items()}
-    return _choose(config, mix, costs)
+        spent = total_cost([*sensitivity_costs(run), *(record["performance"] for record in work.records)])
+    return _choose(config, mix, costs, spent)
 
 
 def _block_costs(job: Job, mix: MixRecipe, layer: int, sensitivity: dict[str, Tensor]) -> dict[str, dict[str, float]]:
@@ -132,7 +140,9 @@ def _rounded_table(weight: Tensor, kind: str) -> Tensor:
     return dequantize(BLOCK_TYPES[kind], packed)
 
 
-def _choose(config: ModelConfig, mix: MixRecipe, costs: dict[str, dict[str, float]]) -> Allocation:
+def _choose(
+    config: ModelConfig, mix: MixRecipe, costs: dict[str, dict[str, float]], spent: dict[str, float]
+) -> Allocation:
     shapes = {name: shape for name, shape in config.tensor_shapes().items() if len(shape) == 2}
     fixed = sum(4 * shape[0] for shape in config.tensor_shapes().values() if len(shape) == 1)
     options = [[Option(kind, _nbytes(name, kind, shapes, config), cost) for kind, cost in found.items()]
@@ -159,7 +169,7 @@ def _choose(config: ModelConfig, mix: MixRecipe, costs: dict[str, dict[str, floa
         "tables": tables,
         "predicted": costs,
     }
-    return Allocation(types, tables, summary)
+    return Allocation(types, tables, summary, spent)
 
 
 def _nbytes(name: str, kind: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> int:

@@ -22,6 +22,7 @@ from phi4edge.stages.allocate import Allocation
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
 from phi4edge.stages.tune import Tuned
+from phi4edge.stages.tuning_state import total_cost
 
 
 def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
@@ -73,7 +74,7 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocati
             | (tuned.files if tuned is not None else {}),
         },
     }
-    write_json(work.path / PERFORMANCE, _performance(work, tuned))
+    write_json(work.path / PERFORMANCE, _performance(work, tuned, mix))
     write_json(work.path / MANIFEST, manifest)
     return manifest
 
@@ -102,14 +103,17 @@ def _length_events(job: Job) -> list[Event]:
     return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
 
 
-def _performance(work: Workdir, tuned: Tuned | None) -> dict[str, Any]:
+def _performance(work: Workdir, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
     """What the run cost, over all processes that worked on it."""
     blocks = [record["performance"] for record in work.records]
-    tuning = tuned.performance if tuned is not None else {"seconds": 0.0, "peak_rss_bytes": 0}
+    stages = {
+        "allocation_seconds": mix.performance if mix is not None else total_cost([]),
+        "solving_seconds": total_cost(blocks),
+        "tuning_seconds": tuned.performance if tuned is not None else total_cost([]),
+    }
     return {
-        "seconds": sum(b["seconds"] for b in blocks) + tuning["seconds"],
-        "tuning_seconds": tuning["seconds"],
-        "peak_rss_bytes": max((b["peak_rss_bytes"] for b in (*blocks, tuning)), default=0),
+        **total_cost(list(stages.values())),
+        **{name: spent["seconds"] for name, spent in stages.items()},
         "block_seconds": [b["seconds"] for b in blocks],
         "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
     }

@@ -14,8 +14,9 @@ It takes positions, rows and columns of an error to be uncorrelated, which round
 
 from __future__ import annotations
 
-__all__ = ["SENSITIVITY", "measure_sensitivity", "predicted_kld"]
+__all__ = ["SENSITIVITY", "measure_sensitivity", "predicted_kld", "sensitivity_costs"]
 
+import json
 import time
 from pathlib import Path
 
@@ -28,7 +29,7 @@ from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import Progress
 from phi4edge.core.memory import peak_rss_bytes, release_memory
-from phi4edge.core.workdir import Workdir
+from phi4edge.core.workdir import JOURNAL, Workdir
 from phi4edge.distillation.fisher import backward_block
 from phi4edge.distillation.loss import Head
 from phi4edge.model.block import LINEARS, forward_block, load_block, rms_norm
@@ -57,6 +58,12 @@ def measure_sensitivity(job: Job, run: Path, key: str, samples: int, progress: P
         if not work.records or work.records[-1]["layer"] > 0:
             pass_.run()
         return {name: values for record in work.records for name, values in pass_.load(record).items()}
+
+
+def sensitivity_costs(run: Path) -> list[dict[str, float]]:
+    """What each step of a finished measurement in ``run`` cost."""
+    journal = (run / SENSITIVITY / JOURNAL).read_text(encoding="utf-8")
+    return [json.loads(line)["record"]["performance"] for line in journal.splitlines()]
 
 
 class _BackwardPass:

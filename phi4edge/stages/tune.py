@@ -14,23 +14,18 @@ from __future__ import annotations
 __all__ = ["TUNING", "Tuned", "tune"]
 
 import math
-import shutil
 import time
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file, save
 from torch import Tensor
 
 from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
-from phi4edge.core.atomic import fsync_directory, write_bytes
 from phi4edge.core.events import Event, Progress
-from phi4edge.core.hashing import sha256_file
-from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory, rss_bytes
+from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
 from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
@@ -43,6 +38,7 @@ from phi4edge.model.rope import rotary_table
 from phi4edge.quant.grid import grid_for
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import read_block, read_norms, tuned_file
+from phi4edge.stages.tuning_state import TuningStates, best_step, cost, put_tensors, score, total_cost
 
 TUNING = "tuning"
 _COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
@@ -91,7 +87,7 @@ class _Tuner:
         self._dtype = job.checkpoint.stored_dtype(_FINAL_NORM)
         final = continuous_of(job.source.tensor(_FINAL_NORM), self._dtype)
         self._final = Continuous(read_norms(run, None).get(_FINAL_NORM, final.start), final.unit, self._dtype)
-        self._states = _States(work, self._config.num_layers, in_ram=not job.memory.spill_tuning)
+        self._states = TuningStates(work, self._config.num_layers, in_ram=not job.memory.spill_tuning)
 
     def run(self) -> None:
         """From the last committed step to the end."""
@@ -270,7 +266,7 @@ class _Tuner:
 
     def _exhausted(self) -> bool:
         """Whether the last two evaluations were both worse than an earlier one."""
-        scores = [_score(r["heldout"]) for r in self._work.records if "heldout" in r]
+        scores = [score(r["heldout"]) for r in self._work.records if "heldout" in r]
         return len(scores) > 2 and min(scores[-2:]) > min(scores[:-2])
 
     # --- begin and end ---------------------------------------------------------------------------------------
@@ -311,13 +307,12 @@ class _Tuner:
             self._teacher.write(i, rms_norm(self._teacher.read(i, i + 1), gain, config.rms_norm_eps))
         self._teacher.save(path)
         if known is None:
-            self._work.commit({"performance": _cost(time.monotonic() - started)}, [_TEACHER])
+            self._work.commit({"performance": cost(time.monotonic() - started)}, [_TEACHER])
         release_memory()
 
     def _write_result(self) -> None:
         """The values of the best state, as the run's reader takes them; then everything else can go."""
-        evaluated = [r for r in self._work.records if "heldout" in r]
-        best = min(evaluated, key=lambda r: (_score(r["heldout"]), r["step"]))["step"]
+        best = best_step(self._work.records)
         self._states.go_to(best)
         files = []
         for layer in range(self._config.num_layers):
@@ -327,10 +322,10 @@ class _Tuner:
                 stored = linear.to_tensors()
                 fields = [*grid_for(linear.scheme).tunable, *(("codes",) if self._recipe.code_rate else ())]
                 tensors |= {f"{linear.name}.{field}": stored[f"{linear.name}.{field}"] for field in fields}
-            files.append(_put(self._run / tuned_file(layer), tensors))
+            files.append(put_tensors(self._run / tuned_file(layer), tensors))
         final = self._final.value(self._final_state()[0]).to(self._dtype)
-        files.append(_put(self._run / tuned_file(None), {_FINAL_NORM: final}))
-        self._work.commit({"best": best, "performance": _cost(0.0)}, files)
+        files.append(put_tensors(self._run / tuned_file(None), {_FINAL_NORM: final}))
+        self._work.commit({"best": best, "performance": cost(0.0)}, files)
         self._states.clear()
         (self._work.path / _TEACHER).unlink(missing_ok=True)
 
@@ -340,111 +335,11 @@ def _latent(linear: str) -> str:
     return f"{linear}.latent"
 
 
-def _cost(seconds: float) -> dict[str, float]:
-    return {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes()}
-
-
-def _put(path: Path, tensors: dict[str, Tensor]) -> str:
-    write_bytes(path, save({name: values.contiguous() for name, values in tensors.items()}))
-    return path.name
-
-
 def _mean(values: list[float]) -> dict[str, Any]:
     n = len(values)
     mean = sum(values) / n
     spread = sum((v - mean) ** 2 for v in values)
     return {"kld": mean, "se": math.sqrt(spread / (n * (n - 1))) if n > 1 else None, "samples": n}
-
-
-def _score(heldout: dict[str, dict[str, Any]]) -> float:
-    """What the best state is chosen by: the geometric mean over domains."""
-    return sum(math.log(max(v["kld"], 1e-12)) for v in heldout.values()) / len(heldout)
-
-
-class _States:
-    """θ and the optimizer's moments of every block: in RAM between commits, or on disk after every block."""
-
-    def __init__(self, work: Workdir, layers: int, *, in_ram: bool) -> None:
-        self.in_ram = in_ram
-        self._work, self._layers = work, layers
-        self._held: dict[int, dict[str, Tensor]] = {}
-        self._folder: Path | None = None  # of the last commit; None: nothing was moved yet
-        self._next = work.path / "state-next"
-
-    def resume(self) -> int:
-        """Take up the last committed step whose files are whole; what came after it is dropped."""
-        shutil.rmtree(self._next, ignore_errors=True)
-        steps = [(i, r) for i, r in enumerate(self._work.records) if "step" in r]
-        for i, record in reversed(steps):
-            if self._intact(record):
-                if i + 1 < len(self._work.records):
-                    self._work.drop_after(
-                        i + 1, f"state of a later step is damaged; going on from step {record['step']}"
-                    )
-                self.go_to(record["step"])
-                return int(record["step"])
-        return 0
-
-    def _intact(self, record: dict[str, Any]) -> bool:
-        paths = {self._work.path / name: digest for name, digest in record["files"].items()}
-        return all(path.is_file() and sha256_file(path) == digest for path, digest in paths.items())
-
-    def go_to(self, step: int) -> None:
-        """Take up the state that was committed at ``step``."""
-        self._held = {}
-        self._folder = self._work.path / f"state-{step:06d}" if step else None
-
-    def load(self, layer: int) -> dict[str, Tensor]:
-        """State of one block (``layers``: the final norm); empty before its first step."""
-        if layer in self._held:
-            return self._held[layer]
-        name = f"{layer:05d}.safetensors"
-        if (self._next / name).is_file():  # a finished step that is not committed yet
-            return load_file(self._next / name)
-        if self._folder is None:
-            return {}
-        found = load_file(self._folder / name)
-        if self.in_ram:
-            self._held[layer] = found
-        return found
-
-    def store(self, layer: int, state: dict[str, Tensor]) -> None:
-        """The block's state after this step."""
-        if self.in_ram:
-            self._held[layer] = state
-        else:
-            _put(self._next / f"{layer:05d}.safetensors", state)
-
-    def commit(self, step: int, record: dict[str, Any], seconds: float) -> None:
-        """Keep what was stored as the state after ``step``, and forget what no later process could want."""
-        files: list[str] = []
-        if step:
-            folder = self._work.path / f"state-{step:06d}"
-            shutil.rmtree(folder, ignore_errors=True)
-            if self.in_ram:
-                for layer in range(self._layers + 1):
-                    _put(self._next / f"{layer:05d}.safetensors", self.load(layer))
-            self._next.rename(folder)
-            fsync_directory(self._work.path)
-            self._folder = folder
-            files = [f"{folder.name}/{layer:05d}.safetensors" for layer in range(self._layers + 1)]
-        self._work.commit({"step": step, **record, "performance": _cost(seconds)}, files)
-        self._drop_old(step)
-
-    def _drop_old(self, step: int) -> None:
-        evaluated = [r for r in self._work.records if "heldout" in r]
-        best = min(evaluated, key=lambda r: (_score(r["heldout"]), r["step"]))["step"]
-        for folder in self._folders():
-            if folder.name not in (f"state-{step:06d}", f"state-{best:06d}"):
-                shutil.rmtree(folder)
-
-    def clear(self) -> None:
-        """The result is written: no state is needed any more."""
-        for folder in self._folders():
-            shutil.rmtree(folder)
-
-    def _folders(self) -> Iterator[Path]:
-        return self._work.path.glob("state-*")
 
 
 def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
@@ -469,9 +364,5 @@ def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
         "heldout": [{"step": r["step"], "domains": r["heldout"]} for r in evaluated],
     }
     files = {f"{TUNING}/{name}": digest for name, digest in last["files"].items()}
-    costs = [r["performance"] for r in work.records]
-    performance = {
-        "seconds": sum(c["seconds"] for c in costs),
-        "peak_rss_bytes": max(c["peak_rss_bytes"] for c in costs),
-    }
+    performance = total_cost([r["performance"] for r in work.records])
     return Tuned(summary, tuple(events), files, performance)

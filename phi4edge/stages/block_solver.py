@@ -1,0 +1,174 @@
+"""The four linears of a block, one after the other, each solved on what the quantized ones before it feed it.
+
+For each: gather its inputs' moments over the calibration samples (but for those kept aside), scale its input channels
+if asked, shift its target towards full precision if asked, solve, refine if asked, compare with rounding to nearest on
+the samples kept aside, and send everything on through the weights that were chosen.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BlockSolver", "SolvedBlock"]
+
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, field, replace
+from types import ModuleType
+from typing import Any
+
+from torch import Tensor
+
+from phi4edge.calibration.blockpass import BlockPass
+from phi4edge.calibration.budget import SOLVER_ROWS
+from phi4edge.calibration.statistics import InputMoments, LayerStats
+from phi4edge.core.events import Event, Progress
+from phi4edge.core.memory import format_bytes, rss_bytes
+from phi4edge.core.registry import load as load_plugin
+from phi4edge.model.block import LINEARS, Block
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.solvers import rtn
+from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._refine import refine
+from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages.guard import held_out_errors
+from phi4edge.stages.job import Job
+from phi4edge.stages.scaling import scale_inputs
+from phi4edge.stages.stream import CalibrationStream, side_by_side
+
+Arriving = Iterator[tuple[int, Tensor]]
+
+
+@dataclass
+class SolvedBlock:
+    """What a block leaves behind."""
+
+    tensors: dict[str, Tensor] = field(default_factory=dict)  # to store; a later entry replaces an earlier one
+    records: list[dict[str, Any]] = field(default_factory=list)  # one a linear
+    events: list[Event] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class _Task:
+    """One linear and what is known of its inputs."""
+
+    problem: Problem
+    stage: int
+    stats: LayerStats | None  # None: no calibration text
+    passing: BlockPass | None  # the samples, as the quantized model has them
+    exact: BlockPass | None  # and as full precision has them, where targets are aimed at
+    factors: Tensor | None  # [in_features]: what the weight's columns were multiplied by, and inputs divided
+
+
+class BlockSolver:
+    """Solves block after block with the same recipe."""
+
+    def __init__(self, job: Job, stream: CalibrationStream | None, progress: Progress) -> None:
+        self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
+        self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
+        self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
+        self._options = SolverOptions(
+            self._recipe.damp_percent,
+            self._recipe.act_order,
+            SOLVER_ROWS,
+            self._recipe.refit,
+            self._recipe.sweeps,
+            self._recipe.group_aware,
+        )
+
+    def solve(self, block: Block, layer: int) -> SolvedBlock:
+        """The block's codes, as tensors to store; the streams are left at its outputs."""
+        out, stream = SolvedBlock(), self._stream
+        passing = stream.block_pass(block) if stream is not None else None
+        exact = stream.exact_pass(block) if stream is not None else None
+        arriving = passing.inputs(0) if passing is not None else None
+        beside = exact.inputs(0) if exact is not None else None
+        linear: QuantizedLinear | None = None
+        for stage, (part, weight) in enumerate(
+            zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)
+        ):
+            name = f"model.layers.{layer}.{part}"
+            self._progress.status(f"block {layer} {part} · RSS {format_bytes(rss_bytes())}")
+            stats = self._moments(weight.shape[1], arriving, beside)
+            given, factors, scaling = weight.to(self._job.device), None, {}
+            if self._recipe.scales_inputs and stats is not None and passing is not None:
+                scaled = scale_inputs(self._job, layer, stage, given, stats, passing, linear)
+                given, stats, passing, factors = scaled.weight, scaled.stats, scaled.passing, scaled.factors
+                scaling = {"awq": scaled.record}
+                out.tensors |= scaled.tensors
+            hessian, mean_square = (stats.hessian, stats.mean_square) if stats is not None else (None, None)
+            problem = Problem(name, given, hessian, self._job.scheme_of(name), mean_square)
+            linear, record, events = self._choose(_Task(problem, stage, stats, passing, exact, factors))
+            out.tensors |= linear.to("cpu").to_tensors()
+            if mean_square is not None:
+                out.tensors[f"{name}.imatrix"] = mean_square.cpu()
+            out.records.append(record | scaling)
+            out.events += events
+            if passing is not None:
+                arriving = passing.advance(stage, linear.dequantize())
+                beside = exact.advance(stage, weight) if exact is not None else None
+            self._progress.advance()
+        if arriving is not None:
+            for _ in side_by_side(arriving, beside):  # the block's outputs, written to the streams as they come
+                pass
+        return out
+
+    def _moments(self, width: int, arriving: Arriving | None, beside: Arriving | None) -> LayerStats | None:
+        if arriving is None or self._stream is None:
+            return None
+        moments = InputMoments(width, full=self._whole, exact=beside is not None, device=self._job.device)
+        for sample, x, exact in side_by_side(arriving, beside):
+            if sample < self._stream.kept:
+                moments.add(x, exact)
+        return moments.result(self._recipe.sink_share, self._recipe.shrinkage)
+
+    def _choose(self, task: _Task) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
+        """The solver's codes, or RTN's where these lose to them on samples that no Hessian has seen."""
+        recipe, problem = self._recipe, task.problem
+        aimed, events = self._aim(task)
+        solution: Solution = refine(aimed, self._solver.solve(aimed, self._options), self._options)
+        record: dict[str, Any] = {
+            "name": problem.name,
+            "method": recipe.method,
+            "loss": solution.loss,
+            "damp_percent": solution.damp_percent,
+            "tokens": task.stats.tokens if task.stats is not None else 0,
+        }
+        if solution.loss_unrefined is not None:
+            record["loss_unrefined"] = solution.loss_unrefined
+        if aimed is not problem:
+            shift = (aimed.weight - problem.weight).norm() / problem.weight.norm().clamp_min(1e-30)
+            record["target_shift"] = float(shift)
+        events += solution.events
+        plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
+        if plain or task.passing is None or self._stream is None or not recipe.guard:
+            return solution.linear, record, events
+        fallback = rtn.solve(problem, self._options)
+        beside = task.exact.inputs(task.stage, self._stream.kept) if task.exact is not None else None
+        if beside is not None and task.factors is not None:
+            factors = task.factors
+            beside = ((sample, x / factors) for sample, x in beside)
+        held = side_by_side(task.passing.inputs(task.stage, self._stream.kept), beside)
+        candidates = [solution.linear.dequantize(), fallback.linear.dequantize()]
+        ours, theirs = held_out_errors(held, problem.weight, candidates)
+        record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
+        if not ours.loses_to(theirs):
+            return solution.linear, record, events
+        where = "first positions" if ours.first > theirs.first else "positions after the first"
+        who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
+        detail = f"{who} loses to rtn on held-out {where}; rtn's weights are taken"
+        values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
+        events.append(Event("fallback_to_rtn", problem.name, detail, {k: float(v) for k, v in values.items()}))
+        return fallback.linear, record | {"method": "rtn"}, events
+
+    def _aim(self, task: _Task) -> tuple[Problem, list[Event]]:
+        """The problem with its target shifted towards full precision, where the recipe asks for it."""
+        problem, stats, recipe = task.problem, task.stats, self._recipe
+        if stats is None or stats.hessian is None or stats.shift is None:
+            return problem, []
+        target, events = shifted_target(
+            problem.weight,
+            stats.hessian,
+            stats.shift,
+            recipe.full_precision_targets,
+            recipe.damp_percent,
+            problem.name,
+        )
+        return replace(problem, weight=target), list(events)
