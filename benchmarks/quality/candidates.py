@@ -266,7 +266,8 @@ def build(candidate: Candidate, work: Work) -> Made:
     Raises:
         SystemExit: a process failed; the end of its log is shown.
     """
-    row = {key: value for key, value in asdict(candidate).items() if key not in ("name", "slow")}
+    asked = asdict(candidate).items()  # a column that a row leaves out is no part of its key
+    row = {key: value for key, value in asked if value is not None and key not in ("name", "slow")}
     key = sha256_json([work.key, row, tool_state(candidate)])
     folder = work.folder / candidate.folder
     artifact, note, begun = folder / ARTIFACTS[candidate.format], folder / "made.json", folder / "begun.json"
