@@ -696,3 +696,31 @@ def test_artifact_without_size_is_named_beside_the_plot(tmp_path: Path) -> None:
     report = report_of(tmp_path, unsized, drift("b.gguf", seed=1))
     page = page_of(report, tmp_path / "out")
     assert "Not shown: a." in page.words
+
+
+def test_tuning_and_mix_of_a_run_are_on_the_page(tmp_path: Path) -> None:
+    held = {"code": {"kld": 0.2, "se": 0.01, "samples": 4}, "prose": {"kld": 0.1, "se": None, "samples": 1}}
+    better = {name: {**figures, "kld": figures["kld"] / 2} for name, figures in held.items()}
+    tuning = {
+        "recipe": {"code_rate": 0.002},
+        "steps": 40,
+        "kept_step": 40,
+        "heldout": [{"step": 0, "domains": held}, {"step": 40, "domains": better}],
+    }
+    allocation = {
+        "nbytes": 3 << 20,
+        "bits_per_weight": 4.6,
+        "predicted_kld": 0.0123,
+        "types": {"model.layers.0.mlp.down_proj": "q6_k", "model.layers.1.mlp.down_proj": "q4_k"},
+        "tables": {"head": "q8_0"},
+    }
+    write(tmp_path / "manifest.json", manifest(2, tuning=tuning, allocation=allocation))
+    markdown = render_markdown(build_report([tmp_path / "manifest.json"]).page)
+    assert "0.2000 ± 0.0100 | 0.100 ± 0.010 | 0.5000" in markdown
+    assert "norm gains and codes. 40 steps" in markdown
+    assert "3.000 MiB of tensors, 4.600 bits a parameter" in markdown
+    assert "(estimated)" in markdown
+    tuning["kept_step"] = 13
+    write(tmp_path / "manifest.json", manifest(2, tuning=tuning))
+    with pytest.raises(InputError, match="no figures of step 13"):
+        build_report([tmp_path / "manifest.json"])

@@ -131,6 +131,37 @@ class Linear:
 
 
 @dataclass(frozen=True)
+class HeldOutKld:
+    """Mean KLD on held-out samples of one domain."""
+
+    kld: float
+    se: float | None
+    samples: int
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What tuning did to a run."""
+
+    steps: int
+    kept_step: int
+    codes: bool  # whether codes moved too
+    before: dict[str, HeldOutKld]
+    after: dict[str, HeldOutKld]  # at the step that was kept
+
+
+@dataclass(frozen=True)
+class Mix:
+    """The types that a run chose for its tensors."""
+
+    nbytes: int
+    bits_per_weight: float
+    predicted_kld: float
+    types: dict[str, str]
+    tables: dict[str, str]
+
+
+@dataclass(frozen=True)
 class Quantization:
     """A finished run."""
 
@@ -146,6 +177,8 @@ class Quantization:
     peak_rss_bytes: int | None
     events: tuple[dict[str, Any], ...]
     linears: tuple[Linear, ...]
+    tuning: Tuning | None = None
+    mix: Mix | None = None
 
 
 @dataclass(frozen=True)

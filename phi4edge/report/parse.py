@@ -22,11 +22,14 @@ from phi4edge.report.documents import (
     Export,
     Failure,
     HeldOut,
+    HeldOutKld,
     Linear,
+    Mix,
     Quantization,
     Reference,
     Runtime,
     Text,
+    Tuning,
 )
 from phi4edge.report.fields import Field, Metric, read_metric
 
@@ -191,6 +194,35 @@ def _quantization(data: Field, file: str, run: str, performance: dict[str, Any] 
         peak_rss_bytes=peak.integer() if peak else None,
         events=tuple(event.object() for event in events.items()) if events else (),
         linears=tuple(_linear(item) for item in data["linears"].items()),
+        tuning=_tuning(tuning) if (tuning := data.get("tuning")) else None,
+        mix=_mix(allocation) if (allocation := data.get("allocation")) else None,
+    )
+
+
+def _tuning(data: Field) -> Tuning:
+    kept = data["kept_step"].integer()
+    evaluated = {item["step"].integer(): _by_domain(item["domains"]) for item in data["heldout"].items()}
+    if kept not in evaluated or 0 not in evaluated:
+        data["heldout"].fail(f"has no figures of step {0 if kept in evaluated else kept}")
+    rate = data["recipe"]["code_rate"].number(0.0)
+    return Tuning(data["steps"].integer(), kept, rate > 0, evaluated[0], evaluated[kept])
+
+
+def _by_domain(data: Field) -> dict[str, HeldOutKld]:
+    found = {}
+    for name, item in data.entries():
+        se = item.get("se")
+        found[name] = HeldOutKld(item["kld"].number(), se.number(0.0) if se else None, item["samples"].integer())
+    return found
+
+
+def _mix(data: Field) -> Mix:
+    return Mix(
+        nbytes=data["nbytes"].integer(),
+        bits_per_weight=data["bits_per_weight"].number(0.0),
+        predicted_kld=data["predicted_kld"].number(0.0),
+        types={name: kind.text() for name, kind in data["types"].entries()},
+        tables={name: kind.text() for name, kind in data["tables"].entries()},
     )
 
 

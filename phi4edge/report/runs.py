@@ -12,6 +12,7 @@ from phi4edge.report.documents import Export, HeldOut, Linear, Quantization
 from phi4edge.report.numbers import mebibytes, plain
 from phi4edge.report.page import ABSENT, Block, Cell, Column, Heading, Paragraph, Plots, Section, Table
 from phi4edge.report.plots import BlockPlot, BlockSeries
+from phi4edge.report.refinements import mix_block, tuning_block
 
 _BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 _MOST_EVENTS = 40  # rows; events of one kind and wording share a row
@@ -25,7 +26,11 @@ def run_section(runs: Sequence[Quantization], exports: Sequence[Export]) -> Sect
     for run in runs:
         if len(runs) > 1:
             blocks.append(Heading(f"Run {run.run}: {run.method} {run.scheme}"))
+        if run.mix is not None:
+            blocks.append(mix_block(run.mix))
         blocks += _events(run)
+        if run.tuning is not None:
+            blocks.append(tuning_block(run.tuning))
         blocks += _linears(run)
     if exports:
         blocks.append(_exports(exports))
