@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import re
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
+from killing import killed_at
 from safetensors.torch import load_file, save_file
 from support import write_checkpoint
 
@@ -120,18 +117,6 @@ def test_gptq_drifts_less_than_rtn(phi4_checkpoint: Path, tmp_path: Path) -> Non
 
 
 KILLER = """
-import os, signal, sys
-from pathlib import Path
-import phi4edge.core.atomic as atomic, phi4edge.core.workdir as workdir
-count, stop = 0, int(sys.argv[1])
-def dying(function):
-    def wrapped(*arguments, **named):
-        global count
-        count += 1
-        if count == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return wrapped
 # Every instant at which the disk changes hands: before an fsync, a rename, an unlink.
 os.fsync = dying(os.fsync)
 Path.replace = dying(Path.replace)
@@ -149,14 +134,10 @@ def test_killed_at_any_commit_point_and_resumed_gives_the_same_bytes(
 ) -> None:
     """One run, killed at one commit point after the other, each time a little further on."""
     run, kills = tmp_path / "run", 0
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done_before = 0
     for stop in (1, 3, 4, 6, 7, 8, 9, 10, 5, 12, 2, 11):
-        arguments = [sys.executable, "-c", KILLER, str(stop), str(phi4_checkpoint), str(run), TEXT]
-        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-        if result.returncode == 0:
+        if not killed_at(stop, KILLER, phi4_checkpoint, run, TEXT, threads=1):
             break
-        assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
         journal = run / JOURNAL
         done = journal.read_bytes().count(b"\n") if journal.exists() else 0

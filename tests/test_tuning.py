@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from killing import killed_at
 from rounded import rounded
 from safetensors.torch import load_file
 from torch import Tensor
@@ -202,17 +199,6 @@ def test_states_on_disk_give_the_same_bytes(
 
 
 KILLER = """
-import os, signal, sys
-from pathlib import Path
-count, stop = 0, int(sys.argv[1])
-def dying(function):
-    def wrapped(*arguments, **named):
-        global count
-        count += 1
-        if count == stop:
-            os.kill(os.getpid(), signal.SIGKILL)
-        return function(*arguments, **named)
-    return wrapped
 import phi4edge.stages.tune as tune
 tune._COMMIT_SECONDS = 0.0
 inner = tune.tune
@@ -232,13 +218,9 @@ def test_killed_while_tuning_and_resumed_gives_the_same_bytes(
     tuned: Path, phi4_checkpoint: Path, tmp_path: Path
 ) -> None:
     run, kills, steps = tmp_path / "run", 0, 0
-    environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     for stop in (2, 5, 17, 31, 22, 43, 60):
-        arguments = [sys.executable, "-c", KILLER, str(stop), str(phi4_checkpoint), str(run)]
-        result = subprocess.run(arguments, capture_output=True, text=True, env=environment, check=False)
-        if result.returncode == 0:
+        if not killed_at(stop, KILLER, phi4_checkpoint, run):
             break
-        assert result.returncode == -signal.SIGKILL, result.stderr
         kills += 1
         journal = run / "tuning" / JOURNAL
         lines = journal.read_text().splitlines() if journal.exists() else []

@@ -3,8 +3,9 @@
 A step takes a batch of calibration samples forward through all blocks, keeping only what goes into each, and backward
 again, block by block; a block's parameters move as soon as its gradient is there. So one block's weights are in RAM at
 a time, and states, codes and what lies between blocks are in RAM or on disk as the budget asks; where there is room
-for it, blocks stay as they were on the way forward. The bytes are the same. The samples kept aside
-by the guard say whether it helps: the state that does best on them is the one that is kept.
+for it, blocks stay as they were on the way forward. The bytes are the same, and so they are after a kill, on a machine
+with as many threads: matrix products of a few rows may add up in another order on another number of them. The samples
+kept aside by the guard say whether it helps: the state that does best on them is the one that is kept.
 
     RUN/tuning/          a run directory of its own: teacher, state after the last committed step, result
 """
