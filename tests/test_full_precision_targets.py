@@ -22,7 +22,7 @@ from phi4edge.model.rope import rotary_table
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.solvers._targets import shifted_target
-from phi4edge.stages import job
+from phi4edge.stages import block_solver, job
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
@@ -177,3 +177,21 @@ def test_impossible_strengths_are_usage_errors() -> None:
             Recipe(full_precision_targets=bad)
     with pytest.raises(UsageError, match="need calibration text"):
         Recipe(method="rtn", corpus=None, full_precision_targets=0.5)
+
+
+def test_a_shift_that_loses_gives_way_to_the_solver_without_it(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The guard tries the weights as they are before it takes rounding to nearest."""
+    quantize(phi4_checkpoint, Recipe(corpus=CORPUS), tmp_path / "plain")
+    monkeypatch.setattr(block_solver, "shifted_target", lambda weight, *_: (weight * 1.5, ()))
+    summary = quantize(phi4_checkpoint, Recipe(corpus=CORPUS, full_precision_targets=0.5), tmp_path / "run")
+    data = summary.manifest["data"]
+    assert {event["kind"] for event in data["events"]} & {"fallback_to_unshifted", "fallback_to_rtn"}
+    unshifted = {event["where"] for event in data["events"] if event["kind"] == "fallback_to_unshifted"}
+    first = "model.layers.0.self_attn.qkv_proj"
+    assert first in unshifted
+    assert torch.equal(open_run(tmp_path / "run").load(first).codes, open_run(tmp_path / "plain").load(first).codes)
+    record = next(linear for linear in data["linears"] if linear["name"] == first)
+    assert record["method"] == "gptq"
+    assert record["heldout_error"]["rest"] <= record["heldout_error_rtn"]["rest"]

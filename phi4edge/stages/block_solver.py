@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["BlockSolver", "SolvedBlock"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -28,7 +28,7 @@ from phi4edge.solvers import rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
 from phi4edge.solvers._targets import shifted_target
-from phi4edge.stages.guard import held_out_errors
+from phi4edge.stages.guard import HeldOut, held_out_errors
 from phi4edge.stages.job import Job
 from phi4edge.stages.scaling import scale_inputs
 from phi4edge.stages.stream import CalibrationStream, side_by_side
@@ -141,22 +141,33 @@ class BlockSolver:
         if plain or task.passing is None or self._stream is None or not recipe.guard:
             return solution.linear, record, events
         fallback = rtn.solve(problem, self._options)
+        ours, theirs = self._held_out(task, [solution.linear, fallback.linear])
+        record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
+        if not ours.loses_to(theirs):
+            return solution.linear, record, events
+        if aimed is not problem:  # the shift may be what lost: the solver on the weights as they are comes before RTN
+            plain_solution = refine(problem, self._solver.solve(problem, self._options), self._options)
+            (again,) = self._held_out(task, [plain_solution.linear])
+            if not again.loses_to(theirs):
+                events.append(
+                    _fallback("fallback_to_unshifted", problem.name, "the shifted target", "unshifted", ours, theirs)
+                )
+                record |= {"loss": plain_solution.loss, "heldout_error": asdict(again), "target_shift": 0.0}
+                return plain_solution.linear, record, events
+        who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
+        events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
+        return fallback.linear, record | {"method": "rtn"}, events
+
+    def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
+        """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""
+        assert task.passing is not None
+        assert self._stream is not None
         beside = task.exact.inputs(task.stage, self._stream.kept) if task.exact is not None else None
         if beside is not None and task.factors is not None:
             factors = task.factors
             beside = ((sample, x / factors) for sample, x in beside)
         held = side_by_side(task.passing.inputs(task.stage, self._stream.kept), beside)
-        candidates = [solution.linear.dequantize(), fallback.linear.dequantize()]
-        ours, theirs = held_out_errors(held, problem.weight, candidates)
-        record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
-        if not ours.loses_to(theirs):
-            return solution.linear, record, events
-        where = "first positions" if ours.first > theirs.first else "positions after the first"
-        who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
-        detail = f"{who} loses to rtn on held-out {where}; rtn's weights are taken"
-        values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
-        events.append(Event("fallback_to_rtn", problem.name, detail, {k: float(v) for k, v in values.items()}))
-        return fallback.linear, record | {"method": "rtn"}, events
+        return held_out_errors(held, task.problem.weight, [linear.dequantize() for linear in candidates])
 
     def _aim(self, task: _Task) -> tuple[Problem, list[Event]]:
         """The problem with its target shifted towards full precision, where the recipe asks for it."""
@@ -172,3 +183,10 @@ class BlockSolver:
             problem.name,
         )
         return replace(problem, weight=target), list(events)
+
+
+def _fallback(kind: str, name: str, who: str, taken: str, ours: HeldOut, theirs: HeldOut) -> Event:
+    where = "first positions" if ours.first > theirs.first else "positions after the first"
+    detail = f"{who} loses to rtn on held-out {where}; {taken} weights are taken"
+    values = {"first": ours.first, "first_rtn": theirs.first, "rest": ours.rest, "rest_rtn": theirs.rest}
+    return Event(kind, name, detail, {key: float(value) for key, value in values.items()})
