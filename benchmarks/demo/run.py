@@ -1,9 +1,9 @@
 """`make demo`: the main job on a real language model, and an honest table of it.
 
-Makes a full-precision Phi-3-architecture checkpoint (see make_model.py), quantizes it with GPTQ and tuning onto the Q4_0 grid, and
-measures the GGUF in llama.cpp beside full precision, llama.cpp's own Q4_0 with and without an imatrix, rounding to
-nearest on the same grid, and Q8_0: drift on text that calibration never saw, speed on this machine. Every step is a
-`phi4edge` command, printed before it runs, so that each can be run again by hand.
+Makes a full-precision Phi-3-architecture checkpoint (see make_model.py), quantizes it with GPTQ and tuning onto the
+Q4_0 grid, and measures the GGUF in llama.cpp beside full precision, llama.cpp's own Q4_0 with and without an imatrix,
+rounding to nearest on the same grid, and Q8_0: drift on text that calibration never saw, speed on this machine. Every
+step is a `phi4edge` command, printed before it runs, so that each can be run again by hand.
 
     python benchmarks/demo/run.py [--out build/demo] [--samples 40] [--chunks 16] [--restart]
 """
