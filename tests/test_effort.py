@@ -18,21 +18,20 @@ def test_low_effort_is_the_solver_alone() -> None:
     assert solving_recipe({"effort": "low"}, CORPUS) == Recipe(corpus=CORPUS)
 
 
-def test_efforts_rise_in_tuning() -> None:
-    found = [solving_recipe({"effort": effort}, CORPUS).tuning for effort in EFFORTS]
-    passes = [0.0 if tuning is None else tuning.passes for tuning in found]
+def test_default_aims_at_full_precision_and_high_tunes_too() -> None:
+    low, default, high = (solving_recipe({"effort": effort}, CORPUS) for effort in EFFORTS)
     assert list(EFFORTS) == ["low", "default", "high"]
-    assert passes[0] == 0 < passes[1] < passes[2]
-    assert found[1] is not None
-    assert found[2] is not None
-    assert found[1].code_rate == 0 < found[2].code_rate
-    assert solving_recipe({}, CORPUS) == solving_recipe({"effort": "default"}, CORPUS)
+    assert low.full_precision_targets == 0 < default.full_precision_targets == high.full_precision_targets
+    assert low.tuning is default.tuning is None
+    assert high.tuning is not None
+    assert high.tuning.code_rate == 0
+    assert solving_recipe({}, CORPUS) == default
 
 
 def test_what_was_said_is_stronger_than_the_effort() -> None:
-    recipe = solving_recipe({"effort": "high", "tune_codes": 0.0, "full_precision_targets": 0.25}, CORPUS)
+    recipe = solving_recipe({"effort": "high", "tune_codes": 0.001, "full_precision_targets": 0.25}, CORPUS)
     assert recipe.tuning is not None
-    assert recipe.tuning.code_rate == 0
+    assert recipe.tuning == TuningRecipe(passes=EFFORTS["high"]["tune_passes"], code_rate=0.001)
     assert recipe.full_precision_targets == 0.25
     assert solving_recipe({"effort": "high", "tune_passes": 0.0}, CORPUS).tuning is None
     low = solving_recipe({"effort": "low", "tune_passes": 2.0, "tune_batch": 4}, CORPUS)
@@ -52,12 +51,6 @@ def test_rounding_to_nearest_stays_what_it_is() -> None:
     assert solving_recipe({"method": "rtn"}, CORPUS).full_precision_targets == 0
 
 
-def test_awq_tunes_without_moving_codes() -> None:
-    tuning = solving_recipe({"effort": "high", "awq": True}, CORPUS).tuning
-    assert tuning is not None
-    assert tuning.code_rate == 0
-
-
 def test_settings_without_tuning_are_refused() -> None:
     with pytest.raises(UsageError, match="not asked for"):
         solving_recipe({"effort": "low", "tune_batch": 4}, CORPUS)
@@ -70,6 +63,6 @@ def test_command_line_and_recipe_file_make_the_same_plan(
 ) -> None:
     arguments = ["quantize", str(phi4_checkpoint), "--out", str(tmp_path / "run"), "--dry-run", "--effort", "high"]
     assert main([*arguments, "--samples", "32", "--sequence-length", "32", "--scheme", "q4_0"]) == 0
-    assert "tuned 4 × over the samples, codes too" in capsys.readouterr().out
+    assert "tuned 2 × over the samples" in capsys.readouterr().out
     assert main([*arguments, "--samples", "8", "--sequence-length", "32", "--scheme", "q4_0"]) == 0
     assert "tuned" not in capsys.readouterr().out

@@ -1,6 +1,6 @@
 """`make demo`: the main job on a real language model, and an honest table of it.
 
-Makes a full-precision Phi-3-architecture checkpoint (see make_model.py), quantizes it with GPTQ and tuning onto the
+Makes a full-precision Phi-3-architecture checkpoint (see make_model.py), quantizes it with GPTQ onto the
 Q4_0 grid, and measures the GGUF in llama.cpp beside full precision, llama.cpp's own Q4_0 with and without an imatrix,
 rounding to nearest on the same grid, and Q8_0: drift on text that calibration never saw, speed on this machine. Every
 step is a `phi4edge` command, printed before it runs, so that each can be run again by hand.
@@ -75,7 +75,7 @@ def make_artifacts(demo: Demo, samples: int, restart: bool) -> None:
 
     demo.step("the inputs of every linear, measured on the full-precision model (imatrix)")
     demo.command("calibrate", model, "--out", run, "--samples", str(samples), "--sequence-length", "512", *again)
-    demo.step("GPTQ on the Q4_0 grid and tuning, on the same text; and rounding to nearest without any data")
+    demo.step("GPTQ on the Q4_0 grid, on the same text; and rounding to nearest without any data")
     demo.command("quantize", model, "--out", run, "--method", "gptq", "--scheme", "q4_0", *again)
     for scheme in ("q4_0", "q8_0"):
         folder = out / f"run-{scheme}-rtn"

@@ -52,7 +52,7 @@ _OPTIONS = (
         default="default",
         show_default=True,
         envvar="PHI4EDGE_EFFORT",
-        help="How much time drift is worth: low solves, default tunes too, high tunes longer and moves codes.",
+        help="How much time drift is worth: low solves, default aims at full precision, high tunes too.",
     ),
     click.option("--bits", type=int, help="4 or 8.  [default: 4]"),
     click.option(
@@ -141,7 +141,8 @@ _OPTIONS = (
         "--tune-codes",
         metavar="RATE",
         type=float,
-        help="Peak rate, in codes a step, at which tuning moves codes too; 0: they stay.  " + _preset("tune_codes"),
+        help=f"Peak rate, in codes a step, at which tuning moves codes too; 0: they stay. Experimental: see "
+        f"benchmarks/quality.  [default: {TuningRecipe.code_rate:g}]",
     ),
 )
 

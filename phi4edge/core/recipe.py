@@ -176,8 +176,8 @@ class Recipe:
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
 EFFORTS: dict[str, dict[str, float]] = {
     "low": {"tune_passes": 0.0, "full_precision_targets": 0.0},
-    "default": {"tune_passes": 1.0, "full_precision_targets": 0.5},
-    "high": {"tune_passes": 4.0, "tune_codes": 0.002, "full_precision_targets": 0.5},
+    "default": {"tune_passes": 0.0, "full_precision_targets": 0.5},
+    "high": {"tune_passes": 2.0, "full_precision_targets": 0.5},
 }
 _FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
 _TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}
@@ -203,8 +203,6 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
         settings.setdefault("full_precision_targets", targets)
     can_tune = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_TUNE
     if can_tune or asked:
-        if settings.get("awq") or settings.get("method") == "awq":
-            preset.pop("tune_codes", None)
         tuning = {**(preset if can_tune else {}), **asked}
         if tuning.get("tune_passes", 0) > 0:
             settings["tuning"] = TuningRecipe(**{_TUNING[key]: value for key, value in tuning.items()})
