@@ -44,6 +44,7 @@ from phi4edge.stages.tuning_state import TuningStates, best_step, cost, put_tens
 TUNING = "tuning"
 _COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
 _EVALUATIONS = 3  # on held-out samples after the start
+_LOST = 0.1  # of ln KLD above its start. While the rate is high KLD may rise; most of the gain comes as it falls.
 _FINAL_NORM = "model.norm.weight"
 _TEACHER = "teacher.bin"
 
@@ -266,9 +267,9 @@ class _Tuner:
         return any(r.get("step") == step and "heldout" in r for r in self._work.records)
 
     def _exhausted(self) -> bool:
-        """Whether the last two evaluations were both worse than an earlier one."""
+        """Whether held-out KLD has been well above its start for two evaluations: more than the way down mends."""
         scores = [score(r["heldout"]) for r in self._work.records if "heldout" in r]
-        return len(scores) > 2 and min(scores[-2:]) > min(scores[:-2])
+        return len(scores) > 2 and min(scores[-2:]) > scores[0] + _LOST
 
     # --- begin and end ---------------------------------------------------------------------------------------
 
