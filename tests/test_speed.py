@@ -79,7 +79,7 @@ def test_every_sample_of_the_real_runtime_is_kept_and_the_warm_up_is_not(f16: Pa
     assert metrics["load_s"]["value"] > 0
     assert data["settings"] | {"seed": 0} == {
         "threads": 1, "batch": 512, "ubatch": 512, "flash_attention": "auto", "kv_type": "f16", "gpu_layers": 0,
-        "prompt_tokens": 24, "gen_tokens": 5, "repetitions": 3, "warmup": 1, "seed": 0,
+        "prompt_tokens": 24, "gen_tokens": 5, "repetitions": 3, "warmup": 1, "seed": 0, "activations": "none",
     }  # fmt: skip
     assert data["artifact"]["scheme"] == "f16"
 

@@ -12,7 +12,7 @@ the inputs (checkpoint, recipe, corpus, code); a directory begun with other inpu
 
 from __future__ import annotations
 
-__all__ = ["CALIBRATION", "RUN_FILE", "Workdir", "differences"]
+__all__ = ["CALIBRATION", "JOURNAL", "RUN_FILE", "Workdir", "differences"]
 
 import fcntl
 import json

@@ -10,11 +10,14 @@ __all__ = [
     "Export",
     "Failure",
     "HeldOut",
+    "HeldOutKld",
     "Linear",
+    "Mix",
     "Quantization",
     "Reference",
     "Runtime",
     "Text",
+    "Tuning",
 ]
 
 from dataclasses import dataclass
