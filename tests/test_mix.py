@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -103,7 +104,10 @@ def test_a_mix_is_tuned_like_anything_else(phi4_checkpoint: Path, tmp_path: Path
 def test_budgets_that_cannot_be_kept_are_refused(phi4_checkpoint: Path, tmp_path: Path) -> None:
     with pytest.raises(TargetError, match="smallest mix") as error:
         quantize(phi4_checkpoint, mixed(3.0), tmp_path / "run")
-    assert "--target-bpw" in str(error.value.hint)
+    least = float(re.search(r"--target-bpw ([\d.]+)", str(error.value.hint))[1])  # type: ignore[index]
+    assert not (tmp_path / "run").exists(), "refused from the shapes, before anything is done"
+    quantize(phi4_checkpoint, mixed(least), tmp_path / "least")
+    assert set(open_run(tmp_path / "least").tables.values()) == {"q8_0"}
     with pytest.raises(UsageError, match="budget"):
         MixRecipe(CANDIDATES)
     with pytest.raises(UsageError, match="not a linear"):

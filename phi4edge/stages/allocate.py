@@ -9,11 +9,11 @@ is exact (:mod:`phi4edge.quant.knapsack`). The figures are predictions: of the m
 
 from __future__ import annotations
 
-__all__ = ["ALLOCATION", "Allocation", "allocate"]
+__all__ = ["ALLOCATION", "Allocation", "allocate", "check_budget"]
 
+import math
 import time
 from collections import Counter
-from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -89,6 +89,53 @@ def allocate(job: Job, run: Path, key: str, progress: Progress) -> Allocation:
     return _choose(config, mix, costs, spent)
 
 
+def check_budget(config: ModelConfig, mix: MixRecipe) -> None:
+    """Whether any mix of the candidates can keep to the budget; from the shapes alone, before anything is read.
+
+    Raises:
+        TargetError: even the smallest candidates exceed the budget.
+    """
+    smallest = _fixed_bytes(config)
+    for name, (rows, columns) in _matrices(config).items():
+        kinds = _candidates(mix, columns) if name not in _TABLES else _table_types(config)
+        sizes = [_nbytes(kind, rows, columns) for kind in kinds]
+        if not sizes:
+            raise TargetError(f"{name}: no candidate fits rows of {columns} weights", "name others with --candidates")
+        smallest += min(sizes)
+    budget = mix.budget(config.parameters)
+    if smallest > budget:
+        least_bpw = math.ceil(800 * smallest / config.parameters) / 100
+        raise TargetError(
+            f"the smallest mix of {', '.join(mix.candidates)} takes {format_bytes(smallest)}, "
+            f"the budget is {format_bytes(budget)}",
+            f"give --target-size {-(-smallest // 2**20)}MiB or more, or --target-bpw {least_bpw:.2f}",
+        )
+
+
+def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
+    """Shapes of everything that gets a type: linears by name, "head", and "embedding" where it is not the head too."""
+    found = {
+        f"model.layers.{layer}.{name}": shape
+        for layer in range(config.num_layers)
+        for name, shape in config.linear_shapes.items()
+    }
+    roles = ("head",) if config.tie_word_embeddings else tuple(_TABLES)
+    return found | dict.fromkeys(roles, (config.vocab_size, config.hidden_size))
+
+
+def _candidates(mix: MixRecipe, columns: int) -> list[str]:
+    return [kind for kind in mix.candidates if packing_refusal(parse_scheme(kind), columns) is None]
+
+
+def _table_types(config: ModelConfig) -> list[str]:
+    return [kind for kind in _TABLE_TYPES if config.hidden_size % BLOCK_TYPES[kind].weights == 0]
+
+
+def _fixed_bytes(config: ModelConfig) -> int:
+    """Bytes of the norms, which stay float32."""
+    return sum(4 * shape[0] for shape in config.tensor_shapes().values() if len(shape) == 1)
+
+
 def _block_costs(job: Job, mix: MixRecipe, layer: int, sensitivity: dict[str, Tensor]) -> dict[str, dict[str, float]]:
     """Predicted KLD of every candidate for the linears of one block; candidates that do not fit are left out."""
     costs: dict[str, dict[str, float]] = {}
@@ -97,12 +144,10 @@ def _block_costs(job: Job, mix: MixRecipe, layer: int, sensitivity: dict[str, Te
         weight = job.source.tensor(f"{name}.weight")
         rows, columns = sensitivity[f"{name}.rows"], sensitivity[f"{name}.columns"]
         costs[name] = {}
-        for candidate in mix.candidates:
-            scheme = parse_scheme(candidate)
-            if packing_refusal(scheme, weight.shape[1]) is None:
-                problem = Problem(name, weight, None, scheme, columns)
-                rounded = rtn.solve(problem, SolverOptions()).linear.dequantize()
-                costs[name][candidate] = predicted_kld(weight - rounded, rows, columns)
+        for candidate in _candidates(mix, weight.shape[1]):
+            problem = Problem(name, weight, None, parse_scheme(candidate), columns)
+            rounded = rtn.solve(problem, SolverOptions()).linear.dequantize()
+            costs[name][candidate] = predicted_kld(weight - rounded, rows, columns)
     return costs
 
 
@@ -117,9 +162,7 @@ def _table_costs(job: Job, sensitivity: dict[str, Tensor]) -> dict[str, dict[str
         tensor = job.checkpoint.head_name if role == "head" else f"{name}.weight"
         uses = list(_TABLES.values()) if tied else [name]
         costs[role] = {}
-        for kind in _TABLE_TYPES:
-            if config.hidden_size % BLOCK_TYPES[kind].weights:
-                continue
+        for kind in _table_types(config):
             total, step = 0.0, max(1, _PIECE // config.hidden_size)
             for start in range(0, config.vocab_size, step):
                 piece = slice(start, min(start + step, config.vocab_size))
@@ -143,19 +186,14 @@ def _rounded_table(weight: Tensor, kind: str) -> Tensor:
 def _choose(
     config: ModelConfig, mix: MixRecipe, costs: dict[str, dict[str, float]], spent: dict[str, float]
 ) -> Allocation:
-    shapes = {name: shape for name, shape in config.tensor_shapes().items() if len(shape) == 2}
-    fixed = sum(4 * shape[0] for shape in config.tensor_shapes().values() if len(shape) == 1)
-    options = [[Option(kind, _nbytes(name, kind, shapes, config), cost) for kind, cost in found.items()]
-               for name, found in costs.items()]  # fmt: skip
+    shapes, fixed = _matrices(config), _fixed_bytes(config)
+    options = [
+        [Option(kind, _nbytes(kind, *shapes[name]), predicted) for kind, predicted in found.items()]
+        for name, found in costs.items()
+    ]
     budget = mix.budget(config.parameters)
     choice = choose_options(options, budget - fixed)
-    if choice is None:
-        least = fixed + sum(min(o.nbytes for o in found) for found in options)
-        raise TargetError(
-            f"the smallest mix of {', '.join(mix.candidates)} takes {format_bytes(least)}, "
-            f"the budget is {format_bytes(budget)}",
-            f"give --target-size {-(-least // 2**20)}MiB, --target-bpw {8 * least / config.parameters:.2f} or more",
-        )
+    assert choice is not None, "refused by check_budget"
     picked = {name: found[i] for name, found, i in zip(costs, options, choice.chosen, strict=True)}
     types = {name: option.name for name, option in picked.items() if name not in _TABLES}
     tables = {role: picked[role].name for role in _TABLES if role in picked}
@@ -172,10 +210,7 @@ def _choose(
     return Allocation(types, tables, summary, spent)
 
 
-def _nbytes(name: str, kind: str, shapes: Mapping[str, tuple[int, ...]], config: ModelConfig) -> int:
-    if name in _TABLES:
-        return config.vocab_size * BLOCK_TYPES[kind].row_bytes(config.hidden_size)
-    rows, columns = shapes[f"{name}.weight"]
-    block = block_type_of(parse_scheme(kind))
+def _nbytes(kind: str, rows: int, columns: int) -> int:
+    block = BLOCK_TYPES.get(kind) or block_type_of(parse_scheme(kind))
     assert block is not None
     return rows * block.row_bytes(columns)

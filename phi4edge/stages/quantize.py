@@ -25,7 +25,7 @@ from phi4edge.core.recipe import Recipe
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, load_block
 from phi4edge.quant.scheme import parse_scheme
-from phi4edge.stages.allocate import allocate
+from phi4edge.stages.allocate import allocate, check_budget
 from phi4edge.stages.block_solver import BlockSolver
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
@@ -62,6 +62,8 @@ def quantize(
         ResumeError: ``out`` was begun with other inputs.
     """
     checkpoint = open_checkpoint(model)
+    if recipe.mix is not None:
+        check_budget(checkpoint.config, recipe.mix)
     job = prepare(checkpoint, recipe, ram_budget, device, out, progress)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
@@ -88,6 +90,8 @@ def quantize(
 def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, device: str = "cpu") -> dict[str, Any]:
     """The same checks as :func:`quantize`, and what it would do; writes nothing and reads no weight."""
     job = prepare(open_checkpoint(model), recipe, ram_budget, device)
+    if recipe.mix is not None:
+        check_budget(job.checkpoint.config, recipe.mix)
     config = job.checkpoint.config
     return {
         "model": job.checkpoint.index.name,
