@@ -9,8 +9,11 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from support import tiny_config
 
+from phi4edge.calibration.budget import plan_memory
 from phi4edge.calibration.corpus import load_corpus
+from phi4edge.checkpoint.config import parse_config
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.solving_options import read_types
 from phi4edge.core.errors import InputError, TargetError, UsageError
@@ -112,3 +115,12 @@ def test_budgets_that_cannot_be_kept_are_refused(phi4_checkpoint: Path, tmp_path
         MixRecipe(CANDIDATES)
     with pytest.raises(UsageError, match="not a linear"):
         quantize(phi4_checkpoint, Recipe(corpus=CORPUS, types=(("lm_head", "q8_0"),)), tmp_path / "other")
+
+
+def test_the_backward_pass_of_a_mix_is_in_the_memory_plan() -> None:
+    config = parse_config(tiny_config(vocab_size=200_064))
+    alone = plan_memory(config, Recipe(method="rtn", corpus=CORPUS), None).least
+    chosen = plan_memory(config, mixed(8.0, method="rtn"), None).least
+    assert chosen > alone + config.vocab_size * config.hidden_size * 2, "the head is in RAM while KLD goes back"
+    with pytest.raises(TargetError, match="RAM budget"):
+        plan_memory(config, mixed(8.0, method="rtn"), alone)

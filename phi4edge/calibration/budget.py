@@ -69,6 +69,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
     least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
+    if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
+        tuning = max(tuning, base + block + _backward(config, recipe))
     limit, needed = _limit(budget), max(least, tuning)
     _check(limit, needed, needed)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
@@ -82,6 +84,14 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
 def _kept_by_autograd(config: ModelConfig) -> int:
     """Bytes a token that the graph of a block holds."""
     return (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
+
+
+def _backward(config: ModelConfig, recipe: Recipe) -> int:
+    """Widest moment of a backward pass beside a block's weights: a piece's graph, or the head with its logits."""
+    assert recipe.corpus is not None
+    piece = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS)
+    head = config.vocab_size * config.hidden_size * 2 + 4 * TUNING_LOGIT_BYTES
+    return max(piece * _kept_by_autograd(config), head)
 
 
 def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:
@@ -98,13 +108,10 @@ def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int
     continuous = codes // 16  # groups of 32 with scale and minimum at the most; three moments of each
     states = 3 * 4 * continuous + (4 * codes if tuning.code_rate else 0)
     length = recipe.corpus.sequence_length
-    piece = max(length, TUNING_PIECE_TOKENS)
-    working = piece * _kept_by_autograd(config)
-    head = config.vocab_size * config.hidden_size * 2 + 4 * TUNING_LOGIT_BYTES
     block = (codes + states) // config.num_layers
     samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch
     stores = samples * length * config.hidden_size * 4
-    return base + block + max(working, head), codes + states + stores
+    return base + block + _backward(config, recipe), codes + states + stores
 
 
 def _limit(budget: int | None) -> int:

@@ -5,7 +5,7 @@ weight costs, to second order and taking positions one by one,
 
     KLD ≈ ½ mean_t (G_t · E x_t)²  ≈  ½ Σ_r s_r (E H Eᵀ)_rr      s_r = mean_t G_tr²,  H = mean_t x_t x_tᵀ
 
-so s says how much a row's error counts, and |G_t|² how much a position's does. Source: the Kronecker-factored Fisher
+so s says how much a row's error counts. Source: the Kronecker-factored Fisher
 of Martens and Grosse, arXiv 1503.05671, with its output side kept to the diagonal.
 """
 
@@ -30,7 +30,6 @@ class Sensitivity:
 
     outputs: Tensor  # [out_features] float32: Σ over positions of G²
     inputs: Tensor  # [in_features] float32: Σ over positions of x²
-    positions: Tensor  # [batch, length] float32: Σ over rows of G²
 
 
 def backward_block(
@@ -43,8 +42,7 @@ def backward_block(
     found: dict[int, Sensitivity] = {}
 
     def observe(index: int, inputs: Tensor, gradient: Tensor) -> None:
-        energy = gradient.square()
-        found[index] = Sensitivity(energy.sum((0, 1)), inputs.square().sum((0, 1)), energy.sum(2))
+        found[index] = Sensitivity(gradient.square().sum((0, 1)), inputs.square().sum((0, 1)))
 
     weights = (block.qkv, block.o, block.gate_up, block.down)
     with torch.enable_grad():

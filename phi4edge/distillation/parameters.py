@@ -85,7 +85,7 @@ def continuous_of(gain: Tensor, dtype: torch.dtype) -> Continuous:
 
 def _unit(linear: QuantizedLinear, field: str) -> Tensor:
     own = linear.params[field].float().abs()
-    if field == "mins" and linear.params["scales"].shape == own.shape and "sub_mins" not in linear.params:
+    if field == "mins" and not linear.scheme.nested:
         return linear.params["scales"].float().abs() * float(2 ** (linear.scheme.bits - 1))
     return own
 
