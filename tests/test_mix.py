@@ -8,20 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F  # noqa: N812
+from drifting import mean_kld
 from support import tiny_config
 
 from phi4edge.calibration.budget import plan_memory
-from phi4edge.calibration.corpus import load_corpus
 from phi4edge.checkpoint.config import parse_config
-from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.solving_options import read_types
 from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
-from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import WeightSource
 from phi4edge.stages.export import export, verify
-from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
 from phi4edge.writers._api import WriteOptions
@@ -46,13 +42,7 @@ def manifest(run: Path) -> dict[str, object]:
 
 
 def kld(folder: Path, source: WeightSource) -> float:
-    checkpoint = open_checkpoint(folder)
-    tokens = load_corpus(__file__, check_tokenizer(checkpoint.index), samples=6, sequence_length=64).tokens
-    total = 0.0
-    for ours, theirs in zip(stream_logits(source, tokens), stream_logits(checkpoint, tokens), strict=True):
-        ln_q, ln_p = F.log_softmax(ours, 1), F.log_softmax(theirs, 1)
-        total += float(F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1).mean())
-    return total / len(tokens)
+    return mean_kld(folder, source, __file__, samples=6, length=64)
 
 
 def test_mix_fills_its_budget_and_uses_several_types(run: Path) -> None:

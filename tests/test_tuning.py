@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F  # noqa: N812
+from drifting import mean_kld
 from killing import killed_at
 from rounded import rounded
 from safetensors.torch import load_file
@@ -23,7 +24,6 @@ from phi4edge.distillation.block import BlockRunner
 from phi4edge.distillation.loss import Head
 from phi4edge.distillation.parameters import QuantizedBlock
 from phi4edge.model.block import LINEARS, Block, forward_block, rms_norm
-from phi4edge.model.forward import stream_logits
 from phi4edge.model.rope import rotary_table
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.scheme import parse_scheme
@@ -137,34 +137,24 @@ def tuned(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
     return run
 
 
-def mean_kld(folder: Path, run: Path, tuned: bool) -> float:
-    """KLD to full precision on text that no part of the run has seen."""
-    from phi4edge.calibration.corpus import load_corpus
-    from phi4edge.stages.inputs import check_tokenizer
-
-    checkpoint = open_checkpoint(folder)
-    corpus = load_corpus(__file__, check_tokenizer(checkpoint.index), samples=8, sequence_length=48)
-    model = open_run(run)
-    if not tuned:
-        document = json.loads((run / "manifest.json").read_text())
-        document["data"]["tuning"] = None
-        other = run.parent / "untuned"
-        if not other.exists():
-            other.mkdir()
-            for path in run.iterdir():
-                (other / path.name).symlink_to(path)
-            (other / "manifest.json").unlink()
-            (other / "manifest.json").write_text(json.dumps(document))
-        model = open_run(other)
-    total = 0.0
-    for ours, theirs in zip(stream_logits(model, corpus.tokens), stream_logits(checkpoint, corpus.tokens), strict=True):
-        ln_q, ln_p = F.log_softmax(ours, 1), F.log_softmax(theirs, 1)
-        total += float(F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1).mean())
-    return total / 8
+def untuned(run: Path) -> Path:
+    """The same run as its manifest would describe it without tuning."""
+    other = run.parent / "untuned"
+    other.mkdir()
+    for path in run.iterdir():
+        if path.name != "manifest.json":
+            (other / path.name).symlink_to(path)
+    document = json.loads((run / "manifest.json").read_text())
+    document["data"]["tuning"] = None
+    (other / "manifest.json").write_text(json.dumps(document))
+    return other
 
 
 def test_tuning_lowers_kld_on_unseen_text_and_keeps_the_codes(tuned: Path, phi4_checkpoint: Path) -> None:
-    assert mean_kld(phi4_checkpoint, tuned, True) < 0.9 * mean_kld(phi4_checkpoint, tuned, False)
+    after, before = (
+        mean_kld(phi4_checkpoint, open_run(run), __file__, samples=8, length=48) for run in (tuned, untuned(tuned))
+    )
+    assert after < 0.9 * before
     manifest = json.loads((tuned / "manifest.json").read_text())["data"]
     evaluated = manifest["tuning"]["heldout"]
     first, last = evaluated[0], evaluated[-1]
