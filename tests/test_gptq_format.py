@@ -28,7 +28,7 @@ from phi4edge.quant.gptq_packing import pack_linear, packed_layout, packing_refu
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import parse_scheme
-from phi4edge.writers import gptq
+from phi4edge.writers import _packed_folder, gptq
 from phi4edge.writers._api import WriteOptions
 
 SCHEMES = ("w4g32", "w4g64", "w4row", "w8g32", "w8row", "w4g32-asym", "w8g16-asym", "q4_0", "q8_0")
@@ -156,7 +156,7 @@ def test_shards_hold_the_same_tensors_and_the_index_names_them_all(
 ) -> None:
     model = quantized_model(phi4_checkpoint, "w4g32")
     gptq.write(model, tmp_path / "whole", WriteOptions())
-    monkeypatch.setattr(gptq, "SHARD_BYTES", 40_000)
+    monkeypatch.setattr(_packed_folder, "SHARD_BYTES", 40_000)
     gptq.write(model, tmp_path / "split", WriteOptions())
     index = json.loads((tmp_path / "split" / "model.safetensors.index.json").read_text())
     files = sorted((tmp_path / "split").glob("*.safetensors"))

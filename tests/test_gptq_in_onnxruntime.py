@@ -23,7 +23,7 @@ from transformers import Phi3ForCausalLM
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.writers import gptq
+from phi4edge.writers import gguf, gptq
 from phi4edge.writers._api import ArtifactReader, WriteOptions
 
 pytest.importorskip("onnx_ir", reason="onnx-ir, which the builder imports, is not installed")
@@ -99,6 +99,45 @@ def test_so_it_does_for_mini_on_both_sides_of_the_original_context(
 ) -> None:
     folder = gptq.write(quantized_model(mini_for_ort, scheme_name), tmp_path / "gptq", WriteOptions()).path
     assert difference(mini_for_ort, folder, tmp_path / "onnx", length) <= TOLERANCE
+
+
+def test_a_head_of_8_bits_is_announced_so_that_onnxruntime_computes_with_its_codes(
+    phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    model = quantized_model(phi4_checkpoint, "w4g64")
+    folder = gptq.write(model, tmp_path / "gptq", WriteOptions(head="q8_0")).path
+    reader = gptq.read(folder)
+    head = reader.quantized("lm_head")
+    assert head is not None
+    assert head.scheme.name == "q8_0"
+    assert (
+        0 < float((head.dequantize() - model.tensor("lm_head.weight")).norm()) < 1e-2 * float(head.dequantize().norm())
+    )
+    assert difference(phi4_checkpoint, folder, tmp_path / "onnx", 40) <= TOLERANCE
+
+
+def test_it_is_the_head_that_a_gguf_holds(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    model = quantized_model(phi4_checkpoint, "w4g32")
+    packed = gptq.read(gptq.write(model, tmp_path / "gptq", WriteOptions(head="q8_0")).path)
+    blocks = gguf.read(gguf.write(model, tmp_path / "model.gguf", WriteOptions()).path)
+    assert torch.equal(packed.tensor("lm_head.weight"), blocks.tensor("lm_head.weight"))
+
+
+@pytest.mark.parametrize(
+    ("options", "reason"),
+    [
+        (WriteOptions(head="q6_k"), "as it is, or as q8_0"),
+        (WriteOptions(embedding="q8_0"), "embedding"),
+    ],
+)
+def test_another_head_is_refused(phi4_checkpoint: Path, options: WriteOptions, reason: str) -> None:
+    assert reason in (gptq.refusal(quantized_model(phi4_checkpoint, "w4g64"), options) or "")
+
+
+def test_a_tied_head_is_not_packed(mini_for_ort: Path) -> None:
+    reason = gptq.refusal(quantized_model(mini_for_ort, "w4g64"), WriteOptions(head="q8_0"))
+    assert reason is not None
+    assert "tied" in reason
 
 
 def _add_to_zeros(tensors: dict[str, torch.Tensor]) -> None:

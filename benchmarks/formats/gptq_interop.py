@@ -123,11 +123,12 @@ def write_cases(folder: Path) -> dict[str, dict[str, Any]]:
     from phi4edge.quant.linear import QuantizedLinear
     from phi4edge.writers import gptq
     from phi4edge.writers._api import WriteOptions
+    from phi4edge.writers._packed_folder import PackedReader
 
     class RoundedToFloat16:
         """Our reader, its quantized weights rounded to float16 as GPTQModel's dequantization leaves them."""
 
-        def __init__(self, reader: gptq.GptqReader) -> None:
+        def __init__(self, reader: PackedReader) -> None:
             self.reader, self.config = reader, reader.config
 
         def tensor(self, name: str, rows: slice | None = None) -> torch.Tensor:

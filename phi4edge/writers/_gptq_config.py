@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["ZERO_OFFSET", "GptqFormat", "declares_gptq", "parse_quantization", "quantization_config"]
+__all__ = ["QUANTIZE_CONFIG", "ZERO_OFFSET", "GptqFormat", "declares_gptq", "parse_quantization", "quantization_config"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,6 +16,7 @@ from phi4edge.quant.scheme import Scheme, parse_scheme, scheme_from_options
 
 ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks, by checkpoint_format
 QUANTIZE_CONFIG = "quantize_config.json"
+HEAD_RULE, HEAD_FORMAT = "+:^lm_head", {"bits": 8, "group_size": 32, "sym": True, "desc_act": False}  # q8_0
 
 
 @dataclass(frozen=True)
@@ -25,25 +26,23 @@ class GptqFormat:
     scheme: Scheme
     checkpoint_format: str  # a key of ZERO_OFFSET
     raw: Mapping[str, Any]
-
-    @property
-    def zero_offset(self) -> int:
-        """What has to be added to a stored zero point."""
-        return ZERO_OFFSET[self.checkpoint_format]
+    exceptions: Mapping[str, Scheme]  # the head, where it is packed
 
 
-def quantization_config(scheme: Scheme, checkpoint_format: str) -> dict[str, Any]:
-    """The object that stands in config.json and is quantize_config.json.
+def quantization_config(scheme: Scheme, checkpoint_format: str, *, head: bool) -> dict[str, Any]:
+    """The object that stands in config.json and is quantize_config.json; with ``head`` it announces one on q8_0.
 
     ``meta.scheme`` keeps the grid's name: Q4_0 and w4g32 are the same integers here, not in GGUF.
     """
+    dynamic = {"dynamic": {HEAD_RULE: HEAD_FORMAT}} if head else {}
     return {
         "quant_method": "gptq",
         "bits": scheme.bits,
         "group_size": scheme.group_size,
         "desc_act": False,
         "sym": scheme.symmetric,
-        "lm_head": False,
+        "lm_head": head,
+        **dynamic,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
         "meta": {"quantizer": [f"phi4edge:{phi4edge.__version__}"], "scheme": scheme.name},
@@ -79,8 +78,10 @@ def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
     if not isinstance(raw, dict) or raw.get("quant_method") != "gptq":
         method = raw.get("quant_method") if isinstance(raw, dict) else None
         raise InputError(f"{where}: quant_method is {method!r}, not 'gptq'")
+    head = raw.get("lm_head", False) is True
     expected: dict[str, tuple[Any, ...]] = {
-        "desc_act": (False,), "pack_dtype": ("int32",), "lm_head": (False,), "dynamic": (None, {})
+        "desc_act": (False,), "pack_dtype": ("int32",), "lm_head": (False, True),
+        "dynamic": ({HEAD_RULE: HEAD_FORMAT},) if head else (None, {}),
     }  # fmt: skip
     for key, known in expected.items():
         if raw.get(key, known[0]) not in known:
@@ -88,7 +89,7 @@ def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
     declared = raw.get("checkpoint_format", "gptq")
     if declared not in ZERO_OFFSET:
         raise InputError(f"{where}: checkpoint_format {declared!r} is unknown", f"known: {', '.join(ZERO_OFFSET)}")
-    return GptqFormat(_scheme(raw, where), declared, raw)
+    return GptqFormat(_scheme(raw, where), declared, raw, {"lm_head": parse_scheme("q8_0")} if head else {})
 
 
 def _scheme(raw: Mapping[str, Any], where: Path) -> Scheme:
