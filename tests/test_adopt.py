@@ -15,8 +15,9 @@ from support import write_checkpoint
 from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.stages.adopt import adopt
-from phi4edge.stages.export import export, verify
+from phi4edge.stages.export import export
 from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.verify import verify
 from phi4edge.writers import gptq
 from phi4edge.writers._api import WriteOptions
 

@@ -269,6 +269,13 @@ class PackedReader:
         """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
         return all(self._is_packed(part) for part in self.stored_under(name))
 
+    def stored_type(self, name: str) -> str:
+        """Type in which tensor ``name`` is stored: f32, f16 or bf16, or the name of its scheme."""
+        linear = name.removesuffix(".weight")
+        if self.holds_integers(linear):
+            return self.exceptions.get(linear, self.scheme).name
+        return self.index.tensors[name].dtype.lower()
+
     def _is_packed(self, name: str) -> bool:
         ref = self.index.tensors.get(f"{name}.{self.packing.fields[0]}")
         return ref is not None and not (self.packing.fields[0] == "weight" and ref.dtype in FLOATS)
