@@ -31,6 +31,7 @@ from phi4edge.measurement.reference import ReferenceStore
 from phi4edge.measurement.speed import measure_speed
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report
+from phi4edge.report.card import fill_card
 from phi4edge.runtimes._api import SpeedRequest
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
@@ -91,6 +92,8 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
     failure = None
     for artifact in artifacts.values():
         failure = _measure_drift(order, artifact, store, progress) or failure
+        if artifact.path.is_dir():
+            fill_card(artifact.path, [order.out / "results"])
     measured = _measure_speed(order, planned, artifacts, progress)
     report = build_report([order.out / "results"])
     files = write_report(report, order.out / "report")

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import json
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 from support import write_checkpoint
 
 from phi4edge.checkpoint.index import open_index
+from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError, VerifyError
 from phi4edge.core.recipe import Recipe
+from phi4edge.report.card import fill_card
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.verify import verify
@@ -129,3 +132,26 @@ def test_an_artifact_of_another_run_differs(run: Path, tmp_path: Path) -> None:
     path = exported(run, tmp_path / "model.gguf", "gguf")
     with pytest.raises(VerifyError, match="the run has"):
         verify(path, other)
+
+
+def test_a_model_card_gets_the_drift_of_its_own_artifact_and_verify_still_agrees(run: Path, tmp_path: Path) -> None:
+    model = json.loads((run / "location.json").read_text())["folder"]
+    folder = exported(run, tmp_path / "gptq", "gptq")
+    assert "Not measured." in (folder / "README.md").read_text()
+    text = tmp_path / "text.txt"
+    text.write_text("Every good thing is 3 or 4 things. " * 60)
+    measure = ["drift", str(folder), "--reference", model, "--text", str(text), "--context", "64", "--chunks", "2"]
+    answer = subprocess.run([sys.executable, "-m", "phi4edge", *measure, "--json"], capture_output=True, check=True)
+    (tmp_path / "results").mkdir()
+    (tmp_path / "results" / "drift.json").write_bytes(answer.stdout)
+    kld = json.loads(answer.stdout)["data"]["metrics"]["kld"]["value"]
+    report = ["report", str(tmp_path / "results"), "--out", str(tmp_path / "report"), "--card", str(folder), "--quiet"]
+    assert main(report) == 0
+    card = (folder / "README.md").read_text()
+    assert "Not measured." not in card
+    assert "Mean KLD" in card
+    assert any(f"{kld:.{digits}g}" in card for digits in (2, 3, 4))
+    assert verify(folder, run).hashes
+    other = exported(run, tmp_path / "other", "gptq", head="q8_0")
+    with pytest.raises(InputError, match="no drift of it"):
+        fill_card(other, [tmp_path / "results"])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["export", "plan", "reader_of", "writer_of"]
 
+from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
 
@@ -11,11 +12,11 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.registry import names
+from phi4edge.core.sums import drop_sums, write_sums
 from phi4edge.core.workdir import RUN_FILE
 from phi4edge.model.source import QuantizedModel
 from phi4edge.stages.run_reader import open_run
 from phi4edge.writers._api import Artifact, ArtifactReader, WriteOptions
-from phi4edge.writers._sums import drop_sums, write_sums
 
 WRITERS = "phi4edge.writers"
 
@@ -34,14 +35,25 @@ def export(run: Path, format_name: str, out: Path, options: WriteOptions, *, mod
         if options.force:
             drop_sums(out)
         unrounded: Artifact = writer.write_f16(checkpoint, out, options)
-        write_sums(unrounded, {"base_model": checkpoint.index.name, "method": "none"})
+        _seal(unrounded, {"base_model": checkpoint.index.name, "method": "none"})
         return unrounded
     source = _held(run, format_name, options, model)
     if options.force:
         drop_sums(out)
     artifact: Artifact = writer.write(source, out, options)
-    write_sums(artifact, source.provenance)
+    _seal(artifact, source.provenance)
     return artifact
+
+
+def _seal(artifact: Artifact, made: Mapping[str, str]) -> None:
+    manifest = {
+        "format": artifact.format,
+        "scheme": artifact.scheme,
+        "bytes": artifact.nbytes,
+        "quantized_fraction": artifact.quantized_fraction,
+        "made": dict(made),
+    }
+    write_sums(artifact.path, artifact.files, manifest)
 
 
 def plan(run: Path, format_name: str, out: Path, options: WriteOptions, *, model: str | None = None) -> dict[str, str]:

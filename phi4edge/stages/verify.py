@@ -16,6 +16,7 @@ from torch import Tensor
 
 from phi4edge.core.errors import VerifyError
 from phi4edge.core.events import SILENT, Progress
+from phi4edge.core.sums import changed_files, has_sums
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.ggml import BLOCK_TYPES, dequantize
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0
@@ -23,7 +24,6 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.export import writer_of
 from phi4edge.stages.run_reader import open_run
 from phi4edge.writers._api import ArtifactReader
-from phi4edge.writers._sums import changed_files, has_sums
 
 _PIECE = 1 << 22  # weights of a table in RAM at a time
 _FLOATS = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}

@@ -6,7 +6,7 @@ A folder has ``SHA256SUMS`` and ``manifest.json`` in it; a file has ``NAME.sha25
 
 from __future__ import annotations
 
-__all__ = ["changed_files", "drop_sums", "has_sums", "write_sums"]
+__all__ = ["changed_files", "drop_sums", "has_sums", "rehash", "write_sums"]
 
 import re
 from collections.abc import Mapping
@@ -16,7 +16,7 @@ from typing import Any
 from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file
-from phi4edge.writers._api import Artifact
+from phi4edge.core.jsonfile import read_object
 
 MANIFEST, SUMS = "manifest.json", "SHA256SUMS"
 
@@ -35,23 +35,14 @@ def drop_sums(path: Path) -> None:
     _sums_file(path).unlink(missing_ok=True)
 
 
-def write_sums(artifact: Artifact, made: Mapping[str, str]) -> None:
-    """Write the hashes of a finished artifact, and, in a folder, a manifest; ``made`` says from what and how."""
-    files = dict(artifact.files)
-    if artifact.path.is_dir():
-        manifest: dict[str, Any] = {
-            "schema": "phi4edge/artifact/1",
-            "format": artifact.format,
-            "scheme": artifact.scheme,
-            "bytes": artifact.nbytes,
-            "quantized_fraction": artifact.quantized_fraction,
-            "made": dict(made),
-            "files": files,
-        }
-        write_json(artifact.path / MANIFEST, manifest)
-        files[MANIFEST] = sha256_file(artifact.path / MANIFEST)
-    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(files.items()))
-    write_bytes(_sums_file(artifact.path), text.encode())
+def write_sums(path: Path, files: Mapping[str, str], manifest: Mapping[str, Any]) -> None:
+    """Write the hashes of a finished artifact: ``files`` is name → SHA-256. A folder gets the manifest too."""
+    listed = dict(files)
+    if path.is_dir():
+        write_json(path / MANIFEST, {"schema": "phi4edge/artifact/1", **manifest, "files": listed})
+        listed = {**listed, MANIFEST: sha256_file(path / MANIFEST)}
+    text = "".join(f"{digest}  {name}\n" for name, digest in sorted(listed.items()))
+    write_bytes(_sums_file(path), text.encode())
 
 
 def changed_files(path: Path) -> dict[str, str]:
@@ -72,3 +63,17 @@ def changed_files(path: Path) -> dict[str, str]:
         elif sha256_file(file) != match[1]:
             found[match[2]] = "changed"
     return found
+
+
+def rehash(folder: Path, name: str) -> None:
+    """Bring manifest and list up to date with file ``name``, which was changed on purpose."""
+    if not has_sums(folder):
+        return
+    digest = sha256_file(folder / name)
+    manifest = read_object(folder / MANIFEST)
+    manifest["files"][name] = digest
+    write_json(folder / MANIFEST, manifest)
+    lines = (folder / SUMS).read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if line[66:] not in (name, MANIFEST)]
+    kept += [f"{digest}  {name}", f"{sha256_file(folder / MANIFEST)}  {MANIFEST}"]
+    write_bytes(folder / SUMS, "".join(f"{line}\n" for line in sorted(kept, key=lambda line: line[66:])).encode())
