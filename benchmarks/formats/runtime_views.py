@@ -1,0 +1,209 @@
+"""An artifact's weights as the runtime's own code sees them, and its logits in runtimes that are no plug-in of ours."""
+
+from __future__ import annotations
+
+__all__ = ["VIEWS", "built_by_genai", "mlx_logits", "mlx_speed", "transformers_logits"]
+
+import ctypes
+import json
+import time
+from collections.abc import Callable
+from contextlib import redirect_stdout
+from functools import lru_cache
+from io import StringIO
+from pathlib import Path
+from typing import Any
+
+import gguf
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from phi4edge.runtimes._api import SpeedRequest
+from phi4edge.writers._gguf_names import gguf_name
+
+Logits = NDArray[np.float32]
+_NODES = {  # in ONNX Runtime GenAI's names, which our writer keeps
+    "self_attn.qkv_proj": ("attn/qkv_proj",),
+    "self_attn.o_proj": ("attn/o_proj",),
+    "mlp.gate_up_proj": ("mlp/gate_proj", "mlp/up_proj"),
+    "mlp.down_proj": ("mlp/down_proj",),
+}
+
+
+# llama.cpp
+
+
+class _TypeTraits(ctypes.Structure):
+    """struct ggml_type_traits of ggml.h, up to ``to_float``."""
+
+    _fields_ = (
+        ("type_name", ctypes.c_char_p),
+        ("blck_size", ctypes.c_int64),
+        ("blck_size_interleave", ctypes.c_int64),
+        ("type_size", ctypes.c_size_t),
+        ("is_quantized", ctypes.c_bool),
+        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
+    )
+
+
+def in_libggml(artifact: Path, linear: str) -> Tensor:
+    """gguf-py finds the tensor, libggml turns it into floats."""
+    import llama_cpp
+
+    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
+    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
+    name = gguf_name(f"{linear}.weight")
+    tensor = next(t for t in gguf.GGUFReader(artifact).tensors if t.name == name)
+    data = np.ascontiguousarray(tensor.data)
+    columns, rows = (int(n) for n in tensor.shape)
+    out = np.empty((rows, columns), dtype=np.float32)
+    traits = library.ggml_get_type_traits(int(tensor.tensor_type)).contents
+    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
+    return torch.from_numpy(out)
+
+
+# ONNX Runtime
+
+
+def in_onnxruntime(folder: Path, linear: str) -> Tensor:
+    """The linear's nodes, cut out of the graph and fed the identity."""
+    _, _, layer, rest = linear.split(".", 3)
+    return torch.cat([_probe(folder, f"/model/layers.{layer}/{part}/MatMulNBits") for part in _NODES[rest]])
+
+
+def _probe(folder: Path, name: str) -> Tensor:
+    import onnx
+    import onnxruntime
+    from onnx import helper
+    from onnx.external_data_helper import load_external_data_for_tensor
+
+    graph = onnx.load(str(folder / "model.onnx"), load_external_data=False).graph
+    node = next(node for node in graph.node if node.name == name)
+    attributes = {a.name: helper.get_attribute_value(a) for a in node.attribute} | {"accuracy_level": 1}
+    weights = [tensor for tensor in graph.initializer if tensor.name in node.input]
+    for tensor in weights:
+        load_external_data_for_tensor(tensor, str(folder))
+        tensor.data_location = onnx.TensorProto.DEFAULT
+        del tensor.external_data[:]
+    width, rows = attributes["K"], attributes["N"]
+    probe = helper.make_graph(
+        [helper.make_node("MatMulNBits", ["x", *node.input[1:]], ["y"], domain="com.microsoft", **attributes)],
+        "probe",
+        [helper.make_tensor_value_info("x", onnx.TensorProto.FLOAT, [width, width])],
+        [helper.make_tensor_value_info("y", onnx.TensorProto.FLOAT, [width, rows])],
+        weights,
+    )
+    opsets = [helper.make_opsetid("", 21), helper.make_opsetid("com.microsoft", 1)]
+    model = helper.make_model(probe, opset_imports=opsets, ir_version=10).SerializeToString()
+    session = onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
+    return torch.from_numpy(session.run(None, {"x": np.eye(width, dtype=np.float32)})[0]).T.contiguous()
+
+
+def built_by_genai(folder: Path, out: Path) -> Path:
+    """The ONNX folder that GenAI's own builder makes of a GPTQ or AWQ folder: float activations, head untouched."""
+    from onnxruntime_genai.models import builder
+
+    if not (out / "genai_config.json").is_file():
+        arguments = ("", str(folder), str(out), "int4", "cpu", str(out / "cache"))
+        options = ["nodes_to_exclude=/lm_head/MatMul", "accuracy_level=1", "shared_embeddings=false"]
+        with redirect_stdout(StringIO()):
+            builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
+    return out
+
+
+def built_in_onnxruntime(artifact: Path, linear: str) -> Tensor:
+    """A linear after the builder unpacked and packed it."""
+    return in_onnxruntime(built_by_genai(artifact, artifact.with_name("built")), linear)
+
+
+# transformers
+
+
+@lru_cache(maxsize=1)
+def _transformers(folder: Path, stamp: int) -> Any:
+    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+
+    return AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
+    ).eval()
+
+
+def _loaded(folder: Path) -> Any:
+    return _transformers(folder, (folder / "config.json").stat().st_mtime_ns)
+
+
+def in_transformers(folder: Path, linear: str) -> Tensor:
+    """The module's weight, after compressed-tensors multiplied it out."""
+    weight: Tensor = _loaded(folder).get_submodule(linear).weight.detach()
+    return weight
+
+
+def transformers_logits(folder: Path, tokens: NDArray[np.int64]) -> Logits:
+    """Of the one sequence."""
+    with torch.inference_mode():
+        return np.asarray(_loaded(folder)(torch.from_numpy(tokens)).logits[0].numpy())
+
+
+# MLX
+
+
+def in_mlx(folder: Path, linear: str) -> Tensor:
+    """mx.dequantize on the folder's own tensors, with what its config.json says of the linear."""
+    import mlx.core as mx
+
+    mx.set_default_device(mx.cpu)
+    declared = json.loads((folder / "config.json").read_text())["quantization"]
+    own = {**declared, **declared.get(linear, {})}
+    arrays: dict[str, Any] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        arrays |= mx.load(str(path))
+    weight, scales, biases = (arrays[f"{linear}.{field}"] for field in ("weight", "scales", "biases"))
+    scales, biases = scales.astype(mx.float32), biases.astype(mx.float32)  # as beside float32 activations
+    found = mx.dequantize(weight, scales, biases, group_size=own["group_size"], bits=own["bits"])
+    return torch.from_numpy(np.array(found))
+
+
+def _mlx_model(folder: Path) -> Any:
+    import mlx.core as mx
+    from mlx_lm.utils import load_model
+
+    mx.set_default_device(mx.cpu)
+    return load_model(folder)[0]
+
+
+def mlx_logits(folder: Path, tokens: NDArray[np.int64]) -> Logits:
+    """Of mlx-lm's model in float32."""
+    import mlx.core as mx
+
+    model = _mlx_model(folder)
+    model.set_dtype(mx.float32)
+    return np.array(model(mx.array(tokens))[0].astype(mx.float32))
+
+
+def mlx_speed(folder: Path, request: SpeedRequest) -> float:
+    """Median decode speed of mlx-lm on this CPU, tokens a second, as the folder is."""
+    import mlx.core as mx
+    from mlx_lm.generate import generate_step
+
+    model, seconds = _mlx_model(folder), []
+    prompt = mx.arange(request.prompt_tokens) + 100
+    for repetition in range(request.warmup + request.repetitions):
+        last = None
+        for _ in generate_step(prompt, model, max_tokens=request.gen_tokens):
+            now = time.perf_counter()
+            if last is not None and repetition >= request.warmup:
+                seconds.append(now - last)
+            last = now
+    return 1 / float(np.median(seconds))
+
+
+VIEWS: dict[str, Callable[[Path, str], Tensor]] = {
+    "gguf": in_libggml,
+    "onnx": in_onnxruntime,
+    "gptq": built_in_onnxruntime,
+    "awq": built_in_onnxruntime,
+    "compressed_tensors": in_transformers,
+    "mlx": in_mlx,
+}
