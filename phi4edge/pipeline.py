@@ -25,6 +25,7 @@ from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import GateError, TargetError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
+from phi4edge.measurement.artifact import default_runtime
 from phi4edge.measurement.drift_run import measure_drift, resolve_reference
 from phi4edge.measurement.gates import Gate, Limits, gate_error
 from phi4edge.measurement.reference import ReferenceStore
@@ -194,7 +195,7 @@ def _measure_speed(
         if plan.target != LOCAL:
             reason = f"this version measures only the machine that it runs on, not {plan.target}"
             measured[plan.target] = {"measured": False, "reason": reason}
-        elif plan.format != "gguf":
+        elif default_runtime(artifact.path) == "torch_ref":
             measured[plan.target] = {"measured": False, "reason": f"no runtime here serves {plan.format}"}
         else:
             progress.note(f"measuring speed of {artifact.path.name}")

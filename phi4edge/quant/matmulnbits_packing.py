@@ -1,4 +1,4 @@
-"""How ONNX Runtime's MatMulNBits and GatherBlockQuantized store a matrix, in both directions; the only place that knows.
+"""How MatMulNBits and GatherBlockQuantized of ONNX Runtime store a matrix, both ways; the only place that knows.
 
 Up to three tensors a matrix [out, in], w = s·(q − z), blocks of ``g`` consecutive input channels, b = 4 or 8 bits:
 

@@ -99,8 +99,7 @@ def model_card(
             "",
             f"Weights of {model.config.family} rounded to {scheme.bits} bits, {kind}, one scale for {group} "
             f"({scheme.name}), stored in the {format_name} format. The {quantized} linears of the "
-            f"{model.config.num_layers} blocks are quantized; "
-            + (rest or f"embedding, norms and head are {kept}"),
+            f"{model.config.num_layers} blocks are quantized; " + (rest or f"embedding, norms and head are {kept}"),
             "",
             notes,
             "",

@@ -8,7 +8,7 @@ lacks. ``past_present_share_buffer`` lets the cache be written in place.
 
 from __future__ import annotations
 
-__all__ = ["CONFIG", "EXCEPTIONS", "GENAI_CONFIG", "PREFIX", "SCHEME", "default_context", "genai_config", "properties"]
+__all__ = ["EXCEPTIONS", "PREFIX", "SCHEME", "default_context", "genai_config", "properties"]
 
 import json
 from collections.abc import Iterator, Mapping
@@ -21,9 +21,7 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import load_tokenizer
 from phi4edge.writers._onnx_names import MODEL
 
-GENAI_CONFIG = "genai_config.json"
 PREFIX = "phi4edge."  # of our keys in the graph's metadata
-CONFIG = "phi4edge.config"  # config.json of the base model
 SCHEME = "phi4edge.scheme"  # of every linear that the exceptions do not name
 EXCEPTIONS = "phi4edge.exceptions"  # {linear: scheme} as JSON
 _CONTEXT = 4096

@@ -17,7 +17,7 @@ from typing import Any
 from phi4edge.checkpoint.index import DTYPE_BYTES, TensorRef
 from phi4edge.core.errors import InputError, MissingToolError
 from phi4edge.core.jsonfile import read_object
-from phi4edge.writers._onnx_config import GENAI_CONFIG
+from phi4edge.writers._onnx_names import GENAI_CONFIG
 
 INSTALL = 'pip install "phi4edge[onnx]"'
 _DAMAGED = "the folder is damaged or incomplete; export or download it again"
@@ -33,6 +33,7 @@ class OnnxFile:
     metadata: Mapping[str, str]  # of the graph
     tensors: Mapping[str, TensorRef]  # weights in data files, by name; those of types that are not read here left out
     attributes: Mapping[str, Mapping[str, Any]]  # of the MatMulNBits node that a weight belongs to, by its name
+    switches: bool  # whether a part of the graph is chosen while it runs, as longrope's factors are
 
 
 def missing_package() -> str | None:
@@ -88,6 +89,7 @@ def read_onnx(folder: Path) -> OnnxFile:
             for node in model.graph.node
             if node.op_type == "MatMulNBits"
         },
+        any(node.op_type == "If" for node in model.graph.node),
     )
 
 
@@ -106,7 +108,9 @@ def _reference(folder: Path, tensor: Any) -> TensorRef:
         raise InputError(
             f"{folder}: {tensor.name} has {nbytes} bytes, {dtype} {list(shape)} needs {expected}", _DAMAGED
         )
-    return TensorRef(name=tensor.name, dtype=dtype, shape=shape, path=path, offset=int(where.get("offset", 0)), nbytes=nbytes)
+    return TensorRef(
+        name=tensor.name, dtype=dtype, shape=shape, path=path, offset=int(where.get("offset", 0)), nbytes=nbytes
+    )
 
 
 def _check_place(ref: TensorRef, size: int | None) -> None:

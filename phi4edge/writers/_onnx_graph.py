@@ -127,7 +127,9 @@ class _Graph:
         nodes, outputs = [], []
         for field in ("cos", "sin"):
             name, values = f"{field}_cache_{size}", getattr(table, field)[:, :half].contiguous().numpy()
-            nodes.append(self._helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(values, name)))
+            nodes.append(
+                self._helper.make_node("Constant", [], [name], value=onnx.numpy_helper.from_array(values, name))
+            )
             outputs.append(self._value(name, _FLOAT, *values.shape))
         return self._helper.make_graph(nodes, f"{size}_rotemb_caches_graph", [], outputs)
 
@@ -139,7 +141,9 @@ class _Graph:
         if kind == "q8_0":
             rows, groups, block = self._places[stored[0]].shape
             flat = {"qweight": (rows, groups * block), "scales": (rows, groups)}
-            names = [self._seen_as(name, f"{EMBEDDING}.table.{f}", flat[f]) for name, f in zip(stored, flat, strict=True)]
+            names = [
+                self._seen_as(name, f"{EMBEDDING}.table.{f}", flat[f]) for name, f in zip(stored, flat, strict=True)
+            ]
             self._node(
                 "GatherBlockQuantized",
                 [names[0], "input_ids", names[1]],
@@ -198,9 +202,7 @@ class _Graph:
     def _matmul(self, name: str, inputs: list[str], out: str, scheme: Scheme, rows: int, columns: int) -> None:
         block = scheme.group_size if scheme.group_size > 0 else columns
         sizes = {"K": columns, "N": rows, "bits": scheme.bits, "block_size": block}
-        self._node(
-            "MatMulNBits", inputs, [out], name=name, domain=OPERATORS, **sizes, accuracy_level=self._accuracy
-        )
+        self._node("MatMulNBits", inputs, [out], name=name, domain=OPERATORS, **sizes, accuracy_level=self._accuracy)
 
     def attention(self, layer: int, qkv: str) -> str:
         """Attention over the cache and ``qkv``, whose rotation it does."""

@@ -1,15 +1,16 @@
-"""Names in the ONNX graph, those that ONNX Runtime GenAI's own builder gives, and what they are in the checkpoint."""
+"""Names of the files and in the graph, those that ONNX Runtime GenAI's own builder gives."""
 
 from __future__ import annotations
 
-__all__ = ["DATA", "EMBEDDING", "HEAD", "MODEL", "norm_name", "part_name", "parts"]
+__all__ = ["CONFIG", "DATA", "EMBEDDING", "GENAI_CONFIG", "HEAD", "MODEL", "norm_name", "part_name", "parts"]
 
 import re
 from itertools import pairwise
 
 from phi4edge.checkpoint.config import ModelConfig
 
-MODEL, DATA = "model.onnx", "model.onnx.data"
+MODEL, DATA, GENAI_CONFIG = "model.onnx", "model.onnx.data", "genai_config.json"
+CONFIG = "phi4edge.config"  # key of the graph's metadata: config.json of the base model
 EMBEDDING, HEAD = "model.embed_tokens", "lm_head"
 _PARTS = {
     "self_attn.qkv_proj": ("attn.qkv_proj",),

@@ -27,7 +27,11 @@ from phi4edge.writers._onnx_names import EMBEDDING, HEAD, norm_name, part_name, 
 from phi4edge.writers._safetensors import Piece, PlannedTensor
 
 _CHUNK = 1 << 22  # weights in RAM at a time, of a table
-_LARGE, _COARSE, _FINE = 1 << 20, 1 << 16, 64  # runtimes map large tensors into memory, on Windows at multiples of 64 KiB
+_LARGE, _COARSE, _FINE = (
+    1 << 20,
+    1 << 16,
+    64,
+)  # runtimes map large tensors into memory, on Windows at multiples of 64 KiB
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Place:
 
 
 def table_names(role: str, kind: str) -> tuple[str, ...]:
-    """The tensors that the table of ``role`` (:data:`EMBEDDING` or :data:`HEAD`) is stored as: codes, scales; or one."""
+    """The tensors that the table of ``role``, EMBEDDING or HEAD, is stored as: codes and scales, or one."""
     return (f"{role}.qweight", f"{role}.scales") if kind == "q8_0" else (f"{role}.weight",)
 
 
