@@ -1,4 +1,4 @@
-"""For the tests of the ONNX format: checkpoints that ONNX Runtime takes, a node by itself, and transformers beside it."""
+"""For the tests of the ONNX format: checkpoints that ONNX Runtime takes, one node, and transformers beside it."""
 
 from __future__ import annotations
 
@@ -70,7 +70,9 @@ def relative(found: torch.Tensor, expected: torch.Tensor) -> float:
     return float((found - expected).norm() / expected.norm())
 
 
-def run_node(kind: str, x: NDArray[Any], weights: dict[str, NDArray[Any]], width: int, **attributes: Any) -> torch.Tensor:
+def run_node(
+    kind: str, x: NDArray[Any], weights: dict[str, NDArray[Any]], width: int, **attributes: Any
+) -> torch.Tensor:
     """What one operator of com.microsoft makes of ``x`` [rows, …] and ``weights``, [rows, width] float32."""
     inputs = ["x", *weights]
     if kind == "GatherBlockQuantized":

@@ -39,7 +39,19 @@ builder = pytest.importorskip("onnxruntime_genai.models.builder")
 import onnx  # noqa: E402
 from onnx_support import ORIGINAL, TOLERANCE, mini_for_ort, ort_logits, peer_logits, relative, run_node, tokens_of  # noqa: E402
 
-SCHEMES = ("w4g16", "w4g32", "w4g64", "w8g32", "w8g64", "w4row", "w4g32-asym", "w4g64-asym", "w8g16-asym", "q4_0", "q8_0")
+SCHEMES = (
+    "w4g16",
+    "w4g32",
+    "w4g64",
+    "w8g32",
+    "w8g64",
+    "w4row",
+    "w4g32-asym",
+    "w4g64-asym",
+    "w8g16-asym",
+    "q4_0",
+    "q8_0",
+)
 DTYPES = {torch.uint8: "U8", torch.float32: "F32"}
 EXACT = WriteOptions(accuracy_level=1)
 
@@ -111,9 +123,7 @@ def test_onnxruntime_gives_our_weights_for_the_identity_and_for_every_row(scheme
     weights = {field: values.numpy() for field, values in pack_linear(linear).items()}
     block = 128 // scheme.groups(128)
     attributes: dict[str, Any] = {"bits": scheme.bits, "block_size": block}
-    found = run_node(
-        "MatMulNBits", torch.eye(128).numpy(), weights, 24, K=128, N=24, accuracy_level=1, **attributes
-    )
+    found = run_node("MatMulNBits", torch.eye(128).numpy(), weights, 24, K=128, N=24, accuracy_level=1, **attributes)
     assert torch.equal(found.t(), linear.dequantize())
     flat = weights | {"qweight": weights["qweight"].reshape(24, -1), "scales": weights["scales"].reshape(24, -1)}
     if "zeros" in flat:
@@ -232,7 +242,9 @@ def test_only_one_linear_is_in_memory_at_a_time(phi4_checkpoint: Path, tmp_path:
     assert len(alive) == len(model.linears)
 
 
-def test_large_tensors_lie_where_they_can_be_mapped(mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_large_tensors_lie_where_they_can_be_mapped(
+    mini: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("phi4edge.writers._onnx_tensors._LARGE", 8192)
     model = quantized_model(mini, "w4g32")
     reader = writer.read(writer.write(model, tmp_path / "out", EXACT).path)
@@ -263,7 +275,12 @@ def test_the_folder_carries_settings_tokenizer_licence_and_card(phi4_checkpoint:
     assert (genai["search"]["max_length"], genai["search"]["temperature"]) == (300, 0.5)
     assert (genai["model"]["context_length"], genai["model"]["type"]) == (512, "phi3")
     card = (out / "README.md").read_text()
-    for words in ("library_name: onnxruntime-genai", "rounded to 8 bits in blocks of 32", "`accuracy_level` 4", "is 300"):
+    for words in (
+        "library_name: onnxruntime-genai",
+        "rounded to 8 bits in blocks of 32",
+        "`accuracy_level` 4",
+        "is 300",
+    ):
         assert words in card
     assert {p.name: sha256_file(p) for p in out.iterdir()} == dict(artifact.files)
     assert artifact.nbytes == sum(p.stat().st_size for p in out.iterdir())
@@ -291,7 +308,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
     phi4_checkpoint: Path, mini_checkpoint: Path, tmp_path: Path
 ) -> None:
     q4_1, w4 = quantized_model(phi4_checkpoint, "q4_1"), quantized_model(phi4_checkpoint, "w4g32")
-    with pytest.raises(InputError, match="onnx cannot hold this run: .*floating-point minimum") as caught:
+    with pytest.raises(InputError, match=r"onnx cannot hold this run: .*floating-point minimum") as caught:
         writer.write(q4_1, tmp_path / "out", WriteOptions())
     assert "w4g32" in str(caught.value.hint)
     fewer = replace(w4, linears=w4.linears[1:])
@@ -371,7 +388,9 @@ def test_genai_s_own_builder_makes_a_model_of_the_same_logits(
         tokens = tokens_of(length)
         assert relative(ort_logits(ours, tokens), ort_logits(theirs, tokens)) <= TOLERANCE
     nodes = [sorted(_operators(path)) for path in (ours, theirs)]
-    assert [n for n in nodes[0] if n not in ("Cast", "FusedMatMul")] == [n for n in nodes[1] if n not in ("Cast", "MatMul")]
+    assert [n for n in nodes[0] if n not in ("Cast", "FusedMatMul")] == [
+        n for n in nodes[1] if n not in ("Cast", "MatMul")
+    ]
     settings = [json.loads((path / "genai_config.json").read_text()) for path in (ours, theirs)]
     for found in settings:
         found["model"]["decoder"].pop("sliding_window", None)  # theirs tells a window as wide as the context
@@ -455,7 +474,9 @@ def _block_size(model: Any) -> None:
 
 
 def _drop(model: Any) -> None:
-    model.graph.initializer.remove(next(t for t in model.graph.initializer if t.name.endswith("1.attn.o_proj.MatMulNBits.scales")))
+    model.graph.initializer.remove(
+        next(t for t in model.graph.initializer if t.name.endswith("1.attn.o_proj.MatMulNBits.scales"))
+    )
 
 
 def _outside(model: Any) -> None:
@@ -486,7 +507,10 @@ def _scheme(name: str) -> Callable[[Any], None]:
         (_other(_drop), r"has no model\.layers\.1\.attn\.o_proj\.MatMulNBits\.scales"),
         (_other(_outside), r"outside of the folder"),
         (_other(_unnamed), r"was not written by phi4edge"),
-        (_other(_scheme("w4g64-asym")), r"qkv_proj\.MatMulNBits\.qweight is U8 \[128, 2, 16\], expected U8 \[128, 1, 32\]"),
+        (
+            _other(_scheme("w4g64-asym")),
+            r"qkv_proj\.MatMulNBits\.qweight is U8 \[128, 2, 16\], expected U8 \[128, 1, 32\]",
+        ),
         (_other(_scheme("w4g33")), r"not divisible|power of two"),
         (_other(_scheme("nonsense")), r"unknown scheme 'nonsense'"),
     ],
@@ -508,7 +532,9 @@ def test_export_and_verify_through_the_command_line(
     phi4_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "onnx"
-    assert main(["quantize", str(phi4_checkpoint), "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
+    assert (
+        main(["quantize", str(phi4_checkpoint), "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
+    )
     options = ("--context", "256", "--accuracy-level", "1", "--json", "-q")
     capsys.readouterr()
     assert main(["export", str(run), "--format", "onnx", "--out", str(out), *options]) == 0
@@ -529,7 +555,9 @@ def test_a_target_gives_the_length_of_the_cache(
     phi4_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run, out = tmp_path / "run", tmp_path / "onnx"
-    assert main(["quantize", str(phi4_checkpoint), "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
+    assert (
+        main(["quantize", str(phi4_checkpoint), "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
+    )
     command = ["export", str(run), "--format", "onnx", "--out", str(out), "-q", "--target"]
     assert main([*command, "laptop-x86-ddr5", "--context", "200"]) == 0
     assert json.loads((out / "genai_config.json").read_text())["search"]["max_length"] == 200
