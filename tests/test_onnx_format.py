@@ -28,6 +28,7 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.matmulnbits_packing import pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.export import verify
+from phi4edge.targets.fit import Request, layout_holds, weight_lines
 from phi4edge.writers import gguf, gptq
 from phi4edge.writers import onnx as writer
 from phi4edge.writers._api import WriteOptions
@@ -153,6 +154,14 @@ def test_what_the_operator_cannot_hold_is_refused_with_the_reason(
     assert reason in str(packing_refusal(parse_scheme(scheme_name), in_features))
 
 
+def test_what_a_target_is_offered_is_what_the_operator_holds() -> None:
+    for name in (*SCHEMES, "q4_1", "q5_0", "q6_k", "w4g8", "w4g96", "w8g128-asym"):
+        scheme = parse_scheme(name)
+        assert layout_holds("onnx", scheme) == (
+            packing_refusal(scheme, 768 if scheme.group_size == 96 else 256) is None
+        )
+
+
 def test_a_scale_that_no_float16_is_is_named() -> None:
     linear = random_linear(parse_scheme("w4g32"), 4, 64, seed=1)
     packed = pack_linear(linear)
@@ -259,6 +268,20 @@ def test_a_tied_table_is_stored_once(mini: Path, tmp_path: Path) -> None:
     table = config.vocab_size * config.hidden_size
     linears = config.linear_parameters // 2 + config.linear_parameters // 32 * 4
     assert (out / "model.onnx.data").stat().st_size < 1.02 * (table + table // 32 * 4 + linears) + 4096
+
+
+@pytest.mark.parametrize("head", ["q8_0", "f16"])
+@pytest.mark.parametrize("scheme_name", ["w4g32", "w4g32-asym", "w8g64-asym", "w4row"])
+def test_a_target_is_told_the_bytes_that_the_file_has(
+    phi4_checkpoint: Path, mini: Path, tmp_path: Path, scheme_name: str, head: str
+) -> None:
+    for folder in (phi4_checkpoint, mini):
+        model = quantized_model(folder, scheme_name)
+        out = writer.write(model, tmp_path / "out", WriteOptions(head=head, embedding=head, force=True)).path
+        reader = writer.read(out)
+        places = {ref.offset: ref.nbytes for name, ref in reader.file.tensors.items() if "_cache" not in name}
+        request = Request(model.scheme, 256, "onnx", head=head, embedding=head)
+        assert sum(line.nbytes for line in weight_lines(reader.config, request)) == sum(places.values())
 
 
 def test_the_folder_carries_settings_tokenizer_licence_and_card(phi4_checkpoint: Path, tmp_path: Path) -> None:
