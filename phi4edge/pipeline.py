@@ -25,6 +25,7 @@ from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import GateError, TargetError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
+from phi4edge.measurement.artifact import default_runtime
 from phi4edge.measurement.drift_run import measure_drift, resolve_reference
 from phi4edge.measurement.gates import Gate, Limits, gate_error
 from phi4edge.measurement.reference import ReferenceStore
@@ -38,7 +39,7 @@ from phi4edge.stages.quantize import quantize
 from phi4edge.stages.verify import verify
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
-from phi4edge.targets.fit import Request, memory_needed
+from phi4edge.targets.fit import ROUNDED_TABLES, Request, memory_needed
 from phi4edge.targets.profile import LOCAL, Profile
 from phi4edge.writers._api import Artifact, WriteOptions
 
@@ -156,7 +157,7 @@ def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tup
     """One run a scheme, one artifact a scheme and format, each read back and compared with its run."""
     made: dict[tuple[str, str], Artifact] = {}
     options = WriteOptions(force=True, progress=progress)
-    tables = replace(options, head=order.wish.head, embedding=order.wish.embedding)  # which a GGUF rounds
+    tables = replace(options, head=order.wish.head, embedding=order.wish.embedding, context=order.wish.context)
     for scheme in dict.fromkeys(plan.scheme for plan in planned):
         folder = order.out / "runs" / scheme
         summary = quantize(
@@ -173,7 +174,7 @@ def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tup
         for layout in dict.fromkeys(plan.format for plan in planned if plan.scheme == scheme):
             name = f"{summary.manifest['data']['model']}-{scheme}-{order.recipe.method}"
             path = order.out / "artifacts" / (f"{name}.gguf" if layout == "gguf" else f"{name}-{layout}")
-            made[scheme, layout] = export(folder, layout, path, tables if layout == "gguf" else options)
+            made[scheme, layout] = export(folder, layout, path, tables if layout in ROUNDED_TABLES else options)
             verify(path, folder, progress=progress)
     return made
 
@@ -199,7 +200,7 @@ def _measure_speed(
         if plan.target != LOCAL:
             reason = f"this version measures only the machine that it runs on, not {plan.target}"
             measured[plan.target] = {"measured": False, "reason": reason}
-        elif plan.format != "gguf":
+        elif default_runtime(artifact.path) == "torch_ref":
             measured[plan.target] = {"measured": False, "reason": f"no runtime here serves {plan.format}"}
         else:
             progress.note(f"measuring speed of {artifact.path.name}")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["checked_out", "plus_minus", "runtime_options"]
+__all__ = ["checked_out", "kv_type_for", "plus_minus", "runtime_options"]
 
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -20,15 +20,15 @@ F = TypeVar("F", bound=Callable[..., Any])
 def runtime_options(function: F) -> F:
     """``--runtime``, ``--threads``, ``--flash-attention``, ``--kv`` and ``--out``.
 
-    The command receives ``runtime: str | None``, ``threads: int | None``, ``flash_attention: str``, ``kv: str`` and
-    ``out: Path | None``.
+    The command receives ``runtime: str | None``, ``threads: int | None``, ``flash_attention: str``,
+    ``kv: str | None`` and ``out: Path | None``.
     """
     for decorator in (
         click.option(
             "--out", type=click.Path(path_type=Path), metavar="FILE.json", help="Write the document of --json here too."
         ),
         click.option(
-            "--kv", type=click.Choice(KV_TYPES), default="f16", show_default=True, help="Type of the KV cache."
+            "--kv", type=click.Choice(KV_TYPES), help="Type of the KV cache.  [default: f16, in ONNX f32]"
         ),
         click.option(
             "--flash-attention", type=click.Choice(FLASH_ATTENTION), default="auto", show_default=True,
@@ -40,11 +40,19 @@ def runtime_options(function: F) -> F:
         ),
         click.option(
             "--runtime", type=click.Choice(registry.names("phi4edge.runtimes")),
-            help="Where ARTIFACT runs.  [default: llama_cpp for a GGUF file, torch_ref for a folder]",
+            help="Where ARTIFACT runs.  [default: llama_cpp for GGUF, onnxruntime_genai for ONNX, else torch_ref]",
         ),
     ):  # fmt: skip
         function = decorator(function)
     return function
+
+
+def kv_type_for(artifact: Path, runtime: str | None, asked: str | None) -> str:
+    """The type of the KV cache that was asked for, or else the runtime's own."""
+    from phi4edge.measurement.artifact import default_runtime
+    from phi4edge.runtimes._api import default_settings
+
+    return asked or default_settings(runtime or default_runtime(artifact)).kv_type
 
 
 def checked_out(out: Path | None) -> None:

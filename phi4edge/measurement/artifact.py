@@ -12,14 +12,17 @@ from typing import Any
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.workdir import RUN_FILE
+from phi4edge.writers._onnx_names import GENAI_CONFIG
 
-_OWN = "phi4edge."  # keys that our writers put into a GGUF
+_OWN = "phi4edge."  # keys that our writers put into a GGUF or an ONNX graph
 _BULKY = "phi4edge.config"
 _DESCRIPTIVE = ("README.md", "manifest.json", "SHA256SUMS")  # what tells of an artifact, drift included
 
 
 def default_runtime(artifact: Path) -> str:
     """The runtime that an artifact is measured in when the user names none."""
+    if (artifact / GENAI_CONFIG).is_file():
+        return "onnxruntime_genai"
     return "torch_ref" if artifact.is_dir() else "llama_cpp"
 
 
@@ -35,7 +38,13 @@ def describe(artifact: Path) -> dict[str, Any]:
         raise InputError(f"{artifact}: no such file or folder")
     made: dict[str, Any] = {}
     if artifact.is_dir():
-        format_name, scheme = _folder_kind(artifact)
+        if (artifact / GENAI_CONFIG).is_file():
+            from phi4edge.writers._onnx_file import read_onnx
+
+            format_name, said = "onnx", read_onnx(artifact).metadata
+            scheme, made = said.get(f"{_OWN}scheme"), _provenance(said)
+        else:
+            format_name, scheme = _folder_kind(artifact)
         files = sorted(path for path in artifact.rglob("*") if path.is_file())
         if not files:
             raise InputError(f"{artifact}: the folder is empty")
@@ -47,7 +56,7 @@ def describe(artifact: Path) -> dict[str, Any]:
 
         header = read_gguf(artifact).metadata
         format_name, scheme = "gguf", str(header.get(f"{_OWN}scheme") or _file_type(header))
-        made = {k.removeprefix(_OWN): v for k, v in header.items() if k.startswith(_OWN) and k != _BULKY}
+        made = _provenance(header)
         digest, nbytes = sha256_file(artifact), artifact.stat().st_size
     return {
         "path": str(artifact),
@@ -58,6 +67,10 @@ def describe(artifact: Path) -> dict[str, Any]:
         "bytes": nbytes,
         "provenance": made,
     }
+
+
+def _provenance(metadata: Mapping[str, Any]) -> dict[str, Any]:
+    return {k.removeprefix(_OWN): v for k, v in metadata.items() if k.startswith(_OWN) and k != _BULKY}
 
 
 def _folder_kind(folder: Path) -> tuple[str, str | None]:

@@ -21,7 +21,7 @@ from phi4edge.measurement.reference import ReferenceStore, build_store, is_store
 from phi4edge.measurement.texts import read_chunks, text_sha256
 from phi4edge.model.source import WeightSource
 from phi4edge.model.tokenizer import load_tokenizer
-from phi4edge.runtimes._api import Session, Settings, load_runtime
+from phi4edge.runtimes._api import Session, Settings, default_settings, load_runtime
 from phi4edge.runtimes.torch_ref import TorchSession
 
 
@@ -91,7 +91,8 @@ def check_artifact(
     """
     if not artifact.exists():
         raise InputError(f"{artifact}: no such file or folder")
-    with _open(artifact, 8, runtime, settings or Settings(), source):
+    settings = settings or default_settings(runtime or default_runtime(artifact))
+    with _open(artifact, 8, runtime, settings, source):
         pass
 
 
@@ -117,7 +118,8 @@ def measure_drift(
     """
     began, machine = time.perf_counter(), environment()  # its load average is the one that the measurement met
     description = describe(artifact)
-    name, settings = runtime or default_runtime(artifact), settings or Settings()
+    name = runtime or default_runtime(artifact)
+    settings = settings or default_settings(name)
     count = store.chunks if chunks is None else chunks
     if not 1 <= count <= store.chunks:
         raise UsageError(f"chunks {count} is not between 1 and the store's {store.chunks}")

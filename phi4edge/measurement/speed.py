@@ -24,7 +24,7 @@ from phi4edge.core.errors import MissingToolError
 from phi4edge.measurement.artifact import default_runtime, describe
 from phi4edge.measurement.environment import environment
 from phi4edge.measurement.result import Measurement, mean_of
-from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples, load_runtime
+from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples, default_settings, load_runtime
 
 
 def summarize_speed(samples: SpeedSamples, request: SpeedRequest) -> dict[str, Measurement]:
@@ -71,9 +71,9 @@ def measure_speed(
         InputError: a bad artifact.
         MissingToolError, TargetError: the runtime is not installed, or died.
     """
-    request, settings = request or SpeedRequest(), settings or Settings()
     description = describe(artifact)
     name = runtime or default_runtime(artifact)
+    request, settings = request or SpeedRequest(), settings or default_settings(name)
     module = load_runtime(name)
     reason = module.available()
     if reason:

@@ -16,6 +16,7 @@ __all__ = [
     "Settings",
     "SpeedRequest",
     "SpeedSamples",
+    "default_settings",
     "load_runtime",
 ]
 
@@ -129,6 +130,7 @@ class Runtime(Protocol):
     """A runtime module."""
 
     NAME: str
+    KV_TYPE: str  # of the KV cache where nobody says
 
     def available(self) -> str | None:
         """Why the runtime cannot be used here, or None when it can."""
@@ -155,6 +157,11 @@ class Runtime(Protocol):
             InputError, MissingToolError: as :meth:`open`.
         """
         ...
+
+
+def default_settings(runtime: str) -> Settings:
+    """The settings of runtime ``runtime`` where nobody says."""
+    return Settings(kv_type=load_runtime(runtime).KV_TYPE)
 
 
 def load_runtime(name: str) -> Runtime:

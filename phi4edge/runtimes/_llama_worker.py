@@ -1,15 +1,10 @@
 """The process that holds llama.cpp: ``python -m phi4edge.runtimes._llama_worker``, spoken to over its pipes.
 
 llama.cpp lives in a child of its own so that a crash in native code is an error message of ours, and so that peak
-RSS is the runtime's alone. Requests are JSON lines on stdin; answers are JSON lines on stdout, those with
-``nbytes`` followed by as many raw bytes. Whatever else writes to stdout lands on stderr.
+RSS is the runtime's alone. Its requests and answers are those of :mod:`phi4edge.runtimes._serving`, and
 
-    {"op": "load", "path", "context", "sequences", "settings"}   → {"ok", "vocab_size", "load_s", "details"}
-    {"op": "logits", "tokens": […], "first": n}     → {"ok", "nbytes"} + bytes, again and again until length − first
-                                                      rows of vocab_size float32 have come
-    {"op": "speed", "request"}                      → {"ok", "prefill_s", "ttft_s", "token_s", …}
-    {"op": "sample", "request"}                     → {"ok", "written": [[{"prompt", "tokens", "ended"}, …], …]}
-    anything that fails                             → {"ok": false, "kind", "message"}
+    {"op": "load", "path", "context", "sequences", "settings"}
+    {"op": "sample", "request"}     → {"ok", "written": [[{"prompt", "tokens", "ended"}, …], …]}
 """
 
 from __future__ import annotations
@@ -17,36 +12,25 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import ctypes
-import json
-import os
-import random
 import re
-import sys
 import time
 from collections import deque
 from collections.abc import Iterator
 from dataclasses import asdict
 from itertools import pairwise
-from typing import Any, BinaryIO
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from phi4edge.core.memory import peak_rss_bytes, rss_bytes
+from phi4edge.runtimes import _serving as serving
 from phi4edge.runtimes._api import Settings, SpeedRequest
 from phi4edge.runtimes._sampling import SampleRequest, Stream, Written
+from phi4edge.runtimes._serving import WorkerError
 
 _FLASH = {"auto": -1, "off": 0, "on": 1}
 _LOG_LINES = 400
 _DEBUG, _ERROR, _CONTINUED = 1, 4, 5  # ggml's log levels
-
-
-class WorkerError(Exception):
-    """llama.cpp refused; ``kind`` says whose fault it is."""
-
-    def __init__(self, kind: str, message: str) -> None:
-        super().__init__(message)
-        self.kind = kind
 
 
 class Log:
@@ -208,24 +192,11 @@ class Engine:
 
     def speed(self, request: SpeedRequest) -> dict[str, Any]:
         """llama-bench's pp and tg: the cache is empty at the start of each, and nothing is sampled."""
-        random_tokens = random.Random(request.seed)
-        prompt = [random_tokens.randrange(self.vocab_size) for _ in range(request.prompt_tokens)]
-        generated = [random_tokens.randrange(self.vocab_size) for _ in range(request.gen_tokens)]
+        prompt, generated = serving.random_tokens(request, self.vocab_size)
         if self._lib.llama_vocab_get_add_bos(self._vocab):
             for tokens in (prompt, generated):
                 tokens[:1] = [self._lib.llama_vocab_bos(self._vocab)] * len(tokens[:1])
-        prefill, ttft, decode = [], [], []
-        for repetition in range(-request.warmup, request.repetitions):
-            seconds = self._time_prompt(prompt) if prompt else None
-            if seconds and repetition >= 0:
-                prefill.append(seconds[0])
-                ttft.append(seconds[1])
-        for repetition in range(-request.warmup, request.repetitions):
-            # One token warms up what a generation touches; the rest would only cost time.
-            each = self._time_tokens(generated[:1] if repetition < 0 else generated) if generated else []
-            if each and repetition >= 0:
-                decode.append(each)
-        return {"prefill_s": prefill, "ttft_s": ttft, "token_s": decode}
+        return serving.timed(request, prompt, generated, self._time_prompt, self._time_tokens)
 
     def _time_prompt(self, tokens: list[int]) -> tuple[float, float]:
         lib = self._lib
@@ -249,64 +220,25 @@ class Engine:
         return [later - earlier for earlier, later in pairwise(times)]
 
 
-def _die_with_parent() -> None:
-    """On Linux, have the kernel end this process when the thread that started it ends, however that happens."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(1, 9)  # PR_SET_PDEATHSIG, SIGKILL
+def _prepare() -> None:
+    import llama_cpp  # noqa: F401
 
 
-def _serve(requests: BinaryIO, answers: BinaryIO) -> None:
-    log = Log()
-    engine: Engine | None = None
-    idle_rss = 0
-    for line in requests:
-        request = json.loads(line)
-        try:
-            if request["op"] == "load":
-                _import_llama()
-                idle_rss = rss_bytes()  # what the interpreter and the bindings take is not the model's
-                settings = Settings(**request["settings"])
-                engine = Engine(request["path"], request["context"], request["sequences"], settings, log)
-                body = {"vocab_size": engine.vocab_size, "load_s": engine.load_s, "details": engine.details()}
-                _answer(answers, body)
-                continue
-            assert engine is not None
-            if request["op"] == "logits":
-                for part in engine.logits(request["tokens"], request["first"]):
-                    _answer(answers, {"nbytes": part.nbytes})
-                    answers.write(part.data)
-                answers.flush()
-            elif request["op"] == "sample":
-                written = engine.sample(SampleRequest(**request["request"]))
-                _answer(answers, {"written": [[asdict(text) for text in texts] for texts in written]})
-            else:
-                samples = engine.speed(SpeedRequest(**request["request"]))
-                _answer(answers, samples | {"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle_rss})
-        except WorkerError as error:
-            _answer(answers, {"kind": error.kind, "message": str(error)}, ok=False)
+def _load(request: dict[str, Any]) -> Engine:
+    settings = Settings(**request["settings"])
+    return Engine(request["path"], request["context"], request["sequences"], settings, Log())
 
 
-def _import_llama() -> None:
-    try:
-        import llama_cpp  # noqa: F401
-    except (ImportError, OSError, RuntimeError) as error:  # the two latter where its native library does not load
-        raise WorkerError("missing", f"{type(error).__name__}: {error}") from error
-
-
-def _answer(stream: BinaryIO, body: dict[str, Any], *, ok: bool = True) -> None:
-    stream.write(json.dumps({"ok": ok, **body}).encode() + b"\n")
-    stream.flush()
+def _sample(engine: serving.Engine, request: dict[str, Any]) -> dict[str, Any]:
+    assert isinstance(engine, Engine)
+    assert request["op"] == "sample"
+    written = engine.sample(SampleRequest(**request["request"]))
+    return {"written": [[asdict(text) for text in texts] for texts in written]}
 
 
 def main() -> None:
     """Serve requests until stdin ends."""
-    _die_with_parent()
-    answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)
-    try:
-        _serve(sys.stdin.buffer, answers)
-    except (BrokenPipeError, KeyboardInterrupt):
-        os._exit(0)  # the parent has gone, or is telling the user itself
+    serving.serve(_load, _prepare, _sample)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,17 @@ are rounded as such a runtime rounds them, so that this part of its arithmetic i
 
 from __future__ import annotations
 
-__all__ = ["NAME", "TorchSession", "available", "open", "open_source", "sequences_in_ram", "speed", "version"]
+__all__ = [
+    "KV_TYPE",
+    "NAME",
+    "TorchSession",
+    "available",
+    "open",
+    "open_source",
+    "sequences_in_ram",
+    "speed",
+    "version",
+]
 
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -31,6 +41,7 @@ from phi4edge.runtimes._threads import physical_cores
 from phi4edge.writers._api import ArtifactReader
 
 NAME = "torch_ref"
+KV_TYPE = "f32"  # keys and values are those of one pass, and not stored
 _HIDDEN_BYTES = 2**30  # hidden states in RAM at a time; more sequences stream the weights again
 
 

@@ -25,8 +25,10 @@ def check_run_fits(
     head: str | None,
     embedding: str | None,
     model: str | None,
-) -> None:
-    """Hold finished run ``run`` as a ``format_name`` artifact against the memory of ``target``.
+) -> int:
+    """The context that was held against ``target``: ``context``, or the target's default.
+
+    Finished run ``run`` as a ``format_name`` artifact is held against the target's memory.
 
     Raises:
         UsageError: no such target.
@@ -38,11 +40,13 @@ def check_run_fits(
     profile = open_catalog().profile(target)
     asked = context or min(profile.default_context, config.context_length)
     tables = [kind or manifest["tables"].get(role, "q8_0") for role, kind in (("head", head), ("embedding", embedding))]
-    request = Request(parse_scheme(manifest["scheme"]), asked, format_name, "f16", *tables)
     option = next((option for option in profile.runtimes if format_name in option.formats), None)
     if option is None:
         runs = ", ".join(sorted({name for option in profile.runtimes for name in option.formats}))
         raise TargetError(f"{target} runs no {format_name}", f"formats that it runs: {runs}")
+    kv = "f16" if "f16" in option.kv_types else option.kv_types[0]
+    request = Request(parse_scheme(manifest["scheme"]), asked, format_name, kv, *tables)
     fit = memory_needed(config, request, usable_bytes=profile.usable_bytes, process_bytes=process_bytes(option))
     if not fit.fits:
         raise refusal(manifest["model"], config, profile, option, fit)
+    return asked

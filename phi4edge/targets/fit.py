@@ -2,8 +2,9 @@
 
 * **Weights** are counted tensor by tensor as the file stores them. GGUF: linears in the block type that holds the
   scheme, embedding and head in theirs, norms and rope factors in float32. GPTQ: packed codes, float16 scales, packed
-  zero points and g_idx for each linear; embedding, head and norms in float16. Tokenizer metadata (a few MB) is left
-  out. With a GPU, llama.cpp leaves the embedding in host RAM; it is counted all the same, so the sum is a bound.
+  zero points and g_idx for each linear; embedding, head and norms in float16. ONNX: packed codes, float32 scales and
+  packed zero points, tables of 8 bits in blocks of 32 likewise. Tokenizer metadata (a few MB) is left out.
+  With a GPU, llama.cpp leaves the embedding in host RAM; it is counted all the same, so the sum is a bound.
 * **KV cache** = 2 · layers · kv_heads · head_dim values a token, for the context rounded up to a multiple of 256 as
   llama.cpp allocates it; f16 takes 2 bytes a value, q8_0 34 bytes for 32, q4_0 18 bytes for 32.
 * **Compute buffers**, an estimate: a prompt goes through in micro-batches of ``UBATCH`` tokens, and llama.cpp's
@@ -21,6 +22,7 @@ __all__ = [
     "KV_BYTES",
     "LAYOUTS",
     "PROCESS_BYTES",
+    "ROUNDED_TABLES",
     "Fit",
     "Line",
     "Request",
@@ -56,10 +58,12 @@ BLOCKS = {
     "q5_k": (256, 176),
     "q6_k": (256, 210),
 }
+_Q8_0_F32 = "q8_0 with float32 scales"  # of an ONNX table
 FLOAT_TYPES = ("f32", "f16")
 HEAD_TYPES = ("q8_0", "q6_k", "f16")
 KV_BYTES = {"f32": 4.0, "f16": 2.0, "q8_0": 34 / 32, "q4_0": 18 / 32}  # bytes a value
-LAYOUTS = ("gguf", "gptq")  # formats whose bytes are known here
+LAYOUTS = ("gguf", "gptq", "onnx")  # formats whose bytes are known here
+ROUNDED_TABLES = ("gguf", "onnx")  # formats that give embedding and head a type of their own
 CELLS = 256  # llama.cpp rounds a context up to a multiple of this
 UBATCH = 512  # llama.cpp's default n_ubatch, tokens
 PROCESS_BYTES = 150_000_000
@@ -125,6 +129,8 @@ def layout_holds(layout: str, scheme: Scheme) -> bool:
     """Whether format ``layout``, one of LAYOUTS, stores ``scheme``'s codes and parameters without another rounding."""
     if layout == "gguf":
         return block_type(scheme) is not None
+    if layout == "onnx" and scheme.group_size > 0 and (scheme.group_size < 16 or scheme.group_size.bit_count() > 1):
+        return False  # a block of MatMulNBits is a power of two
     return scheme.grid in ("affine", "q4_0", "q8_0")  # a float16 scale a group, whole-numbered zero points
 
 
@@ -134,7 +140,7 @@ def tensor_bytes(shape: Sequence[int], kind: str, where: str) -> int:
     Raises:
         InputError: a row is not a whole number of blocks.
     """
-    weights, size = BLOCKS[kind]
+    weights, size = (32, 36) if kind == _Q8_0_F32 else BLOCKS[kind]
     if shape[-1] % weights:
         raise InputError(
             f"{where}: rows of {shape[-1]} weights do not divide into {kind} blocks of {weights}",
@@ -149,6 +155,14 @@ def _gptq_linear_bytes(shape: tuple[int, int], scheme: Scheme, where: str) -> in
     groups = scheme.groups(inp, where)
     packed = 32 // scheme.bits  # codes an int32
     return 4 * math.ceil(inp / packed) * out + 2 * groups * out + 4 * groups * math.ceil(out / packed) + 4 * inp
+
+
+def _onnx_linear_bytes(shape: tuple[int, int], scheme: Scheme, where: str) -> int:
+    """Codes, scales (float32) and, where asymmetric, zero points of one linear."""
+    out, inp = shape
+    groups = scheme.groups(inp, where)
+    zeros = 0 if scheme.symmetric else out * math.ceil(groups * scheme.bits / 8)
+    return out * inp * scheme.bits // 8 + 4 * out * groups + zeros
 
 
 def weight_lines(config: ModelConfig, request: Request) -> tuple[Line, ...]:
@@ -172,6 +186,13 @@ def weight_lines(config: ModelConfig, request: Request) -> tuple[Line, ...]:
         for name, shape in config.linear_shapes.items():
             linears += config.num_layers * _gptq_linear_bytes(shape, scheme, name)
         how, head, embedding, norm = "codes, scales, zero points, g_idx", "f16", "f16", "f16"
+    elif request.format == "onnx":
+        if not layout_holds("onnx", scheme):
+            raise InputError(f"onnx: MatMulNBits does not hold {scheme.name}", "use w4g32, w8g32 or w4g128-asym")
+        for name, shape in config.linear_shapes.items():
+            linears += config.num_layers * _onnx_linear_bytes(shape, scheme, name)
+        how, norm = "codes, scales, zero points", "f32"
+        head, embedding = (_Q8_0_F32 if kind == "q8_0" else kind for kind in (request.head, request.embedding))
     else:
         raise InputError(f"{request.format}: its bytes are not known here", f"known: {', '.join(LAYOUTS)}")
     bits = 8 * linears / config.linear_parameters

@@ -33,6 +33,8 @@ class WriteOptions:
 
     head: str | None = None  # type of lm_head where the format quantizes it: q8_0, q6_k, f16; None: as the run says
     embedding: str | None = None  # the same of the embedding
+    accuracy_level: int = 4  # of ONNX's MatMulNBits: 4 rounds activations to int8, 1 leaves them in float32
+    context: int | None = None  # tokens that ONNX Runtime GenAI allocates the KV cache for; None: 4096 or the model's
     force: bool = False  # replace an existing artifact
     progress: Progress = field(default=SILENT, compare=False)
 

@@ -72,11 +72,16 @@ def stored_pieces(model: QuantizedModel, ref: TensorRef) -> Iterator[Piece]:
         yield ref.name, piece
 
 
-def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
-    """README.md of an artifact: what it is, what it was made from and how, and a place for its drift."""
+def model_card(
+    model: QuantizedModel, format_name: str, notes: str, *, rest: str | None = None, library: str = "transformers"
+) -> str:
+    """README.md of an artifact: what it is, what it was made from and how, and a place for its drift.
+
+    ``rest`` says what became of embedding, head and norms where they are not the base model's bytes.
+    """
     scheme, provenance = model.scheme, model.provenance
     base = provenance.get("base_model", "")
-    front = ["library_name: transformers", "pipeline_tag: text-generation"]
+    front = [f"library_name: {library}", "pipeline_tag: text-generation"]
     if _HUB_ID.fullmatch(base):
         front += [f"base_model: {json.dumps(base)}", "base_model_relation: quantized"]
     front += ["tags:", f"- {format_name}", "- phi3", f"- {scheme.bits}-bit", "- phi4edge"]
@@ -84,6 +89,7 @@ def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
     kind = "symmetric" if scheme.symmetric else "asymmetric"
     quantized = len(model.linears)
     changed = model.base is not None or bool(model.replaced)
+    kept = "the base model's, changed along with them." if changed else "as in the base model."
     made = [f"| {key} | {_cell(value)} |" for key, value in provenance.items()]
     return "\n".join(
         [
@@ -94,8 +100,7 @@ def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
             "",
             f"Weights of {model.config.family} rounded to {scheme.bits} bits, {kind}, one scale for {group} "
             f"({scheme.name}), stored in the {format_name} format. The {quantized} linears of the "
-            f"{model.config.num_layers} blocks are quantized; embedding, norms and head are "
-            + ("the base model's, changed along with them." if changed else "as in the base model."),
+            f"{model.config.num_layers} blocks are quantized; " + (rest or f"embedding, norms and head are {kept}"),
             "",
             notes,
             "",

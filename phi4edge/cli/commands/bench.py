@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.measure_options import checked_out, plus_minus, runtime_options
+from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
 from phi4edge.cli.render import emit, envelope, table
 from phi4edge.cli.target_options import target_path_option
@@ -99,7 +99,7 @@ def command(
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
-    kv: str,
+    kv: str | None,
     out: Path | None,
     as_json: bool,
     verbose: int,
@@ -121,7 +121,7 @@ def command(
         transport=transport,
         runtime=runtime,
         request=SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup),
-        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv),
+        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv)),
     )
     if out is not None:
         write_json(out, envelope(COMMAND, data))

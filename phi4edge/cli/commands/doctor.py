@@ -47,7 +47,8 @@ REQUIRED = {
     "gguf": ("gguf", "GGUF files", "pip install gguf"),
 }
 OPTIONAL = {
-    "onnxruntime_genai": ("onnxruntime-genai", "measuring in ONNX Runtime", 'pip install "phi4edge[onnx]"'),
+    "onnx": ("onnx", "writing and reading ONNX artifacts", 'pip install "phi4edge[onnx]"'),
+    "onnxruntime_genai": ("onnxruntime-genai", "drift and speed of ONNX artifacts", 'pip install "phi4edge[onnx]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
 # transport → programs that it calls here, with how to get them

@@ -7,7 +7,7 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.measure_options import checked_out, plus_minus, runtime_options
+from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
@@ -92,7 +92,7 @@ def command(
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
-    kv: str,
+    kv: str | None,
     out: Path | None,
     as_json: bool,
     verbose: int,
@@ -115,7 +115,12 @@ def command(
     from phi4edge.runtimes._api import Settings
 
     limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
-    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv, activations=activations)
+    settings = Settings(
+        threads=threads,
+        flash_attention=flash_attention,
+        kv_type=kv_type_for(artifact, runtime, kv),
+        activations=activations,
+    )
     checked_out(out)
     source: WeightSource | None = None
     if (artifact / RUN_FILE).is_file():

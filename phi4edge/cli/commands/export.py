@@ -22,13 +22,26 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
     "format_name",
     type=click.Choice(names("phi4edge.writers")),
     required=True,
-    help="gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime.",
+    help="gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime; onnx for ONNX Runtime GenAI.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
-@click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
-@click.option("--head", type=_TYPES, help="Type of lm_head in a GGUF.  [default: the run's mix, or q8_0]")
-@click.option("--embedding", type=_TYPES, help="Type of the embedding in a GGUF.  [default: the run's mix, or q8_0]")
+@click.option(
+    "--context",
+    type=int,
+    help="Tokens that must fit the target, and that ONNX's KV cache is for.  [default: the target's, or 4096]",
+)
+@click.option("--head", type=_TYPES, help="Type of lm_head in gguf and onnx.  [default: the run's mix, or q8_0]")
+@click.option(
+    "--embedding", type=_TYPES, help="Type of the embedding in gguf and onnx.  [default: the run's mix, or q8_0]"
+)
+@click.option(
+    "--accuracy-level",
+    type=click.Choice(["1", "4"]),
+    default="4",
+    show_default=True,
+    help="In onnx: 4 rounds activations to int8, which is faster; 1 leaves them in float32.",
+)
 @click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
 @force_option
 @dry_run_option
@@ -41,6 +54,7 @@ def command(
     context: int | None,
     head: str | None,
     embedding: str | None,
+    accuracy_level: str,
     model: str | None,
     force: bool,
     dry_run: bool,
@@ -57,10 +71,17 @@ def command(
     from phi4edge.writers._api import WriteOptions
 
     if target is not None:
-        check_run_fits(
+        context = check_run_fits(
             run, target, format_name=format_name, context=context, head=head, embedding=embedding, model=model
         )
-    options = WriteOptions(head=head, embedding=embedding, force=force, progress=progress_for(quiet))
+    options = WriteOptions(
+        head=head,
+        embedding=embedding,
+        accuracy_level=int(accuracy_level),
+        context=context,
+        force=force,
+        progress=progress_for(quiet),
+    )
     if dry_run:
         planned = plan(run, format_name, out, options, model=model)
         shown = f"would write {planned['path']}: {planned['format']} {planned['scheme']}; nothing was written"

@@ -1,0 +1,114 @@
+"""ONNX Runtime GenAI on its folders, on the CPU, in a child process.
+
+Any folder that GenAI loads can be measured, ours or one that its own builder made. Graphs here have float32 activations
+and a float32 KV cache; where MatMulNBits has accuracy level 4, its kernels round activations to int8 by themselves
+(``torch_ref`` simulates that: ``--activations int8-b32`` for blocks of 32). A setting that GenAI has no equivalent of
+is refused.
+"""
+
+from __future__ import annotations
+
+__all__ = ["INSTALL", "KV_TYPE", "NAME", "available", "open", "speed", "version"]
+
+import importlib.metadata
+import importlib.util
+import json
+import signal
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from phi4edge.checkpoint.config import parse_config
+from phi4edge.core.errors import InputError, MissingToolError, UsageError
+from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples
+from phi4edge.runtimes._child import Child, ChildSession
+from phi4edge.writers._onnx_names import CONFIG, GENAI_CONFIG
+
+if TYPE_CHECKING:
+    from phi4edge.writers._onnx_file import OnnxFile
+
+NAME = "onnxruntime_genai"
+KV_TYPE = "f32"
+PACKAGE = "onnxruntime-genai"
+INSTALL = 'pip install "phi4edge[onnx]"'
+_SIGNALS = {
+    signal.SIGILL: f"the library was built for another CPU; build {PACKAGE} from source here",
+    signal.SIGBUS: "a file became shorter while it was read, or its disk fails",
+    signal.SIGKILL: "most likely out of memory; take a smaller artifact or a shorter context",
+}
+
+
+def available() -> str | None:
+    """Why ONNX Runtime GenAI cannot be used here, or None when it can (its library is not loaded to find out)."""
+    return None if importlib.util.find_spec(NAME) else f"the Python package {PACKAGE} is not installed"
+
+
+def version() -> str:
+    """Version of onnxruntime-genai."""
+    try:
+        return importlib.metadata.version(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def open(artifact: Path, context: int, settings: Settings) -> ChildSession:
+    """Load folder ``artifact`` into a child process, for sequences of up to ``context`` tokens.
+
+    Raises:
+        InputError: not such a folder, a damaged one, or a context beyond the model's.
+        UsageError: a setting that GenAI cannot honour.
+        MissingToolError: onnxruntime-genai or onnx is not installed, or does not load.
+        TargetError: the child died.
+    """
+    reason = available()
+    if reason:
+        raise MissingToolError(reason, INSTALL)
+    _check_settings(settings)
+    if not (artifact / GENAI_CONFIG).is_file():
+        raise InputError(
+            f"{artifact}: has no {GENAI_CONFIG}; {NAME} reads folders that have one",
+            "phi4edge export RUN --format onnx makes one",
+        )
+    from phi4edge.writers._onnx_file import read_onnx  # not at the top: it brings torch
+
+    file = read_onnx(artifact)  # a graph that points beyond its data is refused before it is mapped
+    limit = file.settings["model"].get("context_length")
+    if isinstance(limit, int) and context > limit:
+        raise InputError(f"a context of {context} exceeds the model's {limit}", f"give --context {limit} or less")
+    child = Child("phi4edge.runtimes._onnx_worker", "ONNX Runtime", f"{PACKAGE} {version()}", INSTALL, _SIGNALS)
+    session = ChildSession(child, artifact, settings, {"context": context, "whole_beyond": _whole_beyond(file)})
+    levels = {int(node.get("accuracy_level", 0)) for node in file.attributes.values()}
+    session.add_details({"kv_type": KV_TYPE, "accuracy_levels": sorted(levels)})
+    return session
+
+
+def _check_settings(settings: Settings) -> None:
+    """Raises UsageError for the first setting that is not GenAI's to honour."""
+    refused = {
+        "kv_type": (settings.kv_type != KV_TYPE, f"the KV cache is {KV_TYPE}, as the graph has it", f"--kv {KV_TYPE}"),
+        "flash_attention": (settings.flash_attention != "auto", "GroupQueryAttention has no such switch", "auto"),
+        "gpu_layers": (settings.gpu_layers != 0, "this runtime measures the CPU", "0"),
+        "ubatch": (
+            settings.ubatch != settings.batch, "tokens are computed as they are submitted", "the batch"
+        ),
+        "activations": (
+            settings.activations != "none", "it rounds activations as the graph's accuracy_level says",
+            "--runtime torch_ref, which simulates them",
+        ),
+    }  # fmt: skip
+    for name, (wrong, reason, instead) in refused.items():
+        if wrong:
+            raise UsageError(f"{NAME} cannot honour {name} {getattr(settings, name)}: {reason}", f"use {instead}")
+
+
+def _whole_beyond(file: OnnxFile) -> int | None:
+    """The length beyond which the graph takes other factors of rotation; 0 where it switches and does not say when."""
+    if CONFIG in file.metadata:
+        rope = parse_config(json.loads(file.metadata[CONFIG])).rope
+        return rope.original_context if rope.is_longrope else None
+    return 0 if file.switches else None
+
+
+def speed(artifact: Path, request: SpeedRequest, settings: Settings) -> SpeedSamples:
+    """Time ``artifact`` in a child of its own; raises as :func:`open`."""
+    with open(artifact, max(request.prompt_tokens, request.gen_tokens), settings) as session:
+        return session.speed(request)
