@@ -36,7 +36,7 @@ from phi4edge.stages.export import export, verify
 from phi4edge.stages.quantize import quantize
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
-from phi4edge.targets.fit import Request, memory_needed
+from phi4edge.targets.fit import LAYOUTS, Request, memory_needed
 from phi4edge.targets.profile import LOCAL, Profile
 from phi4edge.writers._api import Artifact, WriteOptions
 
@@ -137,7 +137,7 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
     context = order.wish.context or min(profile.default_context, config.context_length)
     for option in profile.runtimes:
         for layout in option.formats:
-            if layout not in writable:
+            if layout not in writable or layout not in LAYOUTS:
                 continue
             kv = order.wish.kv or option.kv_types[0]
             request = Request(scheme, context, layout, kv, order.wish.head, order.wish.embedding)
