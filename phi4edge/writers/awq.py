@@ -4,10 +4,10 @@ Only the layout is AWQ's (:mod:`phi4edge.quant.awq_packing`): the codes are thos
 they are. Embedding, norms and head keep the base model's bytes, fused projections stay fused under its names. Symmetric
 runs have their zero point 8 spelled out, and ``meta.scheme`` says that they are symmetric.
 
-Which tools want what. ONNX Runtime GenAI's builder and compressed-tensors' converter take any group size, and the tests
-run both. vLLM (by its source, not run) wants groups of 32, 64 or 128 or whole rows, a stored zero point, and casts scales
-to the model's dtype: exact in float16 only. transformers reads the folder through GPTQModel; AutoAWQ, archived, is not
-needed. mlx-lm converts it at load and rounds −s·z to float16: for MLX there is a writer of its own.
+Which tools want what. ONNX Runtime GenAI's builder and compressed-tensors' converter take any group size; the tests
+run both. vLLM (by its source, not run) wants groups of 32, 64 or 128 or whole rows, a stored zero point, and casts
+scales to the model's dtype: exact in float16 only. transformers reads the folder through GPTQModel; AutoAWQ, archived,
+is not needed. mlx-lm converts it at load and rounds −s·z to float16: for MLX there is a writer of its own.
 """
 
 from __future__ import annotations
