@@ -31,9 +31,11 @@ from phi4edge.measurement.reference import ReferenceStore
 from phi4edge.measurement.speed import measure_speed
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report
+from phi4edge.report.card import fill_card
 from phi4edge.runtimes._api import SpeedRequest
-from phi4edge.stages.export import export, verify
+from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
+from phi4edge.stages.verify import verify
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
 from phi4edge.targets.fit import LAYOUTS, Request, memory_needed
@@ -90,6 +92,8 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
     failure = None
     for artifact in artifacts.values():
         failure = _measure_drift(order, artifact, store, progress) or failure
+        if artifact.path.is_dir():
+            fill_card(artifact.path, [order.out / "results"])
     measured = _measure_speed(order, planned, artifacts, progress)
     report = build_report([order.out / "results"])
     files = write_report(report, order.out / "report")
@@ -151,7 +155,8 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
 def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tuple[str, str], Artifact]:
     """One run a scheme, one artifact a scheme and format, each read back and compared with its run."""
     made: dict[tuple[str, str], Artifact] = {}
-    options = WriteOptions(head=order.wish.head, embedding=order.wish.embedding, force=True, progress=progress)
+    options = WriteOptions(force=True, progress=progress)
+    tables = replace(options, head=order.wish.head, embedding=order.wish.embedding)  # which a GGUF rounds
     for scheme in dict.fromkeys(plan.scheme for plan in planned):
         folder = order.out / "runs" / scheme
         summary = quantize(
@@ -168,7 +173,7 @@ def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tup
         for layout in dict.fromkeys(plan.format for plan in planned if plan.scheme == scheme):
             name = f"{summary.manifest['data']['model']}-{scheme}-{order.recipe.method}"
             path = order.out / "artifacts" / (f"{name}.gguf" if layout == "gguf" else f"{name}-{layout}")
-            made[scheme, layout] = export(folder, layout, path, options)
+            made[scheme, layout] = export(folder, layout, path, tables if layout == "gguf" else options)
             verify(path, folder, progress=progress)
     return made
 

@@ -28,6 +28,7 @@ from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.stages import export, scaling
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.verify import verify
 from phi4edge.transforms.awq import Scaling, divide_rows, fold_gain, search_scales
 from phi4edge.writers._api import WriteOptions
 
@@ -174,7 +175,7 @@ def test_method_awq_goes_through_every_format_and_verifies(outliers: Path, tmp_p
     assert {name.split(".")[3] for name in model.replaced} == set(NORMS)
     for name, form in (("model.gguf", "gguf"), ("folder", "gptq")):
         export.export(tmp_path / "run", form, tmp_path / name, WriteOptions(embedding="f16", head="f16"))
-        assert export.verify(tmp_path / name, tmp_path / "run").linears == 8
+        assert verify(tmp_path / name, tmp_path / "run").linears == 8
         reader = export.reader_of(tmp_path / name)
         assert relative(logits(reader), logits(model)) <= 1e-3  # the head and the embedding are float16 in a GGUF
         for norm, gain in model.replaced.items():

@@ -18,10 +18,12 @@ def test_low_effort_is_the_solver_alone() -> None:
     assert solving_recipe({"effort": "low"}, CORPUS) == Recipe(corpus=CORPUS)
 
 
-def test_default_aims_at_full_precision_and_high_tunes_too() -> None:
+def test_default_refines_and_aims_at_full_precision_and_high_tunes_too() -> None:
     low, default, high = (solving_recipe({"effort": effort}, CORPUS) for effort in EFFORTS)
     assert list(EFFORTS) == ["low", "default", "high"]
     assert low.full_precision_targets == 0 < default.full_precision_targets == high.full_precision_targets
+    assert not low.refined
+    assert (default.refit, default.sweeps) == (high.refit, high.sweeps) == (True, 3)
     assert low.tuning is default.tuning is None
     assert high.tuning is not None
     assert high.tuning.code_rate == 0
@@ -48,7 +50,9 @@ def test_without_text_kept_aside_no_effort_tunes() -> None:
 
 
 def test_rounding_to_nearest_stays_what_it_is() -> None:
-    assert solving_recipe({"method": "rtn"}, CORPUS).full_precision_targets == 0
+    recipe = solving_recipe({"method": "rtn"}, CORPUS)
+    assert (recipe.full_precision_targets, recipe.refined) == (0, False)
+    assert not solving_recipe({"refit": False, "sweeps": 0}, CORPUS).refined
 
 
 def test_settings_without_tuning_are_refused() -> None:

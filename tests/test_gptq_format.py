@@ -370,7 +370,7 @@ LINEAR = "model.layers.1.mlp.gate_up_proj"
         (edit_config(quant_method="awq"), "quant_method is 'awq'"),
         (edit_config(checkpoint_format="marlin"), "checkpoint_format 'marlin' is unknown"),
         (edit_config(checkpoint_format="gptq_v2"), "zero point 7, a symmetric 4-bit grid has 8"),
-        (edit_config(desc_act=True), "desc_act True is not supported"),
+        (edit_config(desc_act="yes"), "desc_act 'yes' is not supported"),
         (edit_config(dynamic={"+:.*down.*": {"bits": 8}}), "dynamic .* is not supported"),
         (edit_tensors(lambda t: t.pop(f"{LINEAR}.qzeros")), "gate_up_proj.qzeros is missing"),
         (edit_tensors(lambda t: t.pop(f"{LINEAR}.qweight")), "gate_up_proj.weight is missing"),

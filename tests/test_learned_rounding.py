@@ -18,9 +18,10 @@ from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages import job
-from phi4edge.stages.export import export, verify
+from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import block_file, open_run, tuned_file
+from phi4edge.stages.verify import verify
 from phi4edge.writers._api import WriteOptions
 
 RECIPE = Recipe(

@@ -17,9 +17,10 @@ from phi4edge.cli.solving_options import read_types
 from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
 from phi4edge.model.source import WeightSource
-from phi4edge.stages.export import export, verify
+from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.verify import verify
 from phi4edge.writers._api import WriteOptions
 
 CORPUS = CorpusRecipe(samples=24, sequence_length=64)

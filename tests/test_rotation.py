@@ -23,6 +23,7 @@ from phi4edge.model.source import WeightSource
 from phi4edge.stages import export
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.verify import verify
 from phi4edge.transforms.rotation import Rotated, orthogonal, rotated
 from phi4edge.writers._api import WriteOptions
 
@@ -114,7 +115,7 @@ def test_a_rotated_run_goes_through_every_format_and_verifies(phi4_checkpoint: P
     assert relative(logits(model), logits(open_checkpoint(phi4_checkpoint))) < 0.5
     for name, form in (("model.gguf", "gguf"), ("folder", "gptq")):
         export.export(tmp_path / "run", form, tmp_path / name, WriteOptions(embedding="f16", head="f16"))
-        assert export.verify(tmp_path / name, tmp_path / "run").linears == 8
+        assert verify(tmp_path / name, tmp_path / "run").linears == 8
         reader = export.reader_of(tmp_path / name)
         assert relative(logits(reader), logits(model)) <= 0.02  # embedding and head are rounded to what is stored
         assert torch.equal(reader.tensor("model.norm.weight"), torch.ones(64))
@@ -150,6 +151,6 @@ def test_rotation_goes_with_a_mix_of_types_scaled_inputs_and_tuning(tmp_path: Pa
     assert {model.scheme_of(name).name for name in model.linears} >= {"q4_k", "q6_k"}
     assert any(linear["awq"]["alpha"] for linear in manifest["linears"])
     export.export(tmp_path / "run", "gguf", tmp_path / "model.gguf", WriteOptions())
-    assert export.verify(tmp_path / "model.gguf", tmp_path / "run").linears == 8
+    assert verify(tmp_path / "model.gguf", tmp_path / "run").linears == 8
     exact = logits(open_checkpoint(folder))
     assert relative(logits(export.reader_of(tmp_path / "model.gguf")), exact) < 0.3

@@ -52,7 +52,7 @@ _OPTIONS = (
         default="default",
         show_default=True,
         envvar="PHI4EDGE_EFFORT",
-        help="How much time drift is worth: low solves, default aims at full precision, high tunes too.",
+        help="How much time drift is worth: low solves, default refines and aims at full precision, high tunes too.",
     ),
     click.option("--bits", type=int, help="4 or 8.  [default: 4]"),
     click.option(
@@ -98,14 +98,14 @@ _OPTIONS = (
         help="How far H is drawn to its diagonal: more carries over better to other text.",
     ),
     click.option(
-        "--refit/--no-refit", default=False, help="Least squares for the steps, given the codes.  [default: no-refit]"
+        "--refit/--no-refit",
+        default=None,
+        help="Least squares for the steps, given the codes.  [default by effort: low no, default and high yes]",
     ),
     click.option(
         "--sweeps",
         type=click.IntRange(0),
-        default=Recipe.sweeps,
-        show_default=True,
-        help="Passes of coordinate descent over the codes, at most.",
+        help="Passes of coordinate descent over the codes, at most.  " + _preset("sweeps"),
     ),
     click.option(
         "--full-precision-targets",

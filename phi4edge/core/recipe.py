@@ -175,9 +175,9 @@ class Recipe:
 
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
 EFFORTS: dict[str, dict[str, float]] = {
-    "low": {"tune_passes": 0.0, "full_precision_targets": 0.0},
-    "default": {"tune_passes": 0.0, "full_precision_targets": 0.5},
-    "high": {"tune_passes": 2.0, "full_precision_targets": 0.5},
+    "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0, "tune_passes": 0.0},
+    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "tune_passes": 0.0},
+    "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "tune_passes": 2.0},
 }
 _FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
 _TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}
@@ -198,12 +198,12 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
         raise UsageError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
     asked = {key: settings.pop(key) for key in _TUNING if key in settings}
     preset = dict(EFFORTS[effort])
-    targets = preset.pop("full_precision_targets")
+    tuned = {"tune_passes": preset.pop("tune_passes")}
     if corpus is not None and settings.get("method") != "rtn":
-        settings.setdefault("full_precision_targets", targets)
+        settings = {**preset, **settings}
     can_tune = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_TUNE
     if can_tune or asked:
-        tuning = {**(preset if can_tune else {}), **asked}
+        tuning = {**(tuned if can_tune else {}), **asked}
         if tuning.get("tune_passes", 0) > 0:
             settings["tuning"] = TuningRecipe(**{_TUNING[key]: value for key, value in tuning.items()})
         elif asked.keys() - {"tune_passes"}:

@@ -15,6 +15,7 @@ from phi4edge.core.workdir import RUN_FILE
 
 _OWN = "phi4edge."  # keys that our writers put into a GGUF
 _BULKY = "phi4edge.config"
+_DESCRIPTIVE = ("README.md", "manifest.json", "SHA256SUMS")  # what tells of an artifact, drift included
 
 
 def default_runtime(artifact: Path) -> str:
@@ -25,7 +26,7 @@ def default_runtime(artifact: Path) -> str:
 def describe(artifact: Path) -> dict[str, Any]:
     """``path, name, format, scheme, sha256, bytes`` of an artifact, and its ``provenance`` where it tells it.
 
-    A folder's hash is over its files' hashes.
+    A folder's hash is over its files' hashes, but for those that only tell of it: model card, manifest, sums.
 
     Raises:
         InputError: no such thing, or a damaged header.
@@ -38,7 +39,8 @@ def describe(artifact: Path) -> dict[str, Any]:
         files = sorted(path for path in artifact.rglob("*") if path.is_file())
         if not files:
             raise InputError(f"{artifact}: the folder is empty")
-        digest = sha256_json({str(path.relative_to(artifact)): sha256_file(path) for path in files})
+        decisive = [path for path in files if path.parent != artifact or path.name not in _DESCRIPTIVE]
+        digest = sha256_json({str(path.relative_to(artifact)): sha256_file(path) for path in decisive})
         nbytes = sum(path.stat().st_size for path in files)
     else:
         from phi4edge.writers._gguf_file import read_gguf

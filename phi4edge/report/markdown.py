@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["render_markdown"]
+__all__ = ["render_blocks", "render_markdown"]
 
 import re
+from collections.abc import Iterable
 
 from phi4edge.report.page import Block, Cell, Heading, Items, Page, Paragraph, Plots, Section, Table
 
@@ -22,6 +23,11 @@ def render_markdown(page: Page) -> str:
     """The document."""
     parts = [f"# {escape(page.title)}", escape(page.summary), *(_section(section) for section in page.sections)]
     return "\n\n".join(parts) + "\n"
+
+
+def render_blocks(blocks: Iterable[Block]) -> str:
+    """Some blocks alone."""
+    return "\n\n".join(_block(block) for block in blocks)
 
 
 def _section(section: Section) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["result_section"]
+__all__ = ["drift_tables", "result_section"]
 
 from collections.abc import Iterable, Sequence
 
@@ -40,6 +40,11 @@ def _blocks(comparisons: Sequence[Comparison], speeds: Sequence[SpeedGroup]) -> 
     if not comparisons and undrifted:
         yield Paragraph("No drift was measured for these artifacts.")
         yield _speed_table(list(undrifted.values()), speeds[0])
+
+
+def drift_tables(comparisons: Sequence[Comparison]) -> list[Table]:
+    """The main table of each comparison, without speeds."""
+    return [_main_table(comparison, None, []) for comparison in comparisons]
 
 
 def _kept_apart(comparisons: Sequence[Comparison]) -> Paragraph:

@@ -6,7 +6,7 @@ and gives the same bytes.
 
 from __future__ import annotations
 
-__all__ = ["QuantizeSummary", "plan", "quantize"]
+__all__ = ["QuantizeSummary", "finished_manifest", "intact_blocks", "plan", "quantize"]
 
 import time
 from dataclasses import asdict, dataclass, replace
@@ -70,7 +70,7 @@ def quantize(
     inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}
     with Workdir.open(out, inputs, restart=restart) as work:
         note_location(checkpoint.index, out, hashes)
-        manifest = _finished(work, checkpoint.config.num_layers)
+        manifest = finished_manifest(work, checkpoint.config.num_layers)
         if manifest is None:
             key = sha256_json(inputs)
             mix = None
@@ -105,7 +105,7 @@ def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, de
 
 def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
     config = job.checkpoint.config
-    done = _check_committed(work)
+    done = intact_blocks(work)
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
         progress.note(work.repaired)
@@ -130,7 +130,7 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
     progress.finish()
 
 
-def _check_committed(work: Workdir) -> int:
+def intact_blocks(work: Workdir) -> int:
     """Number of leading blocks whose files are as the journal says; the rest is done again."""
     for count, record in enumerate(work.records):
         for name, digest in record["files"].items():
@@ -141,9 +141,9 @@ def _check_committed(work: Workdir) -> int:
     return len(work.records)
 
 
-def _finished(work: Workdir, blocks: int) -> dict[str, Any] | None:
+def finished_manifest(work: Workdir, blocks: int) -> dict[str, Any] | None:
     """The manifest of a run that is whole; one that is not loses its manifest and is gone on with."""
-    if (work.path / MANIFEST).is_file() and _check_committed(work) == blocks:
+    if (work.path / MANIFEST).is_file() and intact_blocks(work) == blocks:
         manifest = read_manifest(work.path)
         files = manifest["data"]["files"].items()
         if all((work.path / name).is_file() and sha256_file(work.path / name) == digest for name, digest in files):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "ADOPTED",
     "IMATRIX",
     "MANIFEST",
     "PERFORMANCE",
@@ -24,7 +25,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from phi4edge import __version__
-from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.core.hashing import sha256_json
 from phi4edge.core.jsonfile import read_object
@@ -35,8 +36,10 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import LOCATION, hash_checkpoint
 from phi4edge.transforms.rotation import rotated
+from phi4edge.writers._packed_folder import open_rest
 
 MANIFEST, PERFORMANCE, IMATRIX = "manifest.json", "performance.json", "imatrix.safetensors"
+ADOPTED = "adopted"  # the method of a run whose codes another tool decided
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -120,7 +123,8 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     folder = str(model) if model is not None else str(location["folder"])
     if model is None and not Path(folder).is_dir():
         raise InputError(f"{folder}: the run's checkpoint is gone", "say where it lies now with --model")
-    checkpoint = open_checkpoint(folder)
+    adopted = manifest["method"] == ADOPTED
+    checkpoint = CheckpointReader(open_rest(Path(folder))) if adopted else open_checkpoint(folder)
     hashes = hash_checkpoint(checkpoint.index, run)
     inputs = read_json(run / RUN_FILE)["inputs"]
     changed = differences(inputs["checkpoint"], hashes, "checkpoint")
@@ -144,7 +148,10 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         replaced |= read_norms(run, layer, tuned=tuned)
     corpus, recipe = manifest["corpus"], manifest["recipe"]
     rotation = recipe.get("rotation", "none")
-    text = "none" if corpus is None else f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
+    if corpus is not None:
+        text = f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
+    else:
+        text = "unknown" if adopted else "none"
     provenance = {
         "version": __version__,
         "run_key": manifest["key"],

@@ -76,6 +76,10 @@ class ArtifactReader(Protocol):
         """Codes of linear ``name`` (no ".weight"), or None where it is stored in floating point."""
         ...
 
+    def stored_type(self, name: str) -> str:
+        """Type in which tensor ``name`` is stored: f32, f16 or bf16, or the name of a scheme."""
+        ...
+
     def holds_integers(self, name: str) -> bool:
         """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
         ...

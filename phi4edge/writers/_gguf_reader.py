@@ -82,6 +82,13 @@ class GgufReader:
             raise InputError(f"{self.file.path}: {name} is {block.name}, but the file says {scheme.name}")
         return unpack_linear(name, block, read_rows(self.file, found), scheme)
 
+    def stored_type(self, name: str) -> str:
+        """Type in which tensor ``name`` is stored, as GGML calls it, in small letters."""
+        found = self._find(name)
+        if found is None:
+            raise InputError(f"{self.file.path}: tensor {name} is missing")
+        return str(found.type.name).lower()
+
     def holds_integers(self, name: str) -> bool:
         """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
         found = self._find(f"{name}.weight")

@@ -77,7 +77,7 @@ def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
         raise InputError(f"{where}: quant_method is {method!r}, not 'gptq'")
     head = raw.get("lm_head", False) is True
     expected: dict[str, tuple[Any, ...]] = {
-        "desc_act": (False,), "pack_dtype": ("int32",), "lm_head": (False, True),
+        "desc_act": (False, True), "pack_dtype": ("int32",), "lm_head": (False, True),
         "dynamic": ({HEAD_RULE: HEAD_FORMAT},) if head else (None, {}),
     }  # fmt: skip
     for key, known in expected.items():

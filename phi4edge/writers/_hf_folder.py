@@ -16,6 +16,7 @@ from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import read_tensor, stored_dtype
 from phi4edge.core.errors import InputError
 from phi4edge.core.memory import format_bytes
+from phi4edge.core.modelcard import UNMEASURED
 from phi4edge.model.source import QuantizedModel
 from phi4edge.writers._safetensors import Piece
 
@@ -72,7 +73,7 @@ def stored_pieces(model: QuantizedModel, ref: TensorRef) -> Iterator[Piece]:
 
 
 def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
-    """README.md of an artifact: what it is, what it was made from and how; no measurement."""
+    """README.md of an artifact: what it is, what it was made from and how, and a place for its drift."""
     scheme, provenance = model.scheme, model.provenance
     base = provenance.get("base_model", "")
     front = ["library_name: transformers", "pipeline_tag: text-generation"]
@@ -103,6 +104,10 @@ def model_card(model: QuantizedModel, format_name: str, notes: str) -> str:
             "| | |",
             "|---|---|",
             *made,
+            "",
+            "## Drift",
+            "",
+            UNMEASURED,
             "",
             "## Licence",
             "",

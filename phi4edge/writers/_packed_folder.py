@@ -16,12 +16,13 @@ __all__ = [
     "head_refusal",
     "linear_shapes",
     "open_packed",
+    "open_rest",
     "q8_0_head",
     "write_packed",
 ]
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -268,6 +269,13 @@ class PackedReader:
         """Whether matrix ``name`` (no ".weight") is stored as integers of any kind."""
         return all(self._is_packed(part) for part in self.stored_under(name))
 
+    def stored_type(self, name: str) -> str:
+        """Type in which tensor ``name`` is stored: f32, f16 or bf16, or the name of its scheme."""
+        linear = name.removesuffix(".weight")
+        if self.holds_integers(linear):
+            return self.exceptions.get(linear, self.scheme).name
+        return self.index.tensors[name].dtype.lower()
+
     def _is_packed(self, name: str) -> bool:
         ref = self.index.tensors.get(f"{name}.{self.packing.fields[0]}")
         return ref is not None and not (self.packing.fields[0] == "weight" and ref.dtype in FLOATS)
@@ -307,6 +315,21 @@ def open_packed(
             for field_name, (dtype, expected) in packing.layout(own, out_features, shape[1]).items():
                 check_entry(index, f"{part}.{field_name}", (dtype,), expected)
     return reader
+
+
+def open_rest(folder: Path) -> CheckpointIndex:
+    """The index of such a folder without its linears, and its configuration without what it says of them.
+
+    It is what a run over these codes reads beside them: embedding, norms, head and tokenizer.
+
+    Raises:
+        InputError: as :func:`phi4edge.checkpoint.index.open_index`.
+    """
+    index = open_index(folder, check=False)
+    places = tuple({f"{name.rpartition('.')[0]}." for name in linear_shapes(index.config)})
+    kept = {name: ref for name, ref in index.tensors.items() if not name.startswith(places)}
+    raw = {key: value for key, value in index.config.raw.items() if key != "quantization_config"}
+    return replace(index, config=replace(index.config, raw=raw), tensors=kept)
 
 
 def _parts(config: ModelConfig, projection: str) -> list[tuple[str, int]]:

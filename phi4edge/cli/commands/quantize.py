@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import click
+from click.core import ParameterSource
 
 from phi4edge.cli.options import common, corpus_options, dry_run_option
 from phi4edge.cli.progress import progress_for
@@ -28,6 +29,20 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     if kinds:
         lines.append("events: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items()))
     return "\n".join(lines)
+
+
+def _refuse_options(model: str) -> None:
+    """Codes that are there already are not solved: whatever says how to solve was a mistake."""
+    context = click.get_current_context()
+    allowed = {"model", "out", "resume", "dry_run", "as_json", "verbose", "quiet"}
+    given = [name for name in context.params if name not in allowed]
+    asked = [name for name in given if context.get_parameter_source(name) is ParameterSource.COMMANDLINE]
+    if asked:
+        raise UsageError(
+            f"{model} is quantized already and its codes are taken over as they are; "
+            f"{', '.join('--' + name.replace('_', '-') for name in sorted(asked))} cannot change them",
+            "leave that out, or give the full-precision model",
+        )
 
 
 @click.command("quantize")
@@ -70,10 +85,28 @@ def command(
 
     Killed at any instant, the same command goes on from the last finished block and gives the same bytes. With
     --method rtn and no --corpus no data is needed.
+
+    MODEL may also be a checkpoint that another tool quantized (GPTQ, AWQ, compressed-tensors): its codes are taken
+    over as they are, to be exported to other formats.
     """
+    from phi4edge.stages.adopt import adopt, declares_codes, plan_adoption
     from phi4edge.stages.calibrate import corpus_of_run
     from phi4edge.stages.quantize import plan, quantize
 
+    if declares_codes(model):
+        _refuse_options(model)
+        if dry_run:
+            data = plan_adoption(model)
+            text = (
+                f"{data['linears']} linears of {data['scheme']} would be taken over from the {data['format']} "
+                f"checkpoint, {data['codes_bytes'] / 2**20:.0f} MiB of codes; nothing was written"
+            )
+        else:
+            taken = adopt(model, out, restart=not resume, progress=progress_for(quiet))
+            data = {**taken.manifest["data"], "out": str(out), "performance": taken.performance}
+            text = _summary_text(data, str(out))
+        emit("quantize", data, text, as_json=as_json)
+        return
     given = {"corpus": corpus, "samples": samples, "sequence_length": sequence_length, "seed": seed}
     given = {key: value for key, value in {**given, "chat_template": chat_template}.items() if value is not None}
     calibration: CorpusRecipe | None

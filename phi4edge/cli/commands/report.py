@@ -10,6 +10,7 @@ import click
 from phi4edge.cli.options import common
 from phi4edge.cli.render import emit, table
 from phi4edge.report.build import Report, build_report, write_report
+from phi4edge.report.card import fill_card
 from phi4edge.report.numbers import mebibytes, with_error
 
 
@@ -39,6 +40,14 @@ def _text(report: Report, page: Path) -> str:
 @click.option("--out", required=True, type=click.Path(path_type=Path, file_okay=False), help="Folder for the report.")
 @click.option("--title", help="Title of the page.  [default: the model's name]")
 @click.option("--baseline", metavar="NAME", help="Artifact that mean KLDs are divided by.")
+@click.option(
+    "--card",
+    "cards",
+    multiple=True,
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="Put an artifact's drift into its model card too; may be repeated.",
+)
 @click.option("--open", "open_page", is_flag=True, help="Show the page in a browser.")
 @common
 def command(
@@ -46,6 +55,7 @@ def command(
     out: Path,
     title: str | None,
     baseline: str | None,
+    cards: tuple[Path, ...],
     open_page: bool,
     as_json: bool,
     verbose: int,
@@ -57,10 +67,13 @@ def command(
     Artifacts are joined by SHA-256; what was measured under different conditions stands in different tables.
     """
     report = build_report(results, title=title, baseline=baseline)
+    for card in cards:
+        fill_card(card, results)
     files = write_report(report, out)
     for note in () if quiet else report.notes:
         click.echo(f"Note: {note}", err=True)
     if open_page and not webbrowser.open(files["html"].resolve().as_uri()):
         click.echo(f"Note: no browser to open {files['html']} with", err=True)
-    data = report.data | {"out": str(out), "files": {kind: str(path) for kind, path in files.items()}}
+    written = {kind: str(path) for kind, path in files.items()}
+    data = report.data | {"out": str(out), "cards": [str(card) for card in cards], "files": written}
     emit("report", data, _text(report, files["html"]), as_json=as_json)
