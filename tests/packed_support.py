@@ -4,16 +4,19 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
+from rounded import quantized_model, rounded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.scheme import Scheme
+from phi4edge.quant.scheme import Scheme, parse_scheme
 
 DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.uint32: "U32", torch.float16: "F16", torch.float32: "F32"}
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16
@@ -83,3 +86,15 @@ def edit_tensors(change: Callable[[dict[str, Tensor]], Any]) -> Callable[[Path],
         save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
     return apply
+
+
+def mixed_model(folder: Path) -> QuantizedModel:
+    """Down projections on q8_0, everything else on q4_1."""
+    model = quantized_model(folder, "q4_1")
+    exceptions = {name: parse_scheme("q8_0") for name in model.linears if name.endswith("down_proj")}
+
+    def load(name: str) -> QuantizedLinear:
+        weight = model.checkpoint.tensor(f"{name}.weight")
+        return rounded(name, weight, exceptions.get(name, model.scheme))
+
+    return replace(model, load=load, exceptions=exceptions)

@@ -13,8 +13,16 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_support import LARGEST, adversarial_linear, assert_same, described, edit_json, edit_tensors
-from rounded import quantized_model, rounded
+from packed_support import (
+    LARGEST,
+    adversarial_linear,
+    assert_same,
+    described,
+    edit_json,
+    edit_tensors,
+    mixed_model,
+)
+from rounded import quantized_model
 from safetensors import safe_open
 from support import write_checkpoint
 from torch import Tensor
@@ -22,7 +30,6 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file
-from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.mlx_packing import pack_linear, packed_layout, packing_refusal, unpack_linear
@@ -218,18 +225,6 @@ def test_beside_bfloat16_mlx_computes_in_float32_as_the_card_says(phi4_checkpoin
 
 
 # What differs from module to module
-
-
-def mixed_model(folder: Path) -> QuantizedModel:
-    """Down projections on q8_0, everything else on q4_1."""
-    model = quantized_model(folder, "q4_1")
-    exceptions = {name: parse_scheme("q8_0") for name in model.linears if name.endswith("down_proj")}
-
-    def load(name: str) -> QuantizedLinear:
-        weight = model.checkpoint.tensor(f"{name}.weight")
-        return rounded(name, weight, exceptions.get(name, model.scheme))
-
-    return replace(model, load=load, exceptions=exceptions)
 
 
 def test_a_mix_has_an_entry_for_every_module_that_differs(phi4_checkpoint: Path, tmp_path: Path) -> None:

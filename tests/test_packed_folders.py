@@ -8,14 +8,19 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from packed_support import assert_same, mixed_model
 from safetensors import safe_open
 
 from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import names
-from phi4edge.stages.export import export, reader_of, verify, writer_of
+from phi4edge.stages.adopt import adopt
+from phi4edge.stages.export import export, reader_of, writer_of
 from phi4edge.stages.quantize import quantize
+from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.verify import verify
+from phi4edge.writers import mlx
 from phi4edge.writers._api import ArtifactReader, WriteOptions
 
 WRITERS = "phi4edge.writers"
@@ -82,6 +87,28 @@ def test_the_fields_above_are_all_that_a_linear_has(runs: dict[str, Path], tmp_p
     with safe_open(file, "pt") as opened:
         stored = {name.removeprefix(f"{LINEAR}.") for name in opened.keys() if name.startswith(LINEAR)}  # noqa: SIM118
     assert stored == set(FIELDS[form])
+
+
+@pytest.mark.parametrize("form", FIELDS)
+def test_a_folder_becomes_a_run_again_which_every_format_takes(
+    runs: dict[str, Path], tmp_path: Path, form: str
+) -> None:
+    folder, run = export(runs["w4g32"], form, tmp_path / "folder", WriteOptions()).path, tmp_path / "run"
+    adopt(folder, run)
+    before, after = open_run(runs["w4g32"]), open_run(run)
+    for name in before.linears:
+        assert_same(after.load(name), before.load(name))
+    for other in FIELDS:
+        path = export(run, other, tmp_path / other, WriteOptions()).path
+        assert verify(path, run).linears == 8
+        config = json.loads((path / "config.json").read_text())
+        assert ("quantization" in config) == (other == "mlx")  # nothing of the first format is left
+
+
+def test_a_folder_on_several_schemes_does_not_become_a_run(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    folder = mlx.write(mixed_model(phi4_checkpoint), tmp_path / "folder", WriteOptions()).path
+    with pytest.raises(InputError, match=r"layers\.0\.mlp\.down_proj is on q8_0, others on q4_1"):
+        adopt(folder, tmp_path / "run")
 
 
 def test_each_artifact_is_taken_by_its_own_writer_alone(runs: dict[str, Path], tmp_path: Path) -> None:
