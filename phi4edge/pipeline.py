@@ -39,7 +39,7 @@ from phi4edge.stages.quantize import quantize
 from phi4edge.stages.verify import verify
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
-from phi4edge.targets.fit import ROUNDED_TABLES, Request, memory_needed
+from phi4edge.targets.fit import LAYOUTS, ROUNDED_TABLES, Request, memory_needed
 from phi4edge.targets.profile import LOCAL, Profile
 from phi4edge.writers._api import Artifact, WriteOptions
 
@@ -142,7 +142,7 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
     context = order.wish.context or min(profile.default_context, config.context_length)
     for option in profile.runtimes:
         for layout in option.formats:
-            if layout not in writable:
+            if layout not in writable or layout not in LAYOUTS:
                 continue
             kv = order.wish.kv or option.kv_types[0]
             request = Request(scheme, context, layout, kv, order.wish.head, order.wish.embedding)

@@ -22,7 +22,10 @@ from phi4edge.checkpoint.hub import model_name
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file, sha256_json
 
-DTYPE_BYTES = {"BF16": 2, "F16": 2, "F32": 4, "F64": 8, "I8": 1, "U8": 1, "I16": 2, "I32": 4, "I64": 8, "BOOL": 1}
+DTYPE_BYTES = {
+    "BF16": 2, "F16": 2, "F32": 4, "F64": 8,
+    "I8": 1, "U8": 1, "I16": 2, "I32": 4, "U32": 4, "I64": 8, "BOOL": 1,
+}  # fmt: skip
 FLOATS = ("BF16", "F16", "F32")
 MAX_HEADER_BYTES = 100_000_000  # the safetensors library's own limit
 SIDE_FILES = (

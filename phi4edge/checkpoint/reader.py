@@ -25,7 +25,7 @@ from phi4edge.core.errors import InputError
 _TORCH = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
     "I8": torch.int8, "U8": torch.uint8, "I16": torch.int16, "I32": torch.int32, "I64": torch.int64,
-    "BOOL": torch.bool,
+    "U32": torch.uint32, "BOOL": torch.bool,
 }  # fmt: skip
 
 

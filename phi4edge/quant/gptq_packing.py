@@ -18,9 +18,8 @@ add the 1 to whole words, so the carry spoils the neighbour), so z = 0 belongs i
 
 from __future__ import annotations
 
-__all__ = ["FIELDS", "pack_linear", "pack_words", "packed_layout", "packing_refusal", "unpack_linear", "unpack_words"]
+__all__ = ["FIELDS", "pack_linear", "packed_layout", "packing_refusal", "unpack_linear"]
 
-import sys
 from collections.abc import Mapping
 
 import torch
@@ -29,25 +28,11 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import pack_nibbles, unpack_nibbles
+from phi4edge.quant.packing import pack_words, unpack_words
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("qweight", "qzeros", "scales", "g_idx")
 GRIDS = ("affine", "q4_0", "q8_0")
-
-assert sys.byteorder == "little", "words are viewed as bytes"
-
-
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] uint8 to words [..., n·bits/32] int32 along the last axis, the first lowest."""
-    packed = pack_nibbles(codes) if bits == 4 else codes
-    return packed.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], -1)  # flat: strides of a lone row may be odd
-
-
-def unpack_words(words: Tensor, bits: int) -> Tensor:
-    """The inverse of :func:`pack_words`: [..., m] int32 to [..., m·32/bits] uint8."""
-    packed = words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1)
-    return unpack_nibbles(packed) if bits == 4 else packed
 
 
 def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:

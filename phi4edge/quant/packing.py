@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
-__all__ = ["pack_nibbles", "unpack_nibbles"]
+__all__ = ["pack_nibbles", "pack_words", "unpack_nibbles", "unpack_words"]
+
+import sys
 
 import torch
 from torch import Tensor
+
+assert sys.byteorder == "little", "words are viewed as bytes"
 
 
 def pack_nibbles(codes: Tensor) -> Tensor:
@@ -20,3 +24,44 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of :func:`pack_nibbles`: [..., n/2] uint8 to [..., n] uint8."""
     return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(*packed.shape[:-1], -1)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] uint8 to words [..., n·bits/32] int32 along the last axis, the first lowest.
+
+    n·bits is a multiple of 32. Of 5 or 6 bits, a code may lie across two words: the words are one stream of bits.
+    """
+    if bits == 8:
+        packed = codes
+    elif bits == 4:
+        packed = pack_nibbles(codes)
+    else:
+        packed = _pack_stream(codes, bits)
+    return packed.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], -1)  # flat: strides of a lone row may be odd
+
+
+def unpack_words(words: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`pack_words`: [..., m] int32 to [..., m·32/bits] uint8."""
+    packed = words.reshape(-1).view(torch.uint8).reshape(*words.shape[:-1], -1)
+    if bits == 8:
+        return packed
+    return unpack_nibbles(packed) if bits == 4 else _unpack_stream(packed, bits)
+
+
+def _pack_stream(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] uint8, n a multiple of 8, to bytes [..., n·bits/8]: eight codes fill ``bits`` bytes."""
+    eights = codes.reshape(*codes.shape[:-1], -1, 8).to(torch.int64)
+    number = torch.zeros_like(eights[..., 0])
+    for place in range(8):
+        number |= eights[..., place] << (place * bits)
+    return torch.stack([(number >> (8 * byte)) & 255 for byte in range(bits)], dim=-1).to(torch.uint8).flatten(-2)
+
+
+def _unpack_stream(packed: Tensor, bits: int) -> Tensor:
+    """The inverse of :func:`_pack_stream`."""
+    groups = packed.reshape(*packed.shape[:-1], -1, bits).to(torch.int64)
+    number = torch.zeros_like(groups[..., 0])
+    for byte in range(bits):
+        number |= groups[..., byte] << (8 * byte)
+    mask = 2**bits - 1
+    return torch.stack([(number >> (place * bits)) & mask for place in range(8)], dim=-1).to(torch.uint8).flatten(-2)

@@ -102,6 +102,11 @@ def _open(model: str | Path) -> tuple[str, PackedReader]:
                     f"{folder}: model.layers.{layer}.{name} is not quantized, and a run holds codes of every linear",
                     "quantize the full-precision model instead",
                 )
+    for name, scheme in reader.exceptions.items():
+        if name.startswith("model.layers.") and scheme != reader.scheme:
+            raise InputError(
+                f"{folder}: {name} is on {scheme.name}, others on {reader.scheme.name}; one scheme is taken over"
+            )
     for name in ("lm_head", "model.embed_tokens"):
         if reader.holds_integers(name):
             raise InputError(f"{folder}: {name} is quantized, and a run holds codes of the blocks' linears only")

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import phi4edge
-from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.errors import InputError
 from phi4edge.core.jsonfile import read_object
-from phi4edge.quant.scheme import Scheme, parse_scheme, scheme_from_options
+from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.writers._declared_scheme import declared_scheme, scheme_meta
 
 ZERO_OFFSET = {"gptq": 1, "gptq_v2": 0}  # what a stored zero point lacks, by checkpoint_format
 QUANTIZE_CONFIG = "quantize_config.json"
@@ -30,10 +30,7 @@ class GptqFormat:
 
 
 def quantization_config(scheme: Scheme, checkpoint_format: str, *, head: bool) -> dict[str, Any]:
-    """The object that stands in config.json and is quantize_config.json; with ``head`` it announces one on q8_0.
-
-    ``meta.scheme`` keeps the grid's name: Q4_0 and w4g32 are the same integers here, not in GGUF.
-    """
+    """The object that stands in config.json and is quantize_config.json; with ``head`` it announces one on q8_0."""
     dynamic = {"dynamic": {HEAD_RULE: HEAD_FORMAT}} if head else {}
     return {
         "quant_method": "gptq",
@@ -45,7 +42,7 @@ def quantization_config(scheme: Scheme, checkpoint_format: str, *, head: bool) -
         **dynamic,
         "checkpoint_format": checkpoint_format,
         "pack_dtype": "int32",
-        "meta": {"quantizer": [f"phi4edge:{phi4edge.__version__}"], "scheme": scheme.name},
+        "meta": scheme_meta(scheme),
     }
 
 
@@ -89,23 +86,5 @@ def parse_quantization(folder: Path, config: Mapping[str, Any]) -> GptqFormat:
     declared = raw.get("checkpoint_format", "gptq")
     if declared not in ZERO_OFFSET:
         raise InputError(f"{where}: checkpoint_format {declared!r} is unknown", f"known: {', '.join(ZERO_OFFSET)}")
-    return GptqFormat(_scheme(raw, where), declared, raw, {"lm_head": parse_scheme("q8_0")} if head else {})
-
-
-def _scheme(raw: Mapping[str, Any], where: Path) -> Scheme:
-    bits, group_size, symmetric = raw.get("bits"), raw.get("group_size"), raw.get("sym", True)
-    if type(bits) is not int or type(group_size) is not int or type(symmetric) is not bool:
-        raise InputError(f"{where}: bits {bits!r}, group_size {group_size!r} and sym {symmetric!r} are no scheme")
-    meta = raw.get("meta")
-    name = meta.get("scheme") if isinstance(meta, dict) else None
-    try:
-        if name is None:
-            return scheme_from_options(None, bits, group_size, symmetric)
-        scheme = parse_scheme(str(name))
-    except UsageError as error:
-        raise InputError(f"{where}: {error.message}", error.hint) from error
-    if (scheme.bits, scheme.group_size, scheme.symmetric) != (bits, group_size, symmetric):
-        raise InputError(
-            f"{where}: meta.scheme {name} contradicts bits {bits}, group_size {group_size}, sym {symmetric}"
-        )
-    return scheme
+    scheme = declared_scheme(where, raw, raw.get("bits"), raw.get("group_size"), raw.get("sym", True))
+    return GptqFormat(scheme, declared, raw, {"lm_head": parse_scheme("q8_0")} if head else {})

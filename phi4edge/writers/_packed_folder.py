@@ -48,6 +48,7 @@ from phi4edge.writers._safetensors import Piece, PlannedTensor, planned_bytes, w
 HEAD = "lm_head"
 SHARD_BYTES = 4 * 2**30
 _ROWS = 4096  # of the head in float32 at a time
+_DECLARATIONS = ("quantization_config", "quantization")  # the second is MLX's
 
 Layout = Mapping[str, tuple[str, tuple[int, ...]]]  # field → safetensors dtype and shape
 
@@ -328,7 +329,7 @@ def open_rest(folder: Path) -> CheckpointIndex:
     index = open_index(folder, check=False)
     places = tuple({f"{name.rpartition('.')[0]}." for name in linear_shapes(index.config)})
     kept = {name: ref for name, ref in index.tensors.items() if not name.startswith(places)}
-    raw = {key: value for key, value in index.config.raw.items() if key != "quantization_config"}
+    raw = {key: value for key, value in index.config.raw.items() if key not in _DECLARATIONS}
     return replace(index, config=replace(index.config, raw=raw), tensors=kept)
 
 

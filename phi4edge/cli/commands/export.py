@@ -22,7 +22,8 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
     "format_name",
     type=click.Choice(names("phi4edge.writers")),
     required=True,
-    help="gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime; onnx for ONNX Runtime GenAI.",
+    help="gguf for llama.cpp; onnx for ONNX Runtime GenAI; gptq and awq for transformers, vLLM and ONNX Runtime; "
+    "compressed_tensors for vLLM; mlx for mlx-lm.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
