@@ -152,7 +152,8 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
 def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tuple[str, str], Artifact]:
     """One run a scheme, one artifact a scheme and format, each read back and compared with its run."""
     made: dict[tuple[str, str], Artifact] = {}
-    options = WriteOptions(head=order.wish.head, embedding=order.wish.embedding, force=True, progress=progress)
+    wish = order.wish
+    options = WriteOptions(wish.head, wish.embedding, context=wish.context, force=True, progress=progress)
     for scheme in dict.fromkeys(plan.scheme for plan in planned):
         folder = order.out / "runs" / scheme
         summary = quantize(
