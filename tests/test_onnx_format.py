@@ -31,6 +31,7 @@ from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.verify import verify
+from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.fit import Request, layout_holds, weight_lines
 from phi4edge.writers import gguf, gptq
 from phi4edge.writers import onnx as writer
@@ -576,15 +577,15 @@ def test_export_and_verify_through_the_command_line(
     assert "layers.0.self_attn.qkv_proj: scales at row 0" in capsys.readouterr().err
 
 
-def test_a_target_gives_the_length_of_the_cache(
-    phi4_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_a_target_gives_the_length_of_the_cache(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    base = str(write_checkpoint(tmp_path / "long", max_position_embeddings=16384))
     run, out = tmp_path / "run", tmp_path / "onnx"
-    assert (
-        main(["quantize", str(phi4_checkpoint), "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
-    )
-    command = ["export", str(run), "--format", "onnx", "--out", str(out), "-q", "--target"]
-    assert main([*command, "laptop-x86-ddr5", "--context", "200"]) == 0
-    assert json.loads((out / "genai_config.json").read_text())["search"]["max_length"] == 200
-    assert main([*command, "jetson-orin-nano-8gb", "--force"]) == 4
+    assert main(["quantize", base, "--out", str(run), "--method", "rtn", "--scheme", "w4g32", "-q"]) == 0
+    command = ["export", str(run), "--format", "onnx", "--out", str(out), "-q", "--force", "--target"]
+    default = open_catalog().profile("laptop-x86-ddr5").default_context
+    assert default not in (4096, 16384)  # what it would be without a target
+    for context, expected in ((("--context", "200"), 200), ((), default)):
+        assert main([*command, "laptop-x86-ddr5", *context]) == 0
+        assert json.loads((out / "genai_config.json").read_text())["search"]["max_length"] == expected
+    assert main([*command, "jetson-orin-nano-8gb"]) == 4
     assert "runs no onnx" in capsys.readouterr().err

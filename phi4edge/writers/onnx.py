@@ -4,11 +4,11 @@ The graph is written directly (:mod:`phi4edge.writers._onnx_graph`), the weights
 linear in RAM (:mod:`phi4edge.quant.matmulnbits_packing` knows the bits). GenAI's own builder would hold the model in
 RAM twice over, and rounds a head that it was not told to leave alone.
 
-Activations, KV cache and scales are float32, for the CPU; its kernels round inputs of MatMulNBits to int8 where
-``accuracy_level`` is 4, as it is unless asked otherwise, and leave them alone, several times slower, where it is 1.
-gate_up_proj becomes two nodes, as GenAI's builder has them. Head and embedding are tables of 8 bits with the very codes
-that a GGUF's q8_0 has, or float16. GatherBlockQuantized widens only the rows that are looked up, so the embedding costs
-no more RAM than its file: a float32 one of Phi-4-mini would be 2.5 GB. A tied pair is stored once.
+Activations, KV cache and scales are float32, for the CPU. Where ``accuracy_level`` is 4, as it is unless asked
+otherwise, its kernels round inputs of MatMulNBits to int8; where it is 1 they leave them alone and are several times
+slower. gate_up_proj becomes two nodes, as GenAI's builder has them. Head and embedding are tables of 8 bits with the
+very codes that a GGUF's q8_0 has, or float16. GatherBlockQuantized widens only the rows that are looked up, so the
+embedding costs no more RAM than its file: a float32 one of Phi-4-mini would be 2.5 GB. A tied pair is stored once.
 """
 
 from __future__ import annotations
