@@ -22,6 +22,7 @@ from onnxruntime_support import (
 from packed_support import adversarial_linear, assert_same, described, edit_json, edit_tensors
 from rounded import quantized_model
 from safetensors.torch import load_file
+from scripts import load_script
 
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file
@@ -261,3 +262,10 @@ def test_other_folders_are_not_taken_for_awq(phi4_checkpoint: Path, tmp_path: Pa
     assert not awq.matches(tmp_path)
     with pytest.raises(InputError, match="quant_method is None, not 'awq'"):
         awq.read(phi4_checkpoint)
+
+
+def test_the_interop_table_in_the_readme_is_the_recorded_result() -> None:
+    benchmark = load_script("benchmarks/formats/awq_interop.py")
+    document = json.loads(benchmark.RESULT.read_text())
+    assert benchmark.table(document) in (benchmark.HERE / "README.md").read_text()
+    assert all(row["agrees"] == row["should_agree"] for row in document["results"]["cases"])

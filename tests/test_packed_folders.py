@@ -15,6 +15,7 @@ from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import names
+from phi4edge.pipeline import Order, plan
 from phi4edge.stages.adopt import adopt
 from phi4edge.stages.export import export, reader_of, writer_of
 from phi4edge.stages.quantize import quantize
@@ -137,3 +138,12 @@ def test_something_else_is_told_the_known_formats_in_the_order_of_the_registry(t
         writer_of(tmp_path)
     assert caught.value.hint == f"known formats: {', '.join(names(WRITERS))}"
     assert set(FIELDS) < set(names(WRITERS))
+
+
+@pytest.mark.parametrize(("target", "form"), [("jetson-agx-orin-64gb", "gptq"), ("mac-m4", "gguf")])
+def test_a_fixed_scheme_takes_the_first_format_whose_size_is_known(
+    phi4_checkpoint: Path, tmp_path: Path, target: str, form: str
+) -> None:
+    """Both targets list another of these formats first; that it can be written is not enough to plan with it."""
+    order = Order(str(phi4_checkpoint), (target,), tmp_path, Recipe(scheme="w4g32"), scheme_given=True)
+    assert [planned["format"] for planned in plan(order)] == [form]

@@ -6,8 +6,9 @@ runs have their zero point 8 spelled out, and ``meta.scheme`` says that they are
 
 Which tools want what. ONNX Runtime GenAI's builder and compressed-tensors' converter take any group size; the tests
 run both. vLLM (by its source, not run) wants groups of 32, 64 or 128 or whole rows, a stored zero point, and casts
-scales to the model's dtype: exact in float16 only. transformers reads the folder through GPTQModel; AutoAWQ, archived,
-is not needed. mlx-lm converts it at load and rounds −s·z to float16: for MLX there is a writer of its own.
+scales to the model's dtype: exact in float16 only. transformers reads the folder through GPTQModel, whose kernel on a
+CPU rounds scales to bfloat16; benchmarks/formats/awq_interop.py runs it and AutoAWQ's own unpacking. mlx-lm converts
+such a folder at load and rounds −s·z to float16: for MLX there is a writer of its own.
 """
 
 from __future__ import annotations
