@@ -25,7 +25,7 @@ def default_runtime(artifact: Path) -> str:
 def describe(artifact: Path) -> dict[str, Any]:
     """``path, name, format, scheme, sha256, bytes`` of an artifact, and its ``provenance`` where it tells it.
 
-    A folder's hash is over its files' hashes.
+    The hash of a folder, or of a GGUF in several files, is over its files' hashes.
 
     Raises:
         InputError: no such thing, or a damaged header.
@@ -43,10 +43,13 @@ def describe(artifact: Path) -> dict[str, Any]:
     else:
         from phi4edge.writers._gguf_file import read_gguf
 
-        header = read_gguf(artifact).metadata
+        parts = read_gguf(artifact)
+        header = parts.metadata
         format_name, scheme = "gguf", str(header.get(f"{_OWN}scheme") or _file_type(header))
         made = {k.removeprefix(_OWN): v for k, v in header.items() if k.startswith(_OWN) and k != _BULKY}
-        digest, nbytes = sha256_file(artifact), artifact.stat().st_size
+        hashes = {path.name: sha256_file(path) for path in parts.files}
+        digest = sha256_json(hashes) if len(hashes) > 1 else hashes[artifact.name]
+        nbytes = sum(path.stat().st_size for path in parts.files)
     return {
         "path": str(artifact),
         "name": artifact.resolve().name,

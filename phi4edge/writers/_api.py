@@ -34,6 +34,7 @@ class WriteOptions:
     head: str | None = None  # type of lm_head where the format quantizes it: q8_0, q6_k, f16; None: as the run says
     embedding: str | None = None  # the same of the embedding
     force: bool = False  # replace an existing artifact
+    split_bytes: int | None = None  # most bytes of a file of a GGUF, which then becomes several; None: one file
     progress: Progress = field(default=SILENT, compare=False)
 
     def tables(self, model: QuantizedModel) -> dict[str, str]:

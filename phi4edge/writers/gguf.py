@@ -4,7 +4,8 @@ Codes and scales go into blocks as they are (:mod:`phi4edge.quant.ggml`), with n
 second rounding. Embedding and head are rounded without data, to q8_0 unless asked otherwise; norms stay float32.
 Fused projections stay fused. :func:`write_f16` writes the unquantized model, the reference of a runtime.
 
-gguf-py lays out the header; the tensors' data is streamed behind it, at most one linear or a slice of rows in RAM.
+gguf-py lays out the header; the tensors' data is streamed behind it, at most one linear or a slice of rows in RAM,
+into one file or several (:mod:`phi4edge.writers._gguf_shards`), hashed as it is written.
 """
 
 from __future__ import annotations
@@ -17,17 +18,16 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
-import numpy as np
 
 from phi4edge import __version__
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.core.atomic import atomic_file
+from phi4edge.core.atomic import atomic_files
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.hashing import sha256_file
+from phi4edge.core.events import Progress
+from phi4edge.core.hashing import HashedFile
 from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
@@ -43,6 +43,7 @@ from phi4edge.writers._gguf_metadata import (
     check_tokenizer,
 )
 from phi4edge.writers._gguf_reader import GgufReader, matches, read
+from phi4edge.writers._gguf_shards import ALIGNMENT, Shard, plan_shards, shard_path, shard_paths, split_name
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
 
 FORMAT = "gguf"
@@ -167,41 +168,32 @@ def _write(
     checkpoint: CheckpointReader, out: Path, options: WriteOptions, plan: list[PlannedTensor], labels: _Labels
 ) -> Artifact:
     tokenizer = _tokenizer(checkpoint)
-    _check_output(out, options.force, sum(tensor.nbytes for tensor in plan))
     header = gguf.GGUFWriter(None, ARCHITECTURE)
     add_origin(header, labels.name, checkpoint.config, labels.provenance)
     header.add_file_type(_FILE_TYPES[labels.file_type])
     add_config(header, checkpoint.config)
     add_tokenizer(header, tokenizer, checkpoint.config.vocab_size)
-    for tensor in plan:
-        header.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, gguf.GGMLQuantizationType(tensor.type.code)
-        )
+    shards = plan_shards(header, plan, options.split_bytes)
+    paths = [out] if len(shards) == 1 else [shard_path(out, i, len(shards)) for i in range(len(shards))]
+    old = _check_output(out, paths, options.force, sum(shard.nbytes for shard in shards))
     for note in _notes(checkpoint.config, tokenizer):
         options.progress.note(f"{out.name}: {note}")
     options.progress.start(f"export {FORMAT}", len(plan), "tensor")
+    digests = []
     try:
-        with atomic_file(out) as file:
-            header.write_header_to_file(Path(file.name))
-            header.write_kv_data_to_file()
-            header.write_ti_data_to_file()
-            header.close()
-            file.seek(0, 2)
-            for tensor in plan:
-                options.progress.status(tensor.name)
-                _write_tensor(file, tensor, header.data_alignment)
-                options.progress.advance()
-            _pad(file, header.data_alignment)
+        with atomic_files(paths, replaced=old) as files:
+            for shard, file in zip(shards, files, strict=False):  # asking for one more would end the last
+                digests.append(_write_shard(HashedFile(file), shard, options.progress))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
     integer = sum(prod(tensor.shape) for tensor in plan if tensor.type.name not in PLAIN)
     return Artifact(
-        path=out,
+        path=paths[0],
         format=FORMAT,
         scheme=labels.scheme,
-        files={out.name: sha256_file(out)},
-        nbytes=out.stat().st_size,
+        files={path.name: digest for path, digest in zip(paths, digests, strict=True)},
+        nbytes=sum(shard.nbytes for shard in shards),
         quantized_fraction=integer / checkpoint.config.parameters,
     )
 
@@ -229,24 +221,39 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
         )
 
 
-def _write_tensor(file: BinaryIO, tensor: PlannedTensor, alignment: int) -> None:
-    _pad(file, alignment)
-    start = file.tell()
-    for piece in tensor.data():
-        file.write(piece.contiguous().numpy().data)
-    written = file.tell() - start
-    assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+def _write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
+    """Write one file; its SHA-256."""
+    file.write(shard.header)
+    for tensor in shard.tensors:
+        progress.status(tensor.name)
+        _pad(file)
+        start = file.position
+        for piece in tensor.data():
+            file.write(piece.contiguous().numpy().data)
+        written = file.position - start
+        assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+        progress.advance()
+    _pad(file)
+    assert file.position == shard.nbytes
+    return file.sha256
 
 
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
+def _pad(file: HashedFile) -> None:
+    file.write(bytes(-file.position % ALIGNMENT))
 
 
-def _check_output(out: Path, force: bool, nbytes: int) -> None:
+def _check_output(out: Path, paths: list[Path], force: bool, nbytes: int) -> list[Path]:
+    """Refuse a place that is taken or too small; files of an earlier split there, to be removed."""
     if out.is_dir():
         raise InputError(f"{out}: is a folder", "give the name of the .gguf file to write")
-    if out.exists() and not force:
-        raise InputError(f"{out}: already exists", "choose another --out, or pass --force to replace it")
+    if split_name(out) is not None:
+        raise InputError(
+            f"{out}: is called as one file of a split", "give the name of the whole; --split-size adds the numbers"
+        )
+    old = shard_paths(out) if len(paths) > 1 else []
+    taken = [path for path in (*paths, *old) if path.exists()]
+    if taken and not force:
+        raise InputError(f"{taken[0]}: already exists", "choose another --out, or pass --force to replace it")
     parent = next(p for p in out.resolve().parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if nbytes > free:
@@ -254,3 +261,4 @@ def _check_output(out: Path, force: bool, nbytes: int) -> None:
             f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
             "free space, or choose another --out",
         )
+    return old

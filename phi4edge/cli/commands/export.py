@@ -9,7 +9,8 @@ import click
 from phi4edge.cli.options import common, dry_run_option, force_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
-from phi4edge.core.memory import format_bytes
+from phi4edge.core.errors import UsageError
+from phi4edge.core.memory import format_bytes, parse_bytes
 from phi4edge.core.registry import names
 
 _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
@@ -29,6 +30,7 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 @click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
 @click.option("--head", type=_TYPES, help="Type of lm_head in a GGUF.  [default: the run's mix, or q8_0]")
 @click.option("--embedding", type=_TYPES, help="Type of the embedding in a GGUF.  [default: the run's mix, or q8_0]")
+@click.option("--split-size", metavar="SIZE", help="Write a GGUF in files of at most this size, e.g. 2GiB.")
 @click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
 @force_option
 @dry_run_option
@@ -41,6 +43,7 @@ def command(
     context: int | None,
     head: str | None,
     embedding: str | None,
+    split_size: str | None,
     model: str | None,
     force: bool,
     dry_run: bool,
@@ -60,7 +63,15 @@ def command(
         check_run_fits(
             run, target, format_name=format_name, context=context, head=head, embedding=embedding, model=model
         )
-    options = WriteOptions(head=head, embedding=embedding, force=force, progress=progress_for(quiet))
+    if split_size is not None and format_name != "gguf":
+        raise UsageError(f"--split-size is for gguf, not {format_name}")
+    options = WriteOptions(
+        head=head,
+        embedding=embedding,
+        force=force,
+        split_bytes=parse_bytes(split_size) if split_size else None,
+        progress=progress_for(quiet),
+    )
     if dry_run:
         planned = plan(run, format_name, out, options, model=model)
         shown = f"would write {planned['path']}: {planned['format']} {planned['scheme']}; nothing was written"
@@ -76,8 +87,9 @@ def command(
         "files": dict(artifact.files),
         "target": target,
     }
+    parts = f" in {len(artifact.files)} files" if len(artifact.files) > 1 and artifact.path.is_file() else ""
     text = (
-        f"{artifact.path}: {artifact.format} {artifact.scheme}, {format_bytes(artifact.nbytes)}, "
+        f"{artifact.path}{parts}: {artifact.format} {artifact.scheme}, {format_bytes(artifact.nbytes)}, "
         f"{100 * artifact.quantized_fraction:.1f} % of the parameters as integer codes"
     )
     emit("export", data, text, as_json=as_json)
