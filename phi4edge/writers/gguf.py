@@ -169,7 +169,7 @@ def _write(
 ) -> Artifact:
     tokenizer = _tokenizer(checkpoint)
     header = gguf.GGUFWriter(None, ARCHITECTURE)
-    add_origin(header, labels.name, checkpoint.config, labels.provenance)
+    add_origin(header, labels.name, checkpoint.index, labels.provenance)
     header.add_file_type(_FILE_TYPES[labels.file_type])
     add_config(header, checkpoint.config)
     add_tokenizer(header, tokenizer, checkpoint.config.vocab_size)
@@ -212,6 +212,11 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
         yield (
             f"llama.cpp ignores this architecture's sliding window of {config.sliding_window} tokens; "
             "longer texts get other logits there"
+        )
+    if tokenizer.gguf_pre == "gpt-4o":
+        yield (
+            "llama.cpp splits words at combining marks (Hindi, Thai, pointed Arabic and Hebrew), this tokenizer does "
+            "not; such text becomes more tokens there, of which the model knows less"
         )
     stripping = [e["content"] for e in tokenizer.added.values() if e.get("lstrip") or e.get("rstrip")]
     if stripping:
