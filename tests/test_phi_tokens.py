@@ -21,7 +21,7 @@ from support import write_checkpoint
 from transformers import PreTrainedTokenizerFast
 
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.core.events import Progress
+from phi4edge.core.events import SILENT, Progress
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.writers import gguf
 from phi4edge.writers._api import WriteOptions
@@ -33,10 +33,11 @@ MARKED = {"Thai", "Arabic", "Hebrew", "Hindi"}
 class Pair:
     """One family's tokenizer, and llama.cpp's of the GGUF made from it."""
 
-    def __init__(self, kind: str, folder: Path, **options: Any) -> None:
+    def __init__(self, kind: str, folder: Path, progress: Progress = SILENT, **options: Any) -> None:
         self.kind, self.folder = kind, write_phi(folder / kind, kind, **options)
         self.tokenizer: Tokenizer = load_tokenizer(self.folder)
-        self.path = gguf.write_f16(open_checkpoint(self.folder), folder / f"{kind}.gguf", WriteOptions()).path
+        checkpoint, write = open_checkpoint(self.folder), WriteOptions(progress=progress)
+        self.path = gguf.write_f16(checkpoint, folder / f"{kind}.gguf", write).path
         self.llama = Llama(self.path, vocab_only=True)
         self.fields = {n: f for n, f in gguf_py.GGUFReader(self.path).fields.items() if "tokens" not in n}
 
@@ -118,7 +119,7 @@ def test_white_space_beside_special_tokens_is_kept_by_llama_cpp_and_a_note_says_
             notes.append(text)
 
     for kind in KINDS:
-        made = Pair(kind, tmp_path, stripping=True)
+        made = Pair(kind, tmp_path, Listening(), stripping=True)
         with made.llama as llama:
             name = STRIPPING[kind][0]
             text, number = f"a {name} \n b", SPECIALS[kind][name]
@@ -128,8 +129,6 @@ def test_white_space_beside_special_tokens_is_kept_by_llama_cpp_and_a_note_says_
             assert ids[ids.index(number) + 1 :] == made.tokenizer.encode("b")
             for chat in CHATS[:2]:
                 assert made.same(made.tokenizer.apply_chat_template(chat, add_generation_prompt=True))
-        checkpoint = open_checkpoint(made.folder)
-        gguf.write_f16(checkpoint, tmp_path / "again.gguf", WriteOptions(force=True, progress=Listening()))
         assert f"{len(STRIPPING[kind])} special tokens" in notes[-1]
     assert sum("combining marks" in note for note in notes) == 1  # of mini alone
 
