@@ -145,6 +145,9 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     corpus, recipe = manifest["corpus"], manifest["recipe"]
     rotation = recipe.get("rotation", "none")
     text = "none" if corpus is None else f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
+    given = manifest.get("imatrix")
+    if given is not None:
+        text = f"imatrix of {', '.join(given['datasets']) or 'an unnamed text'}, {given['tokens']} tokens"
     provenance = {
         "version": __version__,
         "run_key": manifest["key"],
@@ -155,7 +158,7 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         "scheme": scheme.name,
         "rotation": rotation,
         "calibration": text,
-        "calibration_sha256": "none" if corpus is None else corpus["sha256"],
+        "calibration_sha256": corpus["sha256"] if corpus is not None else given["sha256"] if given else "none",
     }
     base = None if rotation == "none" else rotated(checkpoint, rotation, recipe["rotation_seed"])
     tables = manifest["tables"]

@@ -8,7 +8,7 @@ file counts, since what sets such a limit is most often a file system or an uplo
 
 from __future__ import annotations
 
-__all__ = ["ALIGNMENT", "Shard", "plan_shards", "shard_path", "shard_paths", "split_name"]
+__all__ = ["ALIGNMENT", "Shard", "plan_shards", "shard_path", "shard_paths", "split_name", "write_shard"]
 
 import re
 import tempfile
@@ -20,6 +20,8 @@ import gguf
 import numpy as np
 
 from phi4edge.core.errors import UsageError
+from phi4edge.core.events import Progress
+from phi4edge.core.hashing import HashedFile
 from phi4edge.core.memory import format_bytes
 from phi4edge.writers._gguf_tensors import PlannedTensor
 
@@ -150,3 +152,24 @@ def _entry_bytes(tensor: PlannedTensor) -> int:
 
 def _padded(count: int) -> int:
     return int(count + -count % ALIGNMENT)
+
+
+def write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
+    """Write one file; returns its SHA-256."""
+    file.write(shard.header)
+    for tensor in shard.tensors:
+        progress.status(tensor.name)
+        _pad(file)
+        start = file.position
+        for piece in tensor.data():
+            file.write(piece.contiguous().numpy().data)
+        written = file.position - start
+        assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+        progress.advance()
+    _pad(file)
+    assert file.position == shard.nbytes
+    return file.sha256
+
+
+def _pad(file: HashedFile) -> None:
+    file.write(bytes(-file.position % ALIGNMENT))

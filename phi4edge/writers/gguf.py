@@ -26,7 +26,6 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import atomic_files
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.events import Progress
 from phi4edge.core.hashing import HashedFile
 from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
@@ -43,7 +42,7 @@ from phi4edge.writers._gguf_metadata import (
     check_tokenizer,
 )
 from phi4edge.writers._gguf_reader import GgufReader, matches, read
-from phi4edge.writers._gguf_shards import ALIGNMENT, Shard, plan_shards, shard_path, shard_paths, split_name
+from phi4edge.writers._gguf_shards import plan_shards, shard_path, shard_paths, split_name, write_shard
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
 
 FORMAT = "gguf"
@@ -183,7 +182,7 @@ def _write(
     try:
         with atomic_files(paths, replaced=old) as files:
             for shard, file in zip(shards, files, strict=False):  # asking for one more would end the last
-                digests.append(_write_shard(HashedFile(file), shard, options.progress))
+                digests.append(write_shard(HashedFile(file), shard, options.progress))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
@@ -213,6 +212,11 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
             f"llama.cpp ignores this architecture's sliding window of {config.sliding_window} tokens; "
             "longer texts get other logits there"
         )
+    if config.rope.is_longrope and config.rope.original_context:
+        yield (
+            f"opened with a context of more than {config.rope.original_context} tokens, llama.cpp takes the long rope "
+            "factors for short texts too; open it with no more where that is enough"
+        )
     if tokenizer.gguf_pre == "gpt-4o":
         yield (
             "llama.cpp splits words at combining marks (Hindi, Thai, pointed Arabic and Hebrew), this tokenizer does "
@@ -224,27 +228,6 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
             f"{len(stripping)} special tokens such as {stripping[0]!r} swallow the white space beside them in "
             "tokenizer.json; llama.cpp keeps it"
         )
-
-
-def _write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
-    """Write one file; its SHA-256."""
-    file.write(shard.header)
-    for tensor in shard.tensors:
-        progress.status(tensor.name)
-        _pad(file)
-        start = file.position
-        for piece in tensor.data():
-            file.write(piece.contiguous().numpy().data)
-        written = file.position - start
-        assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
-        progress.advance()
-    _pad(file)
-    assert file.position == shard.nbytes
-    return file.sha256
-
-
-def _pad(file: HashedFile) -> None:
-    file.write(bytes(-file.position % ALIGNMENT))
 
 
 def _check_output(out: Path, paths: list[Path], force: bool, nbytes: int) -> list[Path]:

@@ -13,6 +13,7 @@ from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes, parse_bytes
 from phi4edge.core.registry import names
 
+_IMATRIX = "imatrix"  # what a run measured; no artifact of codes, so no writer
 _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 
 
@@ -21,9 +22,9 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 @click.option(
     "--format",
     "format_name",
-    type=click.Choice(names("phi4edge.writers")),
+    type=click.Choice([*names("phi4edge.writers"), _IMATRIX]),
     required=True,
-    help="gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime.",
+    help="imatrix for llama-quantize; gguf for llama.cpp; gptq for transformers, vLLM and ONNX Runtime.",
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
@@ -55,6 +56,9 @@ def command(
 
     RUN may also be a full-precision checkpoint folder: with --format gguf it is written in float16.
     """
+    if format_name == _IMATRIX:
+        _export_imatrix(run, out, force=force, dry_run=dry_run, as_json=as_json)
+        return
     from phi4edge.stages.export import export, plan
     from phi4edge.stages.fitting import check_run_fits
     from phi4edge.writers._api import WriteOptions
@@ -91,5 +95,16 @@ def command(
     text = (
         f"{artifact.path}{parts}: {artifact.format} {artifact.scheme}, {format_bytes(artifact.nbytes)}, "
         f"{100 * artifact.quantized_fraction:.1f} % of the parameters as integer codes"
+    )
+    emit("export", data, text, as_json=as_json)
+
+
+def _export_imatrix(run: Path, out: Path, *, force: bool, dry_run: bool, as_json: bool) -> None:
+    from phi4edge.stages.imatrix import export_imatrix
+
+    data = export_imatrix(run, out, force=force, dry_run=dry_run)
+    text = (
+        f"{'would write ' if dry_run else ''}{out}: imatrix of {data['linears']} linears, {data['tokens']} tokens of "
+        f"{data['dataset']}, measured on {data['measured_on']}"
     )
     emit("export", data, text, as_json=as_json)
