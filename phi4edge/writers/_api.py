@@ -35,6 +35,8 @@ class WriteOptions:
     embedding: str | None = None  # the same of the embedding
     force: bool = False  # replace an existing artifact
     split_bytes: int | None = None  # most bytes of a file of a GGUF, which then becomes several; None: one file
+    modelfile: bool = False  # write Ollama's Modelfile beside a GGUF
+    context: int | None = None  # that the Modelfile asks for; None: Ollama's default
     progress: Progress = field(default=SILENT, compare=False)
 
     def tables(self, model: QuantizedModel) -> dict[str, str]:

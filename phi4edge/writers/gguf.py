@@ -24,9 +24,9 @@ import gguf
 from phi4edge import __version__
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.core.atomic import atomic_files
+from phi4edge.core.atomic import atomic_files, write_bytes
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.hashing import HashedFile
+from phi4edge.core.hashing import HashedFile, sha256_bytes
 from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
@@ -44,6 +44,8 @@ from phi4edge.writers._gguf_metadata import (
 from phi4edge.writers._gguf_reader import GgufReader, matches, read
 from phi4edge.writers._gguf_shards import plan_shards, shard_path, shard_paths, split_name, write_shard
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
+from phi4edge.writers._licence import licence_text
+from phi4edge.writers._modelfile import modelfile
 
 FORMAT = "gguf"
 _TABLE_TYPES = ("q8_0", "q6_k", "f16")
@@ -175,7 +177,8 @@ def _write(
     shards = plan_shards(header, plan, options.split_bytes)
     paths = [out] if len(shards) == 1 else [shard_path(out, i, len(shards)) for i in range(len(shards))]
     old = _check_output(out, paths, options.force, sum(shard.nbytes for shard in shards))
-    for note in _notes(checkpoint.config, tokenizer):
+    beside, words = _modelfile(checkpoint, tokenizer, paths, options)
+    for note in (*_notes(checkpoint.config, tokenizer), *words):
         options.progress.note(f"{out.name}: {note}")
     options.progress.start(f"export {FORMAT}", len(plan), "tensor")
     digests = []
@@ -186,15 +189,34 @@ def _write(
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
+    for path, text in beside.items():
+        write_bytes(path, text)
     integer = sum(prod(tensor.shape) for tensor in plan if tensor.type.name not in PLAIN)
     return Artifact(
         path=paths[0],
         format=FORMAT,
         scheme=labels.scheme,
-        files={path.name: digest for path, digest in zip(paths, digests, strict=True)},
+        files={path.name: digest for path, digest in zip(paths, digests, strict=True)}
+        | {path.name: sha256_bytes(text) for path, text in beside.items()},
         nbytes=sum(shard.nbytes for shard in shards),
         quantized_fraction=integer / checkpoint.config.parameters,
     )
+
+
+def _modelfile(
+    checkpoint: CheckpointReader, tokenizer: Tokenizer, paths: list[Path], options: WriteOptions
+) -> tuple[dict[Path, bytes], list[str]]:
+    """Path and text of the Modelfile where one was asked for, and notes on it."""
+    if not options.modelfile:
+        return {}, []
+    if len(paths) > 1:
+        raise UsageError("Ollama takes a GGUF in one file", "give --modelfile without --split-size")
+    path = paths[0].with_name(f"{paths[0].name.removesuffix('.gguf')}.Modelfile")
+    if path.exists() and not options.force:
+        raise InputError(f"{path}: already exists", "choose another --out, or pass --force to replace it")
+    licence = licence_text(checkpoint.index.folder)
+    text, notes = modelfile(paths[0].name, tokenizer, checkpoint.config, context=options.context, licence=licence)
+    return {path: text.encode()}, notes
 
 
 def _tokenizer(checkpoint: CheckpointReader) -> Tokenizer:

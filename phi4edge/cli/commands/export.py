@@ -28,10 +28,11 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
 )
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="File (gguf) or folder to write.")
 @click.option("--target", metavar="ID", help="Refuse (exit 4) if the artifact would not fit this device.")
-@click.option("--context", type=int, help="Context that must fit the target.  [default: the target's]")
+@click.option("--context", type=int, help="Context that must fit the target; num_ctx of --modelfile.")
 @click.option("--head", type=_TYPES, help="Type of lm_head in a GGUF.  [default: the run's mix, or q8_0]")
 @click.option("--embedding", type=_TYPES, help="Type of the embedding in a GGUF.  [default: the run's mix, or q8_0]")
 @click.option("--split-size", metavar="SIZE", help="Write a GGUF in files of at most this size, e.g. 2GiB.")
+@click.option("--modelfile", is_flag=True, help="Write Ollama's Modelfile beside a GGUF, with --context as num_ctx.")
 @click.option("--model", help="Where the checkpoint lies now, if it was moved since `quantize`.")
 @force_option
 @dry_run_option
@@ -45,6 +46,7 @@ def command(
     head: str | None,
     embedding: str | None,
     split_size: str | None,
+    modelfile: bool,
     model: str | None,
     force: bool,
     dry_run: bool,
@@ -67,13 +69,16 @@ def command(
         check_run_fits(
             run, target, format_name=format_name, context=context, head=head, embedding=embedding, model=model
         )
-    if split_size is not None and format_name != "gguf":
-        raise UsageError(f"--split-size is for gguf, not {format_name}")
+    for flag, given in (("--split-size", split_size), ("--modelfile", modelfile)):
+        if given and format_name != "gguf":
+            raise UsageError(f"{flag} is for gguf, not {format_name}")
     options = WriteOptions(
         head=head,
         embedding=embedding,
         force=force,
         split_bytes=parse_bytes(split_size) if split_size else None,
+        modelfile=modelfile,
+        context=context,
         progress=progress_for(quiet),
     )
     if dry_run:
@@ -91,7 +96,8 @@ def command(
         "files": dict(artifact.files),
         "target": target,
     }
-    parts = f" in {len(artifact.files)} files" if len(artifact.files) > 1 and artifact.path.is_file() else ""
+    count = sum(name.endswith(".gguf") for name in artifact.files)
+    parts = f" in {count} files" if count > 1 else ""
     text = (
         f"{artifact.path}{parts}: {artifact.format} {artifact.scheme}, {format_bytes(artifact.nbytes)}, "
         f"{100 * artifact.quantized_fraction:.1f} % of the parameters as integer codes"
