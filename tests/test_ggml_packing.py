@@ -103,10 +103,8 @@ def filled(name: str, codes: str, half: float, whole: str) -> QuantizedLinear:
         "lowest": ends[:1].expand(rows, width).clone(),
         "highest": ends[1:].expand(rows, width).clone(),
         "alternating": ends.repeat(width // 2).expand(rows, width).clone(),
-        "zero": torch.full((rows, width), zero, dtype=torch.uint8),
-        "one huge": torch.full((rows, width), zero, dtype=torch.uint8).index_fill(
-            1, torch.tensor([37, 300]), grid.high
-        ),
+        "zero": spread,
+        "one huge": spread.index_fill(1, torch.tensor([37, 300]), grid.high),
     }[codes]
     params: dict[str, Tensor] = {}
     for field in grid.fields:
