@@ -26,6 +26,7 @@ from phi4edge.quant.ggml import (
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
 from phi4edge.quant.grid import NestedGrid, grid_for
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.packing import pack_nibbles, unpack_nibbles
 from phi4edge.quant.scheme import GGML_SCHEMES, parse_scheme
 
 SCHEMES = (*GGML_SCHEMES, "w4g32", "w4g96", "w4row", "w8g32")
@@ -275,3 +276,16 @@ def test_a_scale_that_is_not_finite_is_damage() -> None:
     packed[0, :2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)
     with pytest.raises(InputError, match="x: 1 of its scales are NaN or Inf"):
         unpack_linear("x", BLOCK_TYPES["q4_0"], packed)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 8), (1, 6), (4, 2, 10)])
+def test_nibbles_are_two_codes_a_byte_the_first_low_whatever_the_strides(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator)
+    expected = codes[..., ::2] + 16 * codes[..., 1::2]
+    holder = torch.zeros(codes.numel() + 1, dtype=torch.uint8)
+    holder[1:] = codes.reshape(-1)
+    for view in (codes, codes.mT.contiguous().mT if codes.dim() > 1 else codes, holder[1:].reshape(shape)):
+        assert torch.equal(pack_nibbles(view), expected)
+    for view in (expected, expected.mT.contiguous().mT if codes.dim() > 1 else expected):
+        assert torch.equal(unpack_nibbles(view), codes)
