@@ -98,7 +98,7 @@ def in_a_process(run: Path, layout: str, out: Path) -> dict[str, Any]:
 
 
 def packers(run: Path) -> dict[str, Callable[[], tuple[float, float]]]:
-    """For each format: pack everything that is in RAM already, one tensor at a time; seconds by the clock and of CPU."""
+    """For each format: pack what is in RAM already, one tensor at a time; seconds by the clock and of CPU."""
     import torch
 
     from phi4edge.quant.ggml import pack_linear as pack_blocks
