@@ -118,6 +118,28 @@ class Llama:
             llama_cpp.llama_batch_free(batch)
             llama_cpp.llama_free(ctx)
 
+    def greedy(self, prompt: list[int], count: int, context: int) -> list[int]:
+        """The ``count`` most likely tokens behind ``prompt``, one after the other, in a context of ``context``."""
+        params = llama_cpp.llama_context_default_params()
+        params.n_ctx, params.n_batch, params.n_ubatch = context, context, 512
+        params.n_seq_max, params.n_threads, params.n_threads_batch = 1, 1, 1
+        params.type_k = params.type_v = llama_cpp.GGML_TYPE_F32
+        params.flash_attn_type = 0
+        ctx = llama_cpp.llama_init_from_model(self.model, params)
+        assert ctx, "llama.cpp makes no context"
+        assert llama_cpp.llama_n_ctx(ctx) == context, "a context is rounded up to a multiple of 256"
+        try:
+            size, found, given = llama_cpp.llama_vocab_n_tokens(self.vocab), list[int](), prompt
+            while len(found) < count:
+                ids = (llama_cpp.llama_token * len(given))(*given)
+                assert llama_cpp.llama_decode(ctx, llama_cpp.llama_batch_get_one(ids, len(given))) == 0
+                row = np.ctypeslib.as_array(llama_cpp.llama_get_logits_ith(ctx, -1), shape=(size,))
+                given = [int(row.argmax())]
+                found += given
+            return found
+        finally:
+            llama_cpp.llama_free(ctx)
+
     def tokenize(self, text: str, *, parse_special: bool = True) -> list[int]:
         """Ids of ``text`` without added bos."""
         data = text.encode()

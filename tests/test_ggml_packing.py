@@ -26,6 +26,7 @@ from phi4edge.quant.ggml import (
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
 from phi4edge.quant.grid import NestedGrid, grid_for
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.packing import pack_nibbles, unpack_nibbles
 from phi4edge.quant.scheme import GGML_SCHEMES, parse_scheme
 
 SCHEMES = (*GGML_SCHEMES, "w4g32", "w4g96", "w4row", "w8g32")
@@ -35,9 +36,9 @@ EDGES = (0.0, -0.0, F16_DENORMAL, -F16_DENORMAL, 2.0**-14, F16_MAX, -F16_MAX, 1.
 
 
 @st.composite
-def linears(draw: st.DrawFn) -> QuantizedLinear:
-    """A linear of any codes and any finite parameters, edges preferred."""
-    scheme = parse_scheme(draw(st.sampled_from(SCHEMES)))
+def linears(draw: st.DrawFn, name: str | None = None) -> QuantizedLinear:
+    """A linear of any codes and any finite parameters, edges preferred; on scheme ``name`` or any."""
+    scheme = parse_scheme(name or draw(st.sampled_from(SCHEMES)))
     grid = grid_for(scheme)
     rows, in_features = draw(st.integers(1, 3)), draw(st.sampled_from((256, 512) if scheme.nested else (96, 192)))
     lowest = 1 if scheme.bits == 8 else grid.low
@@ -75,6 +76,68 @@ def test_libggml_reads_packed_blocks_as_the_linear(linear: QuantizedLinear) -> N
     with np.errstate(over="ignore"):
         theirs = gguf.dequantize(packed.numpy(), gguf.GGMLQuantizationType(kind.code))
     assert same_bits(torch.from_numpy(theirs), linear.dequantize())
+
+
+def test_every_quantized_block_type_is_among_those_tested() -> None:
+    assert set(GGML_SCHEMES) == {"q4_0", "q4_1", "q5_0", "q5_1", "q8_0", "q4_k", "q5_k", "q6_k"}
+    assert set(GGML_SCHEMES) == set(BLOCK_TYPES) - {"f32", "f16", "bf16"}
+
+
+@pytest.mark.parametrize("name", GGML_SCHEMES)
+@settings(deadline=None, max_examples=40)
+@given(data=st.data())
+def test_each_block_type_is_read_by_libggml_bit_for_bit(name: str, data: st.DataObject) -> None:
+    linear = data.draw(linears(name))
+    packed = pack_linear(linear)
+    assert same_bits(libggml_dequantize(BLOCK_TYPES[name], packed), linear.dequantize())
+
+
+def filled(name: str, codes: str, half: float, whole: str) -> QuantizedLinear:
+    """A linear of adversarial blocks: every code, every float16 and every whole number at an end of its range."""
+    scheme = parse_scheme(name)
+    grid, rows, width = grid_for(scheme), 4, 512
+    lowest = 1 if scheme.bits == 8 else grid.low
+    ends = torch.tensor([lowest, grid.high], dtype=torch.uint8)
+    zero = grid.middle if scheme.symmetric else grid.low
+    spread = torch.full((rows, width), zero, dtype=torch.uint8)
+    chosen = {
+        "lowest": ends[:1].expand(rows, width).clone(),
+        "highest": ends[1:].expand(rows, width).clone(),
+        "alternating": ends.repeat(width // 2).expand(rows, width).clone(),
+        "zero": spread,
+        "one huge": spread.index_fill(1, torch.tensor([37, 300]), grid.high),
+    }[codes]
+    params: dict[str, Tensor] = {}
+    for field in grid.fields:
+        if field in grid.tunable:
+            columns = width // scheme.unit if scheme.nested else scheme.groups(width)
+            params[field] = torch.full((rows, columns), half, dtype=torch.float16)
+            params[field][1::2] *= -1  # of either sign
+        else:
+            assert isinstance(grid, NestedGrid)
+            low, high = grid.sub_range
+            value = {"low": low, "high": high, "mixed": high}[whole]
+            shape = (rows, scheme.groups(width))
+            params[field] = torch.full(shape, value, dtype=torch.int8 if scheme.symmetric else torch.uint8)
+            if whole == "mixed":
+                params[field][:, ::2] = low
+    return QuantizedLinear("linear", scheme, chosen, params)
+
+
+@pytest.mark.parametrize("name", GGML_SCHEMES)
+@pytest.mark.parametrize("codes", ["lowest", "highest", "alternating", "zero", "one huge"])
+def test_adversarial_blocks_are_read_by_libggml_bit_for_bit(name: str, codes: str) -> None:
+    """Scales of nothing, subnormal, smallest normal, ±largest; products that leave float32's float16 range too."""
+    kind = BLOCK_TYPES[name]
+    for half in (0.0, F16_DENORMAL, 2.0**-15, 2.0**-14, 0.1, F16_MAX):
+        for whole in ("low", "high", "mixed") if parse_scheme(name).nested else ("low",):
+            linear = filled(name, codes, half, whole)
+            packed, expected = pack_linear(linear), linear.dequantize()
+            assert same_bits(libggml_dequantize(kind, packed), expected), (half, whole)
+            back = unpack_linear("linear", kind, packed)
+            assert torch.equal(back.codes, linear.codes)
+            if codes == "zero" and parse_scheme(name).symmetric:
+                assert not expected.any()
 
 
 @settings(deadline=None)
@@ -213,3 +276,16 @@ def test_a_scale_that_is_not_finite_is_damage() -> None:
     packed[0, :2] = torch.tensor([0x00, 0x7C], dtype=torch.uint8)
     with pytest.raises(InputError, match="x: 1 of its scales are NaN or Inf"):
         unpack_linear("x", BLOCK_TYPES["q4_0"], packed)
+
+
+@pytest.mark.parametrize("shape", [(2,), (3, 8), (1, 6), (4, 2, 10)])
+def test_nibbles_are_two_codes_a_byte_the_first_low_whatever_the_strides(shape: tuple[int, ...]) -> None:
+    generator = torch.Generator().manual_seed(0)
+    codes = torch.randint(0, 16, shape, dtype=torch.uint8, generator=generator)
+    expected = codes[..., ::2] + 16 * codes[..., 1::2]
+    holder = torch.zeros(codes.numel() + 1, dtype=torch.uint8)
+    holder[1:] = codes.reshape(-1)
+    for view in (codes, codes.mT.contiguous().mT if codes.dim() > 1 else codes, holder[1:].reshape(shape)):
+        assert torch.equal(pack_nibbles(view), expected)
+    for view in (expected, expected.mT.contiguous().mT if codes.dim() > 1 else expected):
+        assert torch.equal(unpack_nibbles(view), codes)

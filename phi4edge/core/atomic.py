@@ -6,12 +6,20 @@ A process killed at any instant leaves either the old content, the new content, 
 
 from __future__ import annotations
 
-__all__ = ["PARTIAL", "atomic_directory", "atomic_file", "fsync_directory", "write_bytes", "write_json"]
+__all__ = [
+    "PARTIAL",
+    "atomic_directory",
+    "atomic_file",
+    "atomic_files",
+    "fsync_directory",
+    "write_bytes",
+    "write_json",
+]
 
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -44,6 +52,44 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
         fsync_directory(path.parent)
     except BaseException:
         partial.unlink(missing_ok=True)
+        raise
+
+
+@contextmanager
+def atomic_files(paths: Sequence[Path], *, replaced: Sequence[Path] = ()) -> Iterator[Iterator[BinaryIO]]:
+    """Open ``paths`` for writing, one after the other; they take their names together, when all are whole.
+
+    The first of them is the one by which the set is opened, so it takes its name last, and where it replaces
+    another it goes first: at no instant can a mixture of an old and a new set be opened. ``replaced`` are files of
+    an old set to be removed then.
+    """
+    partial = [path.with_name(path.name + PARTIAL) for path in paths]
+    named: list[Path] = []
+    folder = paths[0].parent
+    folder.mkdir(parents=True, exist_ok=True)
+
+    def opened() -> Iterator[BinaryIO]:
+        for path in partial:
+            with path.open("wb") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+
+    files = opened()
+    try:
+        yield files
+        next(files, None)  # closes the last one
+        assert all(path.is_file() for path in partial), "not every file was written"
+        paths[0].unlink(missing_ok=True)
+        for source, path in reversed(list(zip(partial, paths, strict=True))):
+            source.replace(path)
+            named.append(path)
+        for path in set(replaced) - set(paths):
+            path.unlink(missing_ok=True)
+        fsync_directory(folder)
+    except BaseException:
+        for path in (*partial, *named):
+            path.unlink(missing_ok=True)
         raise
 
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-__all__ = ["sha256_bytes", "sha256_file", "sha256_json"]
+__all__ = ["HashedFile", "sha256_bytes", "sha256_file", "sha256_json"]
 
 import hashlib
 import json
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -25,3 +25,27 @@ def sha256_json(document: Any) -> str:
     """Hex digest of a JSON document in canonical form (sorted keys, no white space)."""
     text = json.dumps(document, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False)
     return sha256_bytes(text.encode())
+
+
+class HashedFile:
+    """A file that is written from its start to its end, and hashed on the way: nothing need be read again."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file, self._hash, self._position = file, hashlib.sha256(), file.tell()
+        assert self._position == 0, "the beginning would be missing from the hash"
+
+    def write(self, data: bytes | memoryview) -> None:
+        """Append ``data``."""
+        self._file.write(data)
+        self._hash.update(data)
+        self._position += len(data) if isinstance(data, bytes) else data.nbytes
+
+    @property
+    def position(self) -> int:
+        """Bytes written."""
+        return self._position
+
+    @property
+    def sha256(self) -> str:
+        """Hex digest of all that was written."""
+        return self._hash.hexdigest()

@@ -107,6 +107,7 @@ class Recipe:
     mix: MixRecipe | None = None  # None: every linear on ``scheme``
     types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
     tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
+    imatrix_sha256: str | None = None  # of a given importance matrix, in place of calibration text
     tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
     def __post_init__(self) -> None:
@@ -140,6 +141,14 @@ class Recipe:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
         if self.rotation not in ROTATIONS:
             raise UsageError(f"unknown rotation {self.rotation!r}", f"one of {', '.join(ROTATIONS)}")
+        if self.imatrix_sha256 is not None and (self.method != "rtn" or self.corpus is not None):
+            what = "calibration text" if self.method == "rtn" else f"--method {self.method}"
+            raise UsageError(
+                f"an imatrix says how much an input channel counts, and {what} measures more than that",
+                "give --imatrix with --method rtn and no --corpus",
+            )
+        if self.imatrix_sha256 is not None and self.rotation != "none":
+            raise UsageError("an imatrix is of the channels as they are, not as rotated", "leave out --rotation")
         if self.corpus is None and self.scales_inputs:
             raise UsageError("awq needs calibration text", "name a --corpus, or use --method rtn without --awq")
 

@@ -29,7 +29,8 @@ def default_runtime(artifact: Path) -> str:
 def describe(artifact: Path) -> dict[str, Any]:
     """``path, name, format, scheme, sha256, bytes`` of an artifact, and its ``provenance`` where it tells it.
 
-    A folder's hash is over its files' hashes, but for those that only tell of it: model card, manifest, sums.
+    The hash of a folder, or of a GGUF in several files, is over its files' hashes, but for those that only tell of it:
+    model card, manifest, sums.
 
     Raises:
         InputError: no such thing, or a damaged header.
@@ -54,10 +55,13 @@ def describe(artifact: Path) -> dict[str, Any]:
     else:
         from phi4edge.writers._gguf_file import read_gguf
 
-        header = read_gguf(artifact).metadata
+        parts = read_gguf(artifact)
+        header = parts.metadata
         format_name, scheme = "gguf", str(header.get(f"{_OWN}scheme") or _file_type(header))
         made = _provenance(header)
-        digest, nbytes = sha256_file(artifact), artifact.stat().st_size
+        hashes = {path.name: sha256_file(path) for path in parts.files}
+        digest = sha256_json(hashes) if len(hashes) > 1 else hashes[artifact.name]
+        nbytes = sum(path.stat().st_size for path in parts.files)
     return {
         "path": str(artifact),
         "name": artifact.resolve().name,

@@ -69,15 +69,18 @@ def quantize_q8_0(values: Tensor, where: str = "weight") -> Tensor:
 def _q8_0(values: Tensor, where: str) -> Tensor:
     rows = values.shape[0]
     x = values.reshape(rows, -1, 32)
-    d = x.abs().amax(dim=2) / 127
+    scaled = x.abs()  # the buffer of what follows too: large allocations cost more than the arithmetic
+    d = scaled.amax(dim=2) / 127
     inverse = 1 / d
     inverse.masked_fill_(torch.isinf(inverse), 0)  # d is zero, or so small that float16 makes it zero
-    scaled = x * inverse[:, :, None]
+    torch.mul(x, inverse[:, :, None], out=scaled)
     codes = scaled.round()  # halves to even
-    off = scaled - codes
-    if bool((off.abs() == 0.5).any()):
-        codes += (off == 0.5) & (scaled > 0)
-        codes -= ((off == -0.5) & (scaled < 0)).float()
+    off = scaled.sub_(codes)
+    least, most = off.aminmax()
+    if float(least) == -0.5 or float(most) == 0.5:  # of which some are to be rounded away from zero
+        above = codes + off > 0
+        codes += (off == 0.5) & above
+        codes -= ((off == -0.5) & ~above).float()
     half = store_float(d, torch.float16, f"{where}: scale").reshape(rows, -1, 2)
     return torch.cat((half, codes.to(torch.int8).view(torch.uint8)), dim=2).reshape(rows, -1)
 

@@ -17,13 +17,15 @@ def pack_nibbles(codes: Tensor) -> Tensor:
 
     ``codes`` [..., n] uint8 with values 0…15, n even; returns [..., n/2] uint8.
     """
-    pairs = codes.reshape(*codes.shape[:-1], -1, 2)
-    return pairs[..., 0] | (pairs[..., 1] << 4)
+    flat = codes.contiguous().reshape(-1)  # strides of a lone row may be odd, and so may a view's beginning
+    pairs = (flat.clone() if flat.storage_offset() % 2 else flat).view(torch.int16)
+    return (pairs | (pairs >> 4)).to(torch.uint8).reshape(*codes.shape[:-1], -1)  # words of two: vectorised
 
 
 def unpack_nibbles(packed: Tensor) -> Tensor:
     """The inverse of :func:`pack_nibbles`: [..., n/2] uint8 to [..., n] uint8."""
-    return torch.stack((packed & 15, packed >> 4), dim=-1).reshape(*packed.shape[:-1], -1)
+    pairs = packed.contiguous().reshape(-1).to(torch.int16)
+    return (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.uint8).reshape(*packed.shape[:-1], -1)
 
 
 def pack_words(codes: Tensor, bits: int) -> Tensor:

@@ -93,7 +93,9 @@ class BlockSolver:
                 given, stats, passing, factors = scaled.weight, scaled.stats, scaled.passing, scaled.factors
                 scaling = {"awq": scaled.record}
                 out.tensors |= scaled.tensors
-            hessian, mean_square = (stats.hessian, stats.mean_square) if stats is not None else (None, None)
+            hessian, mean_square = (
+                (stats.hessian, stats.mean_square) if stats is not None else (None, self._given(name))
+            )
             problem = Problem(name, given, hessian, self._job.scheme_of(name), mean_square)
             linear, record, events = self._choose(_Task(problem, stage, stats, passing, exact, factors))
             out.tensors |= linear.to("cpu").to_tensors()
@@ -109,6 +111,10 @@ class BlockSolver:
             for _ in side_by_side(arriving, beside):  # the block's outputs, written to the streams as they come
                 pass
         return out
+
+    def _given(self, name: str) -> Tensor | None:
+        """Mean squared inputs of a linear from the imatrix that the user gave, if there is one."""
+        return None if self._job.imatrix is None else self._job.imatrix.values[name].to(self._job.device)
 
     def _moments(self, width: int, arriving: Arriving | None, beside: Arriving | None) -> LayerStats | None:
         if arriving is None or self._stream is None:

@@ -23,6 +23,7 @@ from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.selftext import SelfText, load_corpus_of
 from phi4edge.transforms.rotation import rotated
+from phi4edge.writers._imatrix import Imatrix, read_imatrix
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Job:
     memory: MemoryPlan
     device: str
     types: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
+    imatrix: Imatrix | None = None  # given in place of calibration text
     self_text: SelfText | None = None  # what the model wrote, where the corpus asks for it
 
     def scheme_of(self, linear: str) -> Scheme:
@@ -51,8 +53,9 @@ def prepare(
     device: str,
     run: Path | None = None,
     progress: Progress = SILENT,
+    imatrix: Path | None = None,
 ) -> Job:
-    """Check model, scheme, tokenizer, device, RAM and corpus.
+    """Check model, scheme, tokenizer, device, RAM, corpus and imatrix.
 
     ``run`` is where the work will be done; without it, a corpus that the model must write first is not made.
 
@@ -77,7 +80,13 @@ def prepare(
         corpus, own = load_corpus_of(
             checkpoint, tokenizer, recipe.corpus, run, held_out=held_out, ram_budget=ram_budget, progress=progress
         )
-    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, own)
+    given = None
+    if imatrix is not None:
+        given = read_imatrix(imatrix)
+        shapes = {name.removesuffix(".weight"): shape for name, shape in config.tensor_shapes().items()}
+        linears = {name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2}
+        given.check(linears, str(imatrix))
+    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, given, own)
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

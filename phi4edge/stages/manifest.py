@@ -28,7 +28,7 @@ from phi4edge.stages.tuning_state import total_cost
 def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
     """Write the imatrix and, last of all, the manifest that makes the run complete."""
     config = job.checkpoint.config
-    if job.corpus is not None:
+    if job.corpus is not None or job.imatrix is not None:
         imatrix: dict[str, Tensor] = {}
         for layer in range(config.num_layers):
             with safe_open(work.path / block_file(layer), "pt") as file:
@@ -61,6 +61,15 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocati
                 "domains": job.corpus.domain_counts(),
                 "sha256": job.corpus.sha256,
                 **({"self": job.self_text.as_dict()} if job.self_text is not None else {}),
+            },
+            "imatrix": None
+            if job.imatrix is None
+            else {
+                "sha256": job.recipe.imatrix_sha256,
+                "datasets": list(job.imatrix.datasets),
+                "tokens": job.imatrix.tokens,
+                "chunks": job.imatrix.chunks,
+                "chunk_size": job.imatrix.chunk_size,
             },
             "quantized_fraction": config.linear_parameters / config.parameters,
             "bits_per_weight": _bits_per_weight(job),

@@ -53,8 +53,11 @@ def quantize(
     ram_budget: int | None = None,
     device: str = "cpu",
     progress: Progress = SILENT,
+    imatrix: Path | None = None,
 ) -> QuantizeSummary:
     """Solve every linear of ``model`` as ``recipe`` says, into run directory ``out``.
+
+    ``imatrix`` is the file whose hash the recipe names.
 
     Raises:
         InputError: the model or the corpus is not usable; nothing is written then.
@@ -64,7 +67,7 @@ def quantize(
     checkpoint = open_checkpoint(model)
     if recipe.mix is not None:
         check_budget(checkpoint.config, recipe.mix)
-    job = prepare(checkpoint, recipe, ram_budget, device, out, progress)
+    job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
     inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}
@@ -87,9 +90,16 @@ def quantize(
         return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
 
 
-def plan(model: str | Path, recipe: Recipe, *, ram_budget: int | None = None, device: str = "cpu") -> dict[str, Any]:
+def plan(
+    model: str | Path,
+    recipe: Recipe,
+    *,
+    ram_budget: int | None = None,
+    device: str = "cpu",
+    imatrix: Path | None = None,
+) -> dict[str, Any]:
     """The same checks as :func:`quantize`, and what it would do; writes nothing and reads no weight."""
-    job = prepare(open_checkpoint(model), recipe, ram_budget, device)
+    job = prepare(open_checkpoint(model), recipe, ram_budget, device, imatrix=imatrix)
     if recipe.mix is not None:
         check_budget(job.checkpoint.config, recipe.mix)
     config = job.checkpoint.config

@@ -152,6 +152,9 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         text = f"{corpus['name']}, {corpus['samples']} × {corpus['sequence_length']} tokens"
     else:
         text = "unknown" if adopted else "none"
+    given = manifest.get("imatrix")
+    if given is not None:
+        text = f"imatrix of {', '.join(given['datasets']) or 'an unnamed text'}, {given['tokens']} tokens"
     provenance = {
         "version": __version__,
         "run_key": manifest["key"],
@@ -162,7 +165,7 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
         "scheme": scheme.name,
         "rotation": rotation,
         "calibration": text,
-        "calibration_sha256": "none" if corpus is None else corpus["sha256"],
+        "calibration_sha256": corpus["sha256"] if corpus is not None else given["sha256"] if given else "none",
     }
     base = None if rotation == "none" else rotated(checkpoint, rotation, recipe["rotation_seed"])
     tables = manifest["tables"]

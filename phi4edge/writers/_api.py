@@ -34,8 +34,10 @@ class WriteOptions:
     head: str | None = None  # type of lm_head where the format quantizes it: q8_0, q6_k, f16; None: as the run says
     embedding: str | None = None  # the same of the embedding
     accuracy_level: int = 4  # of ONNX's MatMulNBits: 4 rounds activations to int8, 1 leaves them in float32
-    context: int | None = None  # tokens that ONNX Runtime GenAI allocates the KV cache for; None: 4096 or the model's
+    context: int | None = None  # tokens that ONNX's KV cache and Ollama's Modelfile are for; None: 4096, their default
     force: bool = False  # replace an existing artifact
+    split_bytes: int | None = None  # most bytes of a file of a GGUF, which then becomes several; None: one file
+    modelfile: bool = False  # write Ollama's Modelfile beside a GGUF
     progress: Progress = field(default=SILENT, compare=False)
 
     def tables(self, model: QuantizedModel) -> dict[str, str]:

@@ -3,6 +3,8 @@
 Layout (little-endian): magic, version, number of tensors, number of keys; the keys, each with type and value; for
 each tensor name, shape (fastest axis first), type and offset; then, aligned, the tensors' data. Numbers in a header
 are claims: every length is held against what the file still has, every tensor's span against the file's size.
+
+A model in several files (:mod:`phi4edge.writers._gguf_shards`) is opened by its first, which names their number.
 """
 
 from __future__ import annotations
@@ -23,6 +25,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from phi4edge.core.errors import InputError
+from phi4edge.writers._gguf_shards import shard_path, split_name
 
 MAGIC = b"GGUF"
 _DAMAGED = "the file is truncated or damaged; export or download it again"
@@ -34,6 +37,7 @@ _STRING, _ARRAY = 8, 9
 class GgufTensor:
     """Where one tensor lies; nothing of it has been read."""
 
+    path: Path  # the file that holds it
     name: str
     type: GGMLQuantizationType
     shape: tuple[int, ...]  # slowest axis first, as torch has it
@@ -53,10 +57,11 @@ class GgufTensor:
 
 @dataclass(frozen=True)
 class GgufFile:
-    """Keys and tensors of a GGUF file."""
+    """Keys and tensors of a GGUF, in one file or several."""
 
-    path: Path
-    metadata: Mapping[str, Any]
+    path: Path  # the first file
+    files: tuple[Path, ...]  # all of them, in order
+    metadata: Mapping[str, Any]  # the first file's
     tensors: Mapping[str, GgufTensor]
 
 
@@ -104,11 +109,58 @@ class _Cursor:
 
 
 def read_gguf(path: Path) -> GgufFile:
-    """Keys and tensor places of a GGUF file of version 2 or 3; no tensor's data is read.
+    """Keys and tensor places of a GGUF of version 2 or 3; no tensor's data is read.
+
+    ``path`` is the first file where there are several; the others are looked for beside it.
 
     Raises:
-        InputError: not such a file, truncated, or with a header that contradicts the file.
+        InputError: not such a file, truncated, or with a header that contradicts the file; not the first one; or
+            another file of the split is missing or belongs to another.
     """
+    first = _read_one(path)
+    count = _split_number(first, "count", 0)
+    if count <= 1:
+        return first
+    named, number = split_name(path), _split_number(first, "no")
+    if named is None or named[2] != count or named[1] != number:
+        raise InputError(
+            f"{path}: is file {number + 1} of {count}, and its name does not say so",
+            f"llama.cpp finds the others by their names: {shard_path(path, number, count).name}",
+        )
+    if number != 0:
+        raise InputError(f"{path}: is file {number + 1} of {count}", f"give {shard_path(named[0], 0, count).name}")
+    tensors, paths = dict(first.tensors), [shard_path(named[0], i, count) for i in range(count)]
+    missing = [other.name for other in paths if not other.is_file()]
+    if missing:
+        raise InputError(
+            f"{path}: {len(missing)} of its {count} files are missing: {', '.join(missing[:3])}",
+            "put all files of the split into one folder",
+        )
+    for i, other in enumerate(paths[1:], 1):
+        part = _read_one(other)
+        found = _split_number(part, "no"), _split_number(part, "count")
+        if found != (i, count):
+            raise InputError(
+                f"{other}: says that it is file {found[0] + 1} of {found[1]}, its name says {i + 1} of {count}"
+            )
+        twice = sorted(tensors.keys() & part.tensors.keys())
+        if twice:
+            raise InputError(f"{other}: tensor {twice[0]} stands in {tensors[twice[0]].path.name} too", _DAMAGED)
+        tensors |= part.tensors
+    total = _split_number(first, "tensors.count", len(tensors))
+    if total != len(tensors):
+        raise InputError(f"{path}: its {count} files hold {len(tensors)} tensors, {total} were written", _DAMAGED)
+    return GgufFile(path, tuple(paths), first.metadata, tensors)
+
+
+def _split_number(file: GgufFile, name: str, default: int | None = None) -> int:
+    value = file.metadata.get(f"split.{name}", default)
+    if isinstance(value, bool) or not isinstance(value, int):
+        raise InputError(f"{file.path}: split.{name} is {value!r}, expected a whole number", _DAMAGED)
+    return value
+
+
+def _read_one(path: Path) -> GgufFile:
     try:
         size = path.stat().st_size
         with path.open("rb") as file:
@@ -146,7 +198,7 @@ def _read(cursor: _Cursor) -> GgufFile:
                 f"{path}: {name} begins at {offset}, not a multiple of the alignment {alignment}", _DAMAGED
             )
         tensors[name] = _placed(path, cursor.size, name, code, shape, start + offset)
-    return GgufFile(path, metadata, tensors)
+    return GgufFile(path, (path,), metadata, tensors)
 
 
 def _tensor_entry(cursor: _Cursor) -> tuple[str, int, tuple[int, ...], int]:
@@ -173,10 +225,10 @@ def _placed(path: Path, size: int, name: str, code: int, shape: tuple[int, ...],
         nbytes *= axis
     if offset + nbytes > size:
         raise InputError(f"{path}: {name} ends at byte {offset + nbytes}, but the file has {size}", _DAMAGED)
-    return GgufTensor(name, kind, shape, offset, nbytes)
+    return GgufTensor(path, name, kind, shape, offset, nbytes)
 
 
-def read_rows(file: GgufFile, tensor: GgufTensor, rows: slice | None = None) -> Tensor:
+def read_rows(tensor: GgufTensor, rows: slice | None = None) -> Tensor:
     """Bytes of ``tensor``'s rows (or of ``rows`` of them), uint8 [rows, bytes of a row], by positional reads.
 
     Raises:
@@ -187,14 +239,14 @@ def read_rows(file: GgufFile, tensor: GgufTensor, rows: slice | None = None) -> 
     buffer: NDArray[np.uint8] = np.empty(count * tensor.row_bytes, dtype=np.uint8)
     position, done = tensor.offset + start * tensor.row_bytes, 0
     try:
-        with open(file.path, "rb", buffering=0) as handle:
+        with open(tensor.path, "rb", buffering=0) as handle:
             while done < len(buffer):
                 read = os.preadv(handle.fileno(), [buffer.data[done:]], position + done)
                 if read == 0:
                     raise InputError(
-                        f"{file.path}: {tensor.name}: file ends {len(buffer) - done} bytes early", _DAMAGED
+                        f"{tensor.path}: {tensor.name}: file ends {len(buffer) - done} bytes early", _DAMAGED
                     )
                 done += read
     except OSError as error:
-        raise InputError(f"{file.path}: cannot be read ({error.strerror})") from error
+        raise InputError(f"{tensor.path}: cannot be read ({error.strerror})") from error
     return torch.from_numpy(buffer).reshape(count, tensor.row_bytes)

@@ -9,6 +9,8 @@ Keys that decide how the file behaves:
 * ``phi3.rope.scaling.attn_factor`` multiplies cos and sin, whichever factors (long or short) are in use.
 * ``general.name`` must not contain "phi3" or "phi-3": llama.cpp then strips white space behind special tokens.
 * ``tokenizer.ggml.eot_token_id`` ends a chat where the eos token is another one.
+* ``tokenizer.chat_template`` is the checkpoint's. llama.cpp's older interface, llama_chat_apply_template, does not
+  run it but recognises it: Phi-4's as it is, Phi-4-mini's as Phi-3's, with line breaks that mini's has not.
 """
 
 from __future__ import annotations
@@ -29,18 +31,23 @@ import json
 import math
 import re
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 import gguf
 import numpy as np
 
+from phi4edge import __version__
 from phi4edge.checkpoint.config import ModelConfig, parse_config
+from phi4edge.checkpoint.index import CheckpointIndex
 from phi4edge.core.errors import InputError
 from phi4edge.model.tokenizer import Tokenizer
+from phi4edge.writers._licence import licence_name
 
 ARCHITECTURE = "phi3"
 CONFIG = "phi4edge.config"
 SCHEME = "phi4edge.scheme"  # of every linear that the exceptions do not name
+HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[\w.-]+")
 EXCEPTIONS = "exceptions"  # phi4edge.exceptions: {linear: scheme} as JSON
 
 
@@ -69,10 +76,22 @@ def add_config(writer: gguf.GGUFWriter, config: ModelConfig) -> None:
         writer.add_string(CONFIG, json.dumps(config.raw, ensure_ascii=False, separators=(",", ":")))
 
 
-def add_origin(writer: gguf.GGUFWriter, name: str, config: ModelConfig, provenance: Mapping[str, str]) -> None:
-    """Who the model is and where the file comes from."""
+def add_origin(writer: gguf.GGUFWriter, name: str, checkpoint: CheckpointIndex, provenance: Mapping[str, str]) -> None:
+    """Who the model is, what it was made from, and under which licence."""
+    config = checkpoint.config
     writer.add_type("model")
     writer.add_name(safe_name(name))
+    writer.add_quantized_by(f"phi4edge {__version__}")
+    licence = licence_name(checkpoint.folder)
+    if licence is not None:
+        writer.add_license(licence)
+    base = provenance.get("base_model", name)
+    writer.add_base_model_count(1)
+    writer.add_base_model_name(0, Path(base).name)
+    hub = next((i for i in (base, config.raw.get("_name_or_path")) if HUB_ID.fullmatch(str(i))), None)
+    if hub is not None:
+        writer.add_base_model_organization(0, hub.split("/")[0])
+        writer.add_base_model_repo_url(0, f"https://huggingface.co/{hub}")
     writer.add_size_label(gguf.size_label(config.parameters, 0, 0, 0))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
     for key, value in provenance.items():

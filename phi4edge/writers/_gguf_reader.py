@@ -57,7 +57,7 @@ class GgufReader:
         found = self._find(name)
         if found is None:
             raise InputError(f"{self.file.path}: tensor {name} is missing")
-        packed = read_rows(self.file, found, rows if len(found.shape) > 1 else None)
+        packed = read_rows(found, rows if len(found.shape) > 1 else None)
         block = _BY_CODE.get(int(found.type))
         if block is not None:
             values = dequantize(block, packed)
@@ -80,7 +80,7 @@ class GgufReader:
         scheme = self.exceptions.get(name, self.scheme) if ".layers." in name else None
         if scheme is not None and block_type_of(scheme) != block:
             raise InputError(f"{self.file.path}: {name} is {block.name}, but the file says {scheme.name}")
-        return unpack_linear(name, block, read_rows(self.file, found), scheme)
+        return unpack_linear(name, block, read_rows(found), scheme)
 
     def stored_type(self, name: str) -> str:
         """Type in which tensor ``name`` is stored, as GGML calls it, in small letters."""
@@ -151,5 +151,5 @@ def _factors(file: GgufFile, tensor: GgufTensor) -> list[float]:
     """Longrope's factors."""
     if tensor.type != gguf.GGMLQuantizationType.F32 or len(tensor.shape) != 1:
         raise InputError(f"{file.path}: {tensor.name} is {tensor.type.name} {list(tensor.shape)}, expected an F32 list")
-    factors: list[float] = read_rows(file, tensor).view(torch.float32)[0].tolist()
+    factors: list[float] = read_rows(tensor).view(torch.float32)[0].tolist()
     return factors

@@ -4,7 +4,8 @@ Codes and scales go into blocks as they are (:mod:`phi4edge.quant.ggml`), with n
 second rounding. Embedding and head are rounded without data, to q8_0 unless asked otherwise; norms stay float32.
 Fused projections stay fused. :func:`write_f16` writes the unquantized model, the reference of a runtime.
 
-gguf-py lays out the header; the tensors' data is streamed behind it, at most one linear or a slice of rows in RAM.
+gguf-py lays out the header; the tensors' data is streamed behind it, at most one linear or a slice of rows in RAM,
+into one file or several (:mod:`phi4edge.writers._gguf_shards`), hashed as it is written.
 """
 
 from __future__ import annotations
@@ -17,17 +18,15 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import BinaryIO
 
 import gguf
-import numpy as np
 
 from phi4edge import __version__
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.core.atomic import atomic_file
+from phi4edge.core.atomic import atomic_files, write_bytes
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.hashing import sha256_file
+from phi4edge.core.hashing import HashedFile, sha256_bytes
 from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
@@ -43,7 +42,10 @@ from phi4edge.writers._gguf_metadata import (
     check_tokenizer,
 )
 from phi4edge.writers._gguf_reader import GgufReader, matches, read
+from phi4edge.writers._gguf_shards import plan_shards, shard_path, shard_paths, split_name, write_shard
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
+from phi4edge.writers._licence import licence_text
+from phi4edge.writers._modelfile import modelfile
 
 FORMAT = "gguf"
 _TABLE_TYPES = ("q8_0", "q6_k", "f16")
@@ -167,43 +169,54 @@ def _write(
     checkpoint: CheckpointReader, out: Path, options: WriteOptions, plan: list[PlannedTensor], labels: _Labels
 ) -> Artifact:
     tokenizer = _tokenizer(checkpoint)
-    _check_output(out, options.force, sum(tensor.nbytes for tensor in plan))
     header = gguf.GGUFWriter(None, ARCHITECTURE)
-    add_origin(header, labels.name, checkpoint.config, labels.provenance)
+    add_origin(header, labels.name, checkpoint.index, labels.provenance)
     header.add_file_type(_FILE_TYPES[labels.file_type])
     add_config(header, checkpoint.config)
     add_tokenizer(header, tokenizer, checkpoint.config.vocab_size)
-    for tensor in plan:
-        header.add_tensor_info(
-            tensor.name, tensor.shape, np.dtype(np.float32), tensor.nbytes, gguf.GGMLQuantizationType(tensor.type.code)
-        )
-    for note in _notes(checkpoint.config, tokenizer):
+    shards = plan_shards(header, plan, options.split_bytes)
+    paths = [out] if len(shards) == 1 else [shard_path(out, i, len(shards)) for i in range(len(shards))]
+    old = _check_output(out, paths, options.force, sum(shard.nbytes for shard in shards))
+    beside, words = _modelfile(checkpoint, tokenizer, paths, options)
+    for note in (*_notes(checkpoint.config, tokenizer), *words):
         options.progress.note(f"{out.name}: {note}")
     options.progress.start(f"export {FORMAT}", len(plan), "tensor")
+    digests = []
     try:
-        with atomic_file(out) as file:
-            header.write_header_to_file(Path(file.name))
-            header.write_kv_data_to_file()
-            header.write_ti_data_to_file()
-            header.close()
-            file.seek(0, 2)
-            for tensor in plan:
-                options.progress.status(tensor.name)
-                _write_tensor(file, tensor, header.data_alignment)
-                options.progress.advance()
-            _pad(file, header.data_alignment)
+        with atomic_files(paths, replaced=old) as files:
+            for shard, file in zip(shards, files, strict=False):  # asking for one more would end the last
+                digests.append(write_shard(HashedFile(file), shard, options.progress))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
+    for path, text in beside.items():
+        write_bytes(path, text)
     integer = sum(prod(tensor.shape) for tensor in plan if tensor.type.name not in PLAIN)
     return Artifact(
-        path=out,
+        path=paths[0],
         format=FORMAT,
         scheme=labels.scheme,
-        files={out.name: sha256_file(out)},
-        nbytes=out.stat().st_size,
+        files={path.name: digest for path, digest in zip(paths, digests, strict=True)}
+        | {path.name: sha256_bytes(text) for path, text in beside.items()},
+        nbytes=sum(shard.nbytes for shard in shards),
         quantized_fraction=integer / checkpoint.config.parameters,
     )
+
+
+def _modelfile(
+    checkpoint: CheckpointReader, tokenizer: Tokenizer, paths: list[Path], options: WriteOptions
+) -> tuple[dict[Path, bytes], list[str]]:
+    """Path and text of the Modelfile where one was asked for, and notes on it."""
+    if not options.modelfile:
+        return {}, []
+    if len(paths) > 1:
+        raise UsageError("Ollama takes a GGUF in one file", "give --modelfile without --split-size")
+    path = paths[0].with_name(f"{paths[0].name.removesuffix('.gguf')}.Modelfile")
+    if path.exists() and not options.force:
+        raise InputError(f"{path}: already exists", "choose another --out, or pass --force to replace it")
+    licence = licence_text(checkpoint.index.folder)
+    text, notes = modelfile(paths[0].name, tokenizer, checkpoint.config, context=options.context, licence=licence)
+    return {path: text.encode()}, notes
 
 
 def _tokenizer(checkpoint: CheckpointReader) -> Tokenizer:
@@ -221,6 +234,16 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
             f"llama.cpp ignores this architecture's sliding window of {config.sliding_window} tokens; "
             "longer texts get other logits there"
         )
+    if config.rope.is_longrope and config.rope.original_context:
+        yield (
+            f"opened with a context of more than {config.rope.original_context} tokens, llama.cpp takes the long rope "
+            "factors for short texts too; open it with no more where that is enough"
+        )
+    if tokenizer.gguf_pre == "gpt-4o":
+        yield (
+            "llama.cpp splits words at combining marks (Hindi, Thai, pointed Arabic and Hebrew), this tokenizer does "
+            "not; such text becomes more tokens there, of which the model knows less"
+        )
     stripping = [e["content"] for e in tokenizer.added.values() if e.get("lstrip") or e.get("rstrip")]
     if stripping:
         yield (
@@ -229,24 +252,18 @@ def _notes(config: ModelConfig, tokenizer: Tokenizer) -> Iterator[str]:
         )
 
 
-def _write_tensor(file: BinaryIO, tensor: PlannedTensor, alignment: int) -> None:
-    _pad(file, alignment)
-    start = file.tell()
-    for piece in tensor.data():
-        file.write(piece.contiguous().numpy().data)
-    written = file.tell() - start
-    assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
-
-
-def _pad(file: BinaryIO, alignment: int) -> None:
-    file.write(bytes(-file.tell() % alignment))
-
-
-def _check_output(out: Path, force: bool, nbytes: int) -> None:
+def _check_output(out: Path, paths: list[Path], force: bool, nbytes: int) -> list[Path]:
+    """Refuse a place that is taken or too small; files of an earlier split there, to be removed."""
     if out.is_dir():
         raise InputError(f"{out}: is a folder", "give the name of the .gguf file to write")
-    if out.exists() and not force:
-        raise InputError(f"{out}: already exists", "choose another --out, or pass --force to replace it")
+    if split_name(out) is not None:
+        raise InputError(
+            f"{out}: is called as one file of a split", "give the name of the whole; --split-size adds the numbers"
+        )
+    old = shard_paths(out) if len(paths) > 1 else []
+    taken = [path for path in (*paths, *old) if path.exists()]
+    if taken and not force:
+        raise InputError(f"{taken[0]}: already exists", "choose another --out, or pass --force to replace it")
     parent = next(p for p in out.resolve().parents if p.is_dir())
     free = shutil.disk_usage(parent).free
     if nbytes > free:
@@ -254,3 +271,4 @@ def _check_output(out: Path, force: bool, nbytes: int) -> None:
             f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
             "free space, or choose another --out",
         )
+    return old

@@ -13,6 +13,7 @@ from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit
 from phi4edge.cli.solving_options import recipe_from_options, recipe_text, solving_options
 from phi4edge.core.errors import UsageError
+from phi4edge.core.hashing import sha256_file
 from phi4edge.core.memory import format_bytes, parse_bytes
 from phi4edge.core.recipe import CorpusRecipe
 
@@ -50,6 +51,11 @@ def _refuse_options(model: str) -> None:
 @click.option("--out", required=True, type=click.Path(path_type=Path), help="Run directory to begin or to go on with.")
 @solving_options
 @corpus_options
+@click.option(
+    "--imatrix",
+    type=click.Path(path_type=Path, exists=True, dir_okay=False),
+    help="llama.cpp's importance matrix (GGUF or .dat) in place of calibration text; with --method rtn.",
+)
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option(
     "--device",
@@ -72,6 +78,7 @@ def command(
     sequence_length: int | None,
     seed: int | None,
     chat_template: bool | None,
+    imatrix: Path | None,
     ram_budget: str | None,
     device: str,
     resume: bool,
@@ -123,10 +130,11 @@ def command(
         calibration = None
     else:
         calibration = CorpusRecipe(**given)  # type: ignore[arg-type]
-    recipe = recipe_from_options(options, calibration)
+    digest = sha256_file(imatrix) if imatrix is not None else None
+    recipe = recipe_from_options({**options, "imatrix_sha256": digest}, calibration)
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:
-        data = plan(model, recipe, ram_budget=budget, device=device)
+        data = plan(model, recipe, ram_budget=budget, device=device, imatrix=imatrix)
         memory = data["memory"]
         text = (
             f"{recipe_text(recipe)}\n{data['linears']} linears in {data['blocks']} blocks, "
@@ -137,7 +145,14 @@ def command(
         emit("quantize", data, text, as_json=as_json)
         return
     summary = quantize(
-        model, recipe, out, restart=not resume, ram_budget=budget, device=device, progress=progress_for(quiet)
+        model,
+        recipe,
+        out,
+        restart=not resume,
+        ram_budget=budget,
+        device=device,
+        progress=progress_for(quiet),
+        imatrix=imatrix,
     )
     data = {**summary.manifest["data"], "out": str(out), "performance": summary.performance}
     emit("quantize", data, _summary_text(data, str(out)), as_json=as_json)
