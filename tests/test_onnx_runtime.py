@@ -127,28 +127,35 @@ def test_one_node_rounds_its_input_in_blocks_as_wide_as_its_weights(scheme_name:
     assert relative(served, x @ linear.dequantize().t()) > 1000 * relative(served, simulated)
 
 
-def test_a_greedy_generation_is_transformers_token_for_token(
-    phi4_checkpoint: Path, mini: Path, folders: dict[tuple[str, int], Path]
+@pytest.mark.parametrize(
+    ("kind", "original", "prompt_length"),
+    [("phi4", None, 12), ("mini", 128, 12), ("mini", ORIGINAL, ORIGINAL + 6)],
+    ids=["phi4", "mini-below-its-original-context", "mini-above-it"],
+)
+def test_64_greedy_tokens_are_transformers_own(
+    phi4_checkpoint: Path, tmp_path: Path, kind: str, original: int | None, prompt_length: int
 ) -> None:
-    for kind, base in (("phi4", phi4_checkpoint), ("mini", mini)):
-        folder = folders[kind, 1]
-        prompt = tokens_of(12, seed=4)
-        model = peer(base, writer.read(folder))
-        model.generation_config.eos_token_id = None
-        length = (
-            64 if kind == "phi4" else ORIGINAL - 12
-        )  # transformers recomputes the cache behind mini's original context
-        expected = model.generate(torch.from_numpy(prompt), max_new_tokens=length, do_sample=False, pad_token_id=0)[
-            0, 12:
-        ]
-        loaded = og.Model(str(folder))
-        params = og.GeneratorParams(loaded)
-        params.set_search_options(max_length=12 + length, min_length=12 + length, do_sample=False)
-        generator = og.Generator(loaded, params)
-        generator.append_tokens(prompt[0].astype(np.int32))
-        while not generator.is_done():
-            generator.generate_next_token()
-        assert generator.get_sequence(0)[12:].tolist() == expected.tolist()
+    base = phi4_checkpoint
+    if original is not None:
+        base = mini_for_ort(tmp_path / "mini")
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps({**config, "original_max_position_embeddings": original}))
+    exact = WriteOptions(accuracy_level=1)
+    folder = writer.write(quantized_model(base, "w4g32"), tmp_path / "onnx", exact).path
+    prompt = tokens_of(prompt_length, seed=4)
+    model = peer(base, writer.read(folder))
+    model.generation_config.eos_token_id = None
+    given = torch.from_numpy(prompt)
+    ones = torch.ones_like(given)  # or tokens equal to the padding would not be seen
+    expected = model.generate(given, attention_mask=ones, max_new_tokens=64, do_sample=False, pad_token_id=0)
+    loaded = og.Model(str(folder))
+    params = og.GeneratorParams(loaded)
+    params.set_search_options(max_length=prompt_length + 64, min_length=prompt_length + 64, do_sample=False)
+    generator = og.Generator(loaded, params)
+    generator.append_tokens(prompt[0].astype(np.int32))
+    while not generator.is_done():
+        generator.generate_next_token()
+    assert generator.get_sequence(0).tolist() == expected[0].tolist()
 
 
 def test_genai_s_tokenizer_reads_the_folder_and_knows_every_end(

@@ -62,7 +62,7 @@ TEXT = (
     "Rounding a weight is a decision that is taken once. Whoever reads the number afterwards, on a laptop or a phone, "
     "must read the same one: def f(x): return 3 * x + 0.25  # and 17 % of 300 is 51."
 )
-REQUEST = SpeedRequest(prompt_tokens=64, gen_tokens=32, repetitions=3)
+REQUEST = SpeedRequest(prompt_tokens=16, gen_tokens=16, repetitions=2)
 Logits = NDArray[np.float32]
 
 

@@ -77,9 +77,10 @@ def _held(run: Path, format_name: str, options: WriteOptions, model: str | None)
     return source
 
 
-def _alternatives(source: QuantizedModel, refused: str, options: WriteOptions) -> str | None:
+def _alternatives(source: QuantizedModel, refused: str, options: WriteOptions) -> str:
     able = [n for n in names(WRITERS) if n != refused and load_plugin(WRITERS, n).refusal(source, options) is None]
-    return f"formats that can hold {source.scheme.name}: {', '.join(able)}" if able else None
+    hint = f"schemes that fit {refused}: {load_plugin(WRITERS, refused).SCHEMES}"
+    return f"{hint}; formats that can hold {source.scheme.name}: {', '.join(able)}" if able else hint
 
 
 def writer_of(path: Path) -> ModuleType:

@@ -118,6 +118,8 @@ def _combinations(
         for layout in option.formats:
             if layout not in writable:
                 steps.append(f"{option.name}: {layout} passed over, this version of phi4edge does not write it")
+            elif layout == "onnx" and option.backend != "cpu":
+                steps.append(f"{option.name}: onnx passed over, it is written for the CPU, not {option.backend}")
             elif layout not in LAYOUTS:
                 steps.append(f"{option.name}: {layout} passed over, its size in memory is not modelled")
             elif not known_schemes(option):

@@ -1,5 +1,6 @@
-"""The shape of a writer: one module a format, with the four names below, and its reader beside it.
+"""The shape of a writer: one module a format, with the names below, and its reader beside it.
 
+    FORMAT, SCHEMES                                                             its name; schemes that fit, for a hint
     def refusal(model: QuantizedModel, options: WriteOptions) -> str | None     why the format cannot hold it
     def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact
     def matches(path: Path) -> bool                                             is this path such an artifact?

@@ -162,7 +162,7 @@ def write_packed(
             copy_side_files(model, folder)
             (folder / "README.md").write_text(model_card(model, format_name, text.notes), encoding="utf-8")
             pieces = _pieces(model, plan, packing, load, options.progress)
-            write_safetensors(folder, plan, pieces, shard_bytes=SHARD_BYTES, metadata=text.metadata)
+            digests = write_safetensors(folder, plan, pieces, shard_bytes=SHARD_BYTES, metadata=text.metadata)
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
@@ -172,7 +172,7 @@ def write_packed(
         path=out,
         format=format_name,
         scheme=model.scheme.name,
-        files={path.name: sha256_file(path) for path in files},
+        files={path.name: digests.get(path.name) or sha256_file(path) for path in files},
         nbytes=sum(path.stat().st_size for path in files),
         quantized_fraction=packed / model.config.parameters,
     )

@@ -15,13 +15,13 @@ import struct
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import BinaryIO
 
 import torch
 from torch import Tensor
 
 from phi4edge.checkpoint.index import DTYPE_BYTES
 from phi4edge.core.atomic import write_json
+from phi4edge.core.hashing import HashedFile
 
 Piece = tuple[str, Tensor]  # tensor name and its next bytes, as a tensor of the planned dtype
 
@@ -52,25 +52,31 @@ def write_safetensors(
     *,
     shard_bytes: int,
     metadata: Mapping[str, str],
-) -> None:
+) -> dict[str, str]:
     """Write ``plan`` into ``folder`` as model.safetensors, or as shards of at most ``shard_bytes`` with an index.
+
+    Returns the SHA-256 of each safetensors file by its name, taken while it was written.
 
     ``pieces`` gives every tensor's data in the order of the plan, a tensor in one piece or several.
     A tensor larger than ``shard_bytes`` has a shard of its own.
     """
     shards = _split(plan, shard_bytes)
     weight_map: dict[str, str] = {}
+    digests: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as file:
+        with (folder / name).open("wb") as opened:
+            file = HashedFile(opened)
             file.write(_header(shard, metadata))
             for tensor in shard:
                 _copy(file, tensor, pieces)
+        digests[name] = file.sha256
         weight_map |= dict.fromkeys((tensor.name for tensor in shard), name)
     assert next(pieces, None) is None, "data beyond the plan"
     if len(shards) > 1:
         index = {"metadata": {"total_size": planned_bytes(plan)}, "weight_map": weight_map}
         write_json(folder / "model.safetensors.index.json", index)
+    return digests
 
 
 def _split(plan: Sequence[PlannedTensor], shard_bytes: int) -> list[list[PlannedTensor]]:
@@ -99,7 +105,7 @@ def _header(shard: Sequence[PlannedTensor], metadata: Mapping[str, str]) -> byte
     return struct.pack("<Q", len(text)) + text
 
 
-def _copy(file: BinaryIO, tensor: PlannedTensor, pieces: Iterator[Piece]) -> None:
+def _copy(file: HashedFile, tensor: PlannedTensor, pieces: Iterator[Piece]) -> None:
     left = tensor.nbytes
     while left:
         name, piece = next(pieces)

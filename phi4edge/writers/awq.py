@@ -13,7 +13,7 @@ such a folder at load and rounds −s·z to float16: for MLX there is a writer o
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "matches", "read", "refusal", "write"]
+__all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 
 from pathlib import Path
 
@@ -34,6 +34,7 @@ from phi4edge.writers._packed_folder import (
 )
 
 FORMAT = "awq"
+SCHEMES = "w4g32, w4g64, w4g128, w4row, w4g32-asym, w4g64-asym, w4g128-asym, q4_0"
 _PACKING = Packing(FIELDS, packed_layout, packing_refusal, pack_linear, unpack_linear)
 _NOTES = (
     "The layout is AWQ's, version `gemm`; `method` below says how the codes were found. Scales are float16: load in "
@@ -56,7 +57,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     if reason:
         raise InputError(
             f"awq cannot hold this run: {reason}",
-            "schemes that fit: w4g32, w4g64, w4g128, w4row, w4g32-asym, w4g64-asym, w4g128-asym, q4_0",
+            f"schemes that fit: {SCHEMES}",
         )
     text = FolderText({"quantization_config": quantization_config(model.scheme)}, _NOTES)
     return write_packed(model, out, options, format_name=FORMAT, packing=_PACKING, text=text)

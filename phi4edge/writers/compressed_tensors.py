@@ -11,7 +11,7 @@ scales in the model's dtype too, hence ``--dtype float16`` in the model card; it
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "matches", "read", "refusal", "write"]
+__all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 
 from pathlib import Path
 
@@ -32,6 +32,7 @@ from phi4edge.writers._packed_folder import (
 )
 
 FORMAT = "compressed_tensors"
+SCHEMES = "w4g32, w4g128, w4row, w8g128, w8row, w4g32-asym, w8g32-asym, q4_0, q8_0"
 _PACKING = Packing(FIELDS, packed_layout, packing_refusal, pack_linear, unpack_linear)
 _NOTES = (
     "The layout is compressed-tensors' `pack-quantized`. Scales are float16: load in float16 (vLLM: "
@@ -58,7 +59,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     if reason:
         raise InputError(
             f"compressed_tensors cannot hold this run: {reason}",
-            "schemes that fit: w4g32, w4g128, w4row, w8g128, w8row, w4g32-asym, w8g32-asym, q4_0, q8_0",
+            f"schemes that fit: {SCHEMES}",
         )
     notes = _NOTES if model.scheme.symmetric else _NOTES + _ASYMMETRIC
     text = FolderText({"quantization_config": quantization_config(model.scheme)}, notes)

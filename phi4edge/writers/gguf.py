@@ -10,7 +10,7 @@ into one file or several (:mod:`phi4edge.writers._gguf_shards`), hashed as it is
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "GgufReader", "matches", "read", "refusal", "write", "write_f16"]
+__all__ = ["FORMAT", "SCHEMES", "GgufReader", "matches", "read", "refusal", "write", "write_f16"]
 
 import json
 import shutil
@@ -48,6 +48,7 @@ from phi4edge.writers._licence import licence_text
 from phi4edge.writers._modelfile import modelfile
 
 FORMAT = "gguf"
+SCHEMES = f"w4g32, w4g128, {', '.join(GGML_SCHEMES)}"
 _TABLE_TYPES = ("q8_0", "q6_k", "f16")
 _FILE_TYPES = {
     "f32": gguf.LlamaFileType.ALL_F32,
@@ -122,9 +123,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     """
     reason = _shape_refusal(model, options)  # of the codes, packing finds what does not fit as it goes
     if reason:
-        raise InputError(
-            f"gguf cannot hold this run: {reason}", f"schemes that fit: w4g32, w4g128, {', '.join(GGML_SCHEMES)}"
-        )
+        raise InputError(f"gguf cannot hold this run: {reason}", f"schemes that fit: {SCHEMES}")
     kind = block_type_of(model.scheme)
     assert kind is not None, "refused above"
     plan = plan_tensors(model.rest, options.tables(model), model, kind)

@@ -13,7 +13,7 @@ which stores z − 1; it becomes ``"gptq_v2"``, and the progress note and the mo
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "matches", "read", "refusal", "write"]
+__all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 
 from functools import partial
 from pathlib import Path
@@ -41,12 +41,14 @@ from phi4edge.writers._packed_folder import (
 )
 
 FORMAT = "gptq"
+SCHEMES = "w4g32, w4g128, w8g128, w4g32-asym, q4_0, q8_0"
 _NOTES = {
     "gptq": "`checkpoint_format` is `gptq` (v1): `qzeros` holds the zero point less 1.",
     "gptq_v2": "`checkpoint_format` is `gptq_v2`: `qzeros` holds the zero point itself, because v1 cannot store the "
     "zero points of 0 that occur here. A reader that ignores `checkpoint_format`, such as ONNX Runtime GenAI's "
     "model builder, takes these weights for others.",
 }
+_HALF = "Scales are float16: load in float16, because a loader that casts them to bfloat16 rounds them."
 
 
 def _packing(checkpoint_format: str) -> Packing:
@@ -74,9 +76,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     """
     reason = refusal(model, options)
     if reason:
-        raise InputError(
-            f"gptq cannot hold this run: {reason}", "schemes that fit: w4g32, w4g128, w8g128, w4g32-asym, q4_0, q8_0"
-        )
+        raise InputError(f"gptq cannot hold this run: {reason}", f"schemes that fit: {SCHEMES}")
     checkpoint_format = _checkpoint_format(model)
     if checkpoint_format == "gptq_v2":
         options.progress.note(f"{out.name}: checkpoint_format gptq_v2, because v1 cannot store zero points of 0")

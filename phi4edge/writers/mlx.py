@@ -17,7 +17,7 @@ Everything here was run with MLX on Linux, on a CPU; speed on a Mac was not meas
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "matches", "read", "refusal", "write"]
+__all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 
 from pathlib import Path
 
@@ -39,6 +39,7 @@ from phi4edge.writers._packed_folder import (
 )
 
 FORMAT = "mlx"
+SCHEMES = "w4g32, w4g64, w4g128, w8g64, w4g64-asym, q4_0, q4_1, q5_0, q5_1, q8_0"
 _PACKING = Packing(FIELDS, packed_layout, packing_refusal, pack_linear, unpack_linear)
 _NOTES = (
     "For `mlx_lm`, mode `affine`; scales and biases are {dtype}. Checked with MLX on a Linux CPU; "
@@ -74,7 +75,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     if reason:
         raise InputError(
             f"mlx cannot hold this run: {reason}",
-            "schemes that fit: w4g32, w4g64, w4g128, w8g64, w4g64-asym, q4_0, q4_1, q5_0, q5_1, q8_0",
+            f"schemes that fit: {SCHEMES}",
         )
     head = options.head == "q8_0"
     exceptions: dict[str, Scheme] = {name: model.scheme_of(name) for name in model.linears}

@@ -13,7 +13,7 @@ embedding costs no more RAM than its file: a float32 one of Phi-4-mini would be 
 
 from __future__ import annotations
 
-__all__ = ["FORMAT", "OnnxReader", "matches", "read", "refusal", "write"]
+__all__ = ["FORMAT", "SCHEMES", "OnnxReader", "matches", "read", "refusal", "write"]
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -35,6 +35,7 @@ from phi4edge.writers._onnx_reader import OnnxReader, matches, read
 from phi4edge.writers._onnx_tensors import place, plan_units, write_units
 
 FORMAT = "onnx"
+SCHEMES = "w4g32, w4g64, w4g128, w8g32, w4g32-asym, w8g128-asym, q4_0, q8_0"
 _TABLES = ("q8_0", "f16")
 _CACHE_STEP = 8  # channel pairs that GroupQueryAttention's kernel turns at a time
 
@@ -86,7 +87,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     if reason:
         raise InputError(
             f"onnx cannot hold this run: {reason}",
-            "schemes that fit: w4g32, w4g64, w4g128, w8g32, w4g32-asym, w8g128-asym, q4_0, q8_0",
+            f"schemes that fit: {SCHEMES}",
         )
     if options.accuracy_level not in (1, 4):
         raise UsageError(
