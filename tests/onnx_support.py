@@ -12,25 +12,12 @@ import onnxruntime as ort
 import torch
 from numpy.typing import NDArray
 from onnx import helper, numpy_helper
-from support import write_checkpoint
 from transformers import Phi3ForCausalLM
 
 from phi4edge.model.source import WeightSource
 
-HALF = 24  # pairs of channels that turn: head_dim 64 × 0.75 / 2, a multiple of 8 as ONNX Runtime's attention wants it
 ORIGINAL = 64  # of mini's context
 TOLERANCE = 5e-6  # relative, of float32 logits; 6e-7 to 9e-7 measured
-
-
-def mini_for_ort(folder: Path) -> Path:
-    """A checkpoint of Phi-4-mini's kind with a rotation that ONNX Runtime takes."""
-    scaling = {
-        "type": "longrope",
-        "short_factor": [1.0 + 0.02 * i for i in range(HALF)],
-        "long_factor": [1.0 + 1.5 * i for i in range(HALF)],
-    }
-    shape = {"hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 1}
-    return write_checkpoint(folder, "mini", rope_scaling=scaling, **shape)
 
 
 def tokens_of(length: int, seed: int = 1, rows: int = 1) -> NDArray[np.int64]:

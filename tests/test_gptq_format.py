@@ -16,6 +16,7 @@ import torch
 from gptq_support import random_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from packed_support import assert_same
 from rounded import quantized_model, rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -33,19 +34,6 @@ from phi4edge.writers._api import WriteOptions
 
 SCHEMES = ("w4g32", "w4g64", "w4row", "w8g32", "w8row", "w4g32-asym", "w8g16-asym", "q4_0", "q8_0")
 DTYPES = {torch.int32: "I32", torch.float16: "F16"}
-
-
-def assert_same(ours: QuantizedLinear | None, theirs: QuantizedLinear) -> None:
-    assert ours is not None
-    assert (ours.name, ours.scheme) == (theirs.name, theirs.scheme)
-    assert torch.equal(ours.codes, theirs.codes)
-    assert ours.codes.dtype == torch.uint8
-    assert ours.params.keys() == theirs.params.keys()
-    for field, value in theirs.params.items():
-        read = ours.params[field]
-        assert (read.dtype, read.stride()) == (value.dtype, value.stride())
-        bits = torch.int16 if value.dtype == torch.float16 else value.dtype
-        assert torch.equal(read.view(bits), value.view(bits)), field
 
 
 # Packing

@@ -42,7 +42,8 @@ pytest.importorskip("transformers")
 builder = pytest.importorskip("onnxruntime_genai.models.builder")
 
 import onnx  # noqa: E402
-from onnx_support import ORIGINAL, TOLERANCE, mini_for_ort, ort_logits, peer_logits, relative, run_node, tokens_of  # noqa: E402
+from onnx_support import ORIGINAL, TOLERANCE, ort_logits, peer_logits, relative, run_node, tokens_of  # noqa: E402
+from onnxruntime_support import mini_for_onnxruntime  # noqa: E402
 
 SCHEMES = (
     "w4g16",
@@ -63,7 +64,7 @@ EXACT = WriteOptions(accuracy_level=1)
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mini_for_ort(tmp_path_factory.mktemp("mini-ort"))
+    return mini_for_onnxruntime(tmp_path_factory.mktemp("mini-ort"))
 
 
 @pytest.fixture(scope="module")

@@ -35,14 +35,15 @@ from phi4edge.writers.gguf import write_f16
 og = pytest.importorskip("onnxruntime_genai")
 pytest.importorskip("transformers")
 
-from onnx_support import ORIGINAL, TOLERANCE, mini_for_ort, peer, peer_logits, relative, run_node, tokens_of  # noqa: E402
+from onnx_support import ORIGINAL, TOLERANCE, peer, peer_logits, relative, run_node, tokens_of  # noqa: E402
+from onnxruntime_support import mini_for_onnxruntime  # noqa: E402
 
 ONE = Settings(threads=1, kv_type="f32")
 
 
 @pytest.fixture(scope="module")
 def mini(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return mini_for_ort(tmp_path_factory.mktemp("mini-ort"))
+    return mini_for_onnxruntime(tmp_path_factory.mktemp("mini-ort"))
 
 
 @pytest.fixture(scope="module")
@@ -137,7 +138,7 @@ def test_64_greedy_tokens_are_transformers_own(
 ) -> None:
     base = phi4_checkpoint
     if original is not None:
-        base = mini_for_ort(tmp_path / "mini")
+        base = mini_for_onnxruntime(tmp_path / "mini")
         config = json.loads((base / "config.json").read_text())
         (base / "config.json").write_text(json.dumps({**config, "original_max_position_embeddings": original}))
     exact = WriteOptions(accuracy_level=1)

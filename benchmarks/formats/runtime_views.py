@@ -6,9 +6,10 @@ __all__ = ["VIEWS", "built_by_genai", "mlx_logits", "mlx_speed", "transformers_l
 
 import ctypes
 import json
+import logging
 import time
 from collections.abc import Callable
-from contextlib import redirect_stdout
+from contextlib import redirect_stderr, redirect_stdout
 from functools import lru_cache
 from io import StringIO
 from pathlib import Path
@@ -108,7 +109,8 @@ def built_by_genai(folder: Path, out: Path) -> Path:
     if not (out / "genai_config.json").is_file():
         arguments = ("", str(folder), str(out), "int4", "cpu", str(out / "cache"))
         options = ["nodes_to_exclude=/lm_head/MatMul", "accuracy_level=1", "shared_embeddings=false"]
-        with redirect_stdout(StringIO()):
+        logging.disable(logging.INFO)
+        with redirect_stdout(StringIO()), redirect_stderr(StringIO()):
             builder.create_model(*arguments, **builder.parse_extra_options(*arguments, options))
     return out
 

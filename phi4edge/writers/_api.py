@@ -11,7 +11,7 @@
 
 from __future__ import annotations
 
-__all__ = ["Artifact", "ArtifactReader", "WriteOptions"]
+__all__ = ["Artifact", "ArtifactReader", "WriteOptions", "check_held"]
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -21,11 +21,22 @@ from typing import Any, Protocol, runtime_checkable
 from torch import Tensor
 
 from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.errors import InputError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.linear import QuantizedLinear
 
 _TABLE = "q8_0"
+
+
+def check_held(format_name: str, reason: str | None, schemes: str) -> None:
+    """Go on if ``reason``, what a writer's ``refusal`` says, is None.
+
+    Raises:
+        InputError: it is not; ``schemes`` that would do are the hint.
+    """
+    if reason is not None:
+        raise InputError(f"{format_name} cannot hold this run: {reason}", f"schemes that fit: {schemes}")
 
 
 @dataclass(frozen=True)

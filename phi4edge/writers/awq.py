@@ -18,10 +18,9 @@ __all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 from pathlib import Path
 
 from phi4edge.checkpoint.config import load_config
-from phi4edge.core.errors import InputError
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.awq_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
-from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._awq_config import declares_awq, parse_quantization, quantization_config
 from phi4edge.writers._packed_folder import (
     FolderText,
@@ -53,12 +52,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     Raises:
         InputError: the format cannot hold the model, or the place is wrong or too small.
     """
-    reason = refusal(model, options)
-    if reason:
-        raise InputError(
-            f"awq cannot hold this run: {reason}",
-            f"schemes that fit: {SCHEMES}",
-        )
+    check_held(FORMAT, refusal(model, options), SCHEMES)
     text = FolderText({"quantization_config": quantization_config(model.scheme)}, _NOTES)
     return write_packed(model, out, options, format_name=FORMAT, packing=_PACKING, text=text)
 

@@ -32,7 +32,7 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
 from phi4edge.quant.scheme import GGML_SCHEMES
-from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._gguf_metadata import (
     ARCHITECTURE,
     EXCEPTIONS,
@@ -121,9 +121,9 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     Raises:
         InputError: the format cannot hold the model, ``out`` exists, or there is no room for it.
     """
-    reason = _shape_refusal(model, options)  # of the codes, packing finds what does not fit as it goes
-    if reason:
-        raise InputError(f"gguf cannot hold this run: {reason}", f"schemes that fit: {SCHEMES}")
+    check_held(
+        FORMAT, _shape_refusal(model, options), SCHEMES
+    )  # of the codes, packing finds what does not fit as it goes
     kind = block_type_of(model.scheme)
     assert kind is not None, "refused above"
     plan = plan_tensors(model.rest, options.tables(model), model, kind)

@@ -19,10 +19,9 @@ from functools import partial
 from pathlib import Path
 
 from phi4edge.checkpoint.config import load_config
-from phi4edge.core.errors import InputError
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.gptq_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
-from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._gptq_config import (
     QUANTIZE_CONFIG,
     ZERO_OFFSET,
@@ -74,15 +73,14 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     Raises:
         InputError: the format cannot hold the model, or the place is wrong or too small.
     """
-    reason = refusal(model, options)
-    if reason:
-        raise InputError(f"gptq cannot hold this run: {reason}", f"schemes that fit: {SCHEMES}")
+    check_held(FORMAT, refusal(model, options), SCHEMES)
     checkpoint_format = _checkpoint_format(model)
     if checkpoint_format == "gptq_v2":
         options.progress.note(f"{out.name}: checkpoint_format gptq_v2, because v1 cannot store zero points of 0")
     head = options.head == "q8_0"
     quantization = quantization_config(model.scheme, checkpoint_format, head=head)
-    text = FolderText({"quantization_config": quantization}, _NOTES[checkpoint_format], {QUANTIZE_CONFIG: quantization})
+    notes = f"{_NOTES[checkpoint_format]} {_HALF}"
+    text = FolderText({"quantization_config": quantization}, notes, {QUANTIZE_CONFIG: quantization})
     packing = _packing(checkpoint_format)
     return write_packed(model, out, options, format_name=FORMAT, packing=packing, text=text, head=head)
 

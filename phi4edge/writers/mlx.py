@@ -22,11 +22,10 @@ __all__ = ["FORMAT", "SCHEMES", "matches", "read", "refusal", "write"]
 from pathlib import Path
 
 from phi4edge.checkpoint.config import load_config
-from phi4edge.core.errors import InputError
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.mlx_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.quant.scheme import Scheme, parse_scheme
-from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._mlx_config import HEAD, architecture_refusal, declares_mlx, mlx_config, parse_quantization
 from phi4edge.writers._packed_folder import (
     FolderText,
@@ -71,12 +70,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     Raises:
         InputError: the format cannot hold the model, or the place is wrong or too small.
     """
-    reason = refusal(model, options)
-    if reason:
-        raise InputError(
-            f"mlx cannot hold this run: {reason}",
-            f"schemes that fit: {SCHEMES}",
-        )
+    check_held(FORMAT, refusal(model, options), SCHEMES)
     head = options.head == "q8_0"
     exceptions: dict[str, Scheme] = {name: model.scheme_of(name) for name in model.linears}
     if head:

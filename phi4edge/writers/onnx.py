@@ -25,7 +25,7 @@ from phi4edge.core.hashing import sha256_file
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.matmulnbits_packing import packing_refusal
 from phi4edge.quant.scheme import GGML_SCHEMES
-from phi4edge.writers._api import Artifact, WriteOptions
+from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._hf_folder import check_output, copy_side_files, model_card
 from phi4edge.writers._onnx_config import default_context, genai_config, properties
 from phi4edge.writers._onnx_file import INSTALL, missing_package
@@ -83,12 +83,7 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
         UsageError: an accuracy level that MatMulNBits does not have.
         MissingToolError: the onnx package is not installed.
     """
-    reason = refusal(model, options)
-    if reason:
-        raise InputError(
-            f"onnx cannot hold this run: {reason}",
-            f"schemes that fit: {SCHEMES}",
-        )
+    check_held(FORMAT, refusal(model, options), SCHEMES)
     if options.accuracy_level not in (1, 4):
         raise UsageError(
             f"accuracy_level {options.accuracy_level} is neither 1 nor 4",
