@@ -10,7 +10,6 @@ import logging
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
-from functools import lru_cache
 from io import StringIO
 from pathlib import Path
 from typing import Any
@@ -120,32 +119,37 @@ def built_in_onnxruntime(artifact: Path, linear: str) -> Tensor:
     return in_onnxruntime(built_by_genai(artifact, artifact.with_name("built")), linear)
 
 
-# transformers
+# compressed-tensors, and transformers through it
 
 
-@lru_cache(maxsize=1)
-def _transformers(folder: Path, stamp: int) -> Any:
-    from transformers import AutoModelForCausalLM, CompressedTensorsConfig
+def in_compressed_tensors(folder: Path, linear: str) -> Tensor:
+    """What the package multiplies out of the folder's own tensors, scales widened to float32."""
+    from compressed_tensors.compressors import BaseCompressor
+    from compressed_tensors.quantization import QuantizationConfig
+    from safetensors import safe_open
 
-    return AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, quantization_config=CompressedTensorsConfig(dequantize=True)
-    ).eval()
+    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
+    (group,) = QuantizationConfig.model_validate(declared).config_groups.values()
+    tensors: dict[str, Tensor] = {}
+    for path in sorted(folder.glob("*.safetensors")):
+        with safe_open(path, "pt") as file:
+            names = [name for name in file.keys() if name.startswith(f"{linear}.")]  # noqa: SIM118  not a mapping
+            tensors |= {name.rpartition(".")[2]: file.get_tensor(name) for name in names}
+    tensors["weight_scale"] = tensors["weight_scale"].float()
+    found: Tensor = BaseCompressor.get_value_from_registry("pack-quantized").decompress(tensors, group)["weight"]
+    return found
 
 
-def _loaded(folder: Path) -> Any:
-    return _transformers(folder, (folder / "config.json").stat().st_mtime_ns)
+def transformers_logits(folder: Path, tokens: NDArray[np.int64]) -> Logits | None:
+    """Of the one sequence, in float32; None where transformers loads only in float16: with zero points."""
+    from transformers import AutoModelForCausalLM
 
-
-def in_transformers(folder: Path, linear: str) -> Tensor:
-    """The module's weight, after compressed-tensors multiplied it out."""
-    weight: Tensor = _loaded(folder).get_submodule(linear).weight.detach()
-    return weight
-
-
-def transformers_logits(folder: Path, tokens: NDArray[np.int64]) -> Logits:
-    """Of the one sequence."""
+    declared = json.loads((folder / "config.json").read_text())["quantization_config"]
+    if not all(group["weights"]["symmetric"] for group in declared["config_groups"].values()):
+        return None
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     with torch.inference_mode():
-        return np.asarray(_loaded(folder)(torch.from_numpy(tokens)).logits[0].numpy())
+        return np.asarray(model(torch.from_numpy(tokens)).logits[0].numpy())
 
 
 # MLX
@@ -206,6 +210,6 @@ VIEWS: dict[str, Callable[[Path, str], Tensor]] = {
     "onnx": in_onnxruntime,
     "gptq": built_in_onnxruntime,
     "awq": built_in_onnxruntime,
-    "compressed_tensors": in_transformers,
+    "compressed_tensors": in_compressed_tensors,
     "mlx": in_mlx,
 }
