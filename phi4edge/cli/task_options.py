@@ -77,7 +77,7 @@ def task_request(given: Mapping[str, Any]) -> TaskRequest | None:
     if given["task_names"] is None:
         for name in ("task_data", "task_limit", "max_task_drop", "task_answers"):
             if given[name] is not None:
-                raise UsageError(f"--{name.replace('task_limit', 'limit').replace('_', '-')} has no --tasks", "name some")
+                raise UsageError(f"--{name.replace('task_limit', 'limit').replace('_', '-')} without --tasks")
         return None
     if given["task_data"] is None:
         raise UsageError("--tasks needs --task-data", "the folder with gsm8k_test.jsonl, HumanEval.jsonl.gz, …")

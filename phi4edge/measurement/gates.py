@@ -46,7 +46,6 @@ class Limits:
         if self.undecided not in UNDECIDED:
             raise UsageError(f"--gate-undecided {self.undecided!r}", f"one of {', '.join(UNDECIDED)}")
 
-
     @property
     def asks_for_text(self) -> bool:
         """Whether any limit is on what only a text can tell."""

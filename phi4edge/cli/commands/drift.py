@@ -153,7 +153,9 @@ def command(
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
     if asked is not None and text is None:
         if limits.asks_for_text:
-            raise UsageError("--max-kld, --max-ppl-ratio and --min-top1 need a --text", "give a text file, or leave them out")
+            raise UsageError(
+                "--max-kld, --max-ppl-ratio and --min-top1 need a --text", "give a text file, or leave them out"
+            )
         data = without_text(artifact, reference, runtime=runtime, settings=settings)
     else:
         found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)

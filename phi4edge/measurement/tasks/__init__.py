@@ -1,1 +1,1 @@
-"""Tasks: questions that a model answers or chooses among, scored, and paired with the full-precision model's answers."""
+"""Tasks: questions that models answer or choose among, scored, and paired with the full-precision model's answers."""

@@ -22,6 +22,7 @@ import os
 import resource
 import signal
 import sys
+from pathlib import Path
 from typing import Any, NoReturn
 
 _PASSED, _FAILED, _NOT_ISOLATED = 0, 1, 97
@@ -132,10 +133,10 @@ def _close_filesystem(disk_bytes: int) -> None:
         "syscall", ctypes.c_long(_MOUNT_SETATTR), ctypes.c_int(_AT_FDCWD), b"/", ctypes.c_uint(_AT_RECURSIVE),
         ctypes.byref(attributes), ctypes.c_size_t(ctypes.sizeof(attributes)),
     )  # fmt: skip
-    working = next((p for p in _WORKING if os.path.isdir(p) and not holds_python(p)), None)
+    working = next((p for p in _WORKING if Path(p).is_dir() and not holds_python(p)), None)
     if working is None:
         raise OSError(0, "there is no folder to work in")
-    covered = {os.path.realpath(place) for place in _COVERED if os.path.isdir(place) and not holds_python(place)}
+    covered = {os.path.realpath(place) for place in _COVERED if Path(place).is_dir() and not holds_python(place)}
     for place in sorted(covered - {working}):
         _mount("tmpfs", place, "tmpfs", _MS_RDONLY | _MS_NOSUID | _MS_NODEV, "size=4k,nr_inodes=2,mode=0555")
     _mount("tmpfs", working, "tmpfs", _MS_NOSUID | _MS_NODEV, f"size={disk_bytes},nr_inodes=1000,mode=0700")
@@ -171,7 +172,7 @@ def _program(request: dict[str, Any], word: int) -> NoReturn:
             ("NPROC", limits["processes"]), ("NOFILE", 64), ("CORE", 0),
         ):  # fmt: skip
             resource.setrlimit(getattr(resource, f"RLIMIT_{name}"), (value, value))
-        exec(compile(request["program"], "<answer>", "exec"), {"__name__": "answer"})  # noqa: S102
+        exec(compile(request["program"], "<answer>", "exec"), {"__name__": "answer"})
         os.write(word, request["word"].encode())
     except BaseException:  # noqa: BLE001  whatever it raises, it did not pass
         os._exit(_FAILED)

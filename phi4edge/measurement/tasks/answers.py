@@ -1,6 +1,6 @@
 """What models answered, kept: a question is asked once, and a process that was killed goes on with the next one.
 
-    CACHE/answers/<key>/    a run directory (core/workdir.py): one journal line an answer, on disk before the next question
+    CACHE/answers/<key>/    a run directory (core/workdir.py): a journal line an answer, on disk before the next one
 
 The key hashes what decides an answer beside the question: the model's hash, the runtime with its version and settings,
 and the context that it was opened with. An answer is found again by the hash of its tokens and of what ends it.

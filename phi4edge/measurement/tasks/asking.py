@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["AskedModel", "Answering", "until_stop"]
+__all__ = ["Answering", "AskedModel", "until_stop"]
 
 from collections.abc import Callable, Iterable, Sequence
 from itertools import islice
@@ -93,7 +93,7 @@ class AskedModel:
             count = min(max_tokens, self._context - len(tokens))
             if count < 1:
                 raise InputError(
-                    f"a prompt of {len(tokens)} tokens leaves no room in a context of {self._context}: {prompt[:60]!r}…",
+                    f"{len(tokens)} tokens of a prompt leave no room in a context of {self._context}: {prompt[:60]!r}",
                     "give a larger --task-context, if the model has it",
                 )
             request = {"tokens": tokens, "stop": list(stop), "ends": self._ends, "count": count}

@@ -182,12 +182,14 @@ def _choices(name: str, folder: Path, limit: int | None, means: Means) -> Task:
 
 def _choice_row(row: Mapping[str, Any], place: str) -> tuple[str, list[str], int]:
     """Question, choices and the place of the right one, as ARC, MMLU, HellaSwag and their copies spell them."""
-    question, options, labels = row.get("question", row.get("ctx")), row.get("choices", row.get("endings")), None
+    question: Any = row.get("question", row.get("ctx"))
+    options: Any = row.get("choices", row.get("endings"))
+    labels: Any = None
     if isinstance(question, dict):  # ARC as AI2 ships it
         question, options = question.get("stem"), question.get("choices")
     if isinstance(options, dict):  # and as it is mirrored
         options, labels = options.get("text"), options.get("label")
-    if isinstance(options, list) and options and all(isinstance(option, dict) for option in options):
+    if isinstance(options, list) and all(isinstance(option, dict) for option in options):
         options, labels = [option.get("text") for option in options], [option.get("label") for option in options]
     if not isinstance(question, str):
         _refuse(place, "has no question")

@@ -1,8 +1,8 @@
 """Tasks in lm-evaluation-harness: its requests, its scoring loop; our questions, judges and runtimes.
 
 A task becomes a ``ConfigurableTask`` whose dataset is in memory (``custom_dataset``), a runtime an ``LM``. Nothing is
-looked for on a hub. The harness is imported here, on demand, and nowhere else; its classes are made inside of functions,
-so that this module can be imported without it.
+looked for on a hub. The harness is imported here, on demand, and nowhere else; its classes are made inside of
+functions, so that this module can be imported without it.
 """
 
 from __future__ import annotations

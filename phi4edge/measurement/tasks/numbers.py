@@ -25,9 +25,7 @@ _POINT = re.compile(rf"{_SIGN}(?P<whole>\d{{1,3}}(?:,\d{{3}})+(?!\d)|\d+)(?:\.(?
 def last_number(text: str, language: str = "en") -> str | None:
     """The last number in ``text`` as ASCII digits with a decimal point, or None."""
     pattern = _COMMA if language in _DECIMAL_COMMA else _POINT
-    last = None
-    for last in pattern.finditer(_ascii_digits(text)):
-        pass
+    last = max(pattern.finditer(_ascii_digits(text)), key=lambda found: found.start(), default=None)
     if last is None:
         return None
     whole = re.sub(r"\D", "", last["whole"])

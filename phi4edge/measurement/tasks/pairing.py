@@ -5,8 +5,8 @@
     reference wrong      c (gained)      d                q = (a + c)/n of the artifact
 
     accuracy        Wilson's interval: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
-    q − p           Newcombe's square-and-add interval for pairs (Statist. Med. 17, 2635 (1998), method 10): it joins the
-                    two Wilson intervals and takes φ, the correlation of the two columns, into account
+    q − p           Newcombe's square-and-add interval for pairs (Statist. Med. 17, 2635 (1998), method 10): it joins
+                    the two Wilson intervals and takes φ, the correlation of the two columns, into account
     se of q − p     √(b + c − (b − c)²/n) / n, which is 0 where nothing flipped; so gates use the interval
     McNemar         of b + c flips, min(b, c) or fewer one way: exact binomial(b + c, ½), two-sided
 
@@ -106,4 +106,4 @@ def paired_interval(cells: Pairing, z: float = Z) -> tuple[float, float]:
 def mcnemar(lost: int, gained: int) -> float:
     """Two-sided exact p of McNemar's test (Psychometrika 12, 153 (1947)); 1 where nothing flipped."""
     flips, fewer = lost + gained, min(lost, gained)
-    return min(1.0, 2 * sum(math.comb(flips, k) for k in range(fewer + 1)) / 2**flips)
+    return min(1.0, 2 * sum(math.comb(flips, k) for k in range(fewer + 1)) / float(2**flips))

@@ -165,9 +165,7 @@ def measure_tasks(
         "artifact": own_facts,
         "reference": base_facts | {"model": checkpoint.index.name, "fingerprint": base_model},
         "answers": None if answers is None else answers.name,
-        "results": {
-            task.name: _result(task, q, p) for task, q, p in zip(tasks, ours, base, strict=True)
-        },
+        "results": {task.name: _result(task, q, p) for task, q, p in zip(tasks, ours, base, strict=True)},
     }
 
 

@@ -2,9 +2,9 @@
 
 The child (_sandboxed.py) has namespaces of its own: no network but a loopback that is down, no other process to see or
 to signal, every file system read-only but a working folder of 16 MiB in RAM, which is also its home; no capability, an
-empty environment, limits on processor time, address space, file size and processes; and its whole group is killed after
-a wall time. Files that every user may read can be read, and go nowhere. Where the kernel refuses any of this, nothing is
-run: there is no weaker level.
+empty environment, limits on processor time, address space, file size and processes; and its whole group is killed
+after a wall time. Files that its user may read can be read, and go nowhere (root's program runs as nobody). Where the
+kernel refuses any of this, nothing is run: there is no weaker level.
 """
 
 from __future__ import annotations
