@@ -23,7 +23,8 @@ from phi4edge.measurement.tasks.numbers import last_number
 
 SECONDS = 10.0  # for one comparison
 _START_SECONDS = 120.0  # for importing SymPy on a busy machine
-_STATED = re.compile(r"(?:answer|result)(?: is|:)?[:\s]*(?:\$\$?|\\\(|\\\[)?(.+?)(?:\$\$?|\\\)|\\\])?\s*(?:\n|$)", re.I)
+_STATED = re.compile(r"answer(?:\s+is)?\s*:?\s*([^\n]+)", re.IGNORECASE)
+_DELIMITED = re.compile(r"\$+(.+?)\$+|\\\((.+?)\\\)|\\\[(.+?)\\\]")
 _PLAIN = (
     (re.compile(r"\\text\s*\{([^{}]*)\}|\\mbox\s*\{([^{}]*)\}"), r"\1\2"),
     (re.compile(r"\\[dt]frac"), r"\\frac"),
@@ -55,7 +56,8 @@ def stated_answer(text: str) -> str | None:
         return boxed.strip()
     stated = _STATED.findall(text)
     if stated:
-        return str(stated[-1]).strip().rstrip(".")
+        inner = _DELIMITED.search(stated[-1])
+        return str(inner[inner.lastindex or 0] if inner else stated[-1]).strip(" *.")
     return last_number(text)
 
 
