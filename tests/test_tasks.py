@@ -312,6 +312,24 @@ def test_another_model_s_choices_flip_and_the_gate_ends_with_6(run: Command, oth
     assert code == 0
 
 
+def test_a_report_shows_the_scores_of_both_models(run: Command, other: Path, tmp_path: Path) -> None:
+    results = tmp_path / "results"
+    _, document = run(other, "animals,refusal", "--max-task-drop", 0.0, "--out", results / "o.json")
+    assert main(["report", str(results), "--out", str(tmp_path / "page"), "-q"]) == 0
+    page = (tmp_path / "page" / "report.md").read_text()
+    found = document["data"]["tasks"]["results"]["animals"]
+    (row,) = [line for line in page.splitlines() if "| animals" in line]
+    cells = [cell.strip() for cell in row.split("|")]
+    assert cells[3:6] == [
+        "12", f"{100 * found['reference']['accuracy']:.1f}", f"{100 * found['artifact']['accuracy']:.1f}"
+    ]  # fmt: skip
+    assert cells[7:9] == [str(found["flips"]["lost"]), str(found["flips"]["gained"])]
+    assert cells[10] == document["data"]["gates"][0]["outcome"]
+    assert "| refusal harmful" in page
+    data = json.loads((tmp_path / "page" / "report.json").read_text())["data"]
+    assert [score["task"] for score in data["tasks"]][:2] == ["animals", "refusal"]
+
+
 def test_torch_can_be_the_reference_and_agrees_with_llama_cpp(run: Command, f32: Path) -> None:
     more = ("--limit", 2, "--kv", "f32", "--flash-attention", "off")
     code, document = run(f32, "gsm8k", "--reference-runtime", "torch_ref", *more)
