@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from phi4edge.report.documents import TaskScore
 from phi4edge.report.labels import Labels
-from phi4edge.report.numbers import MINUS, figure
+from phi4edge.report.numbers import figure
 from phi4edge.report.page import ABSENT, Cell, Column, Section, Table
 
 _COLUMNS = (
@@ -54,7 +54,7 @@ def _table(scores: Sequence[TaskScore], labels: Labels) -> Table:
 
 def _row(score: TaskScore, labels: Labels) -> tuple[Cell, ...]:
     def points(value: float) -> str:
-        return f"{100 * value:+.1f}".replace("-", MINUS)
+        return f"{100 * value:+.1f}".replace("-", "\u2212")
 
     return (
         Cell(labels.full[score.artifact.sha256]),
