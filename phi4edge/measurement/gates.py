@@ -11,7 +11,7 @@ se is the larger of the one over positions and the one between chunks (see :mod:
 
 from __future__ import annotations
 
-__all__ = ["Gate", "Limits", "evaluate", "gate_error"]
+__all__ = ["Gate", "Limits", "evaluate", "gate_between", "gate_error"]
 
 import math
 from collections.abc import Mapping, Sequence
@@ -45,6 +45,11 @@ class Limits:
             raise UsageError(f"--min-top1 {self.min_top1} is no share", "write 0.95 or 95 for 95 %")
         if self.undecided not in UNDECIDED:
             raise UsageError(f"--gate-undecided {self.undecided!r}", f"one of {', '.join(UNDECIDED)}")
+
+    @property
+    def asks_for_text(self) -> bool:
+        """Whether any limit is on what only a text can tell."""
+        return (self.max_kld, self.max_ppl_ratio, self.min_top1) != (None, None, None)
 
 
 @dataclass(frozen=True)
@@ -97,14 +102,22 @@ def evaluate(
 def _gate(name: str, metric: Measurement, clustered: float | None, limit: float, limits: Limits) -> Gate:
     assert metric.value is not None
     se = max(metric.se or 0.0, clustered or 0.0)
-    lower, upper = metric.value - Z * se, metric.value + Z * se
+    assert math.isfinite(se)
+    bounds = metric.value - Z * se, metric.value + Z * se
+    return gate_between(name, metric.name, metric.value, se, bounds, limit, limits.undecided)
+
+
+def gate_between(
+    name: str, metric: str, value: float, se: float, bounds: tuple[float, float], limit: float, undecided: str
+) -> Gate:
+    """A gate on a value whose ``bounds`` (95 %, one-sided each) are known; ``undecided`` as in :class:`Limits`."""
+    lower, upper = bounds
     if name.startswith("min"):
         outcome = "fail" if upper < limit else "pass" if lower >= limit else "undecided"
     else:
         outcome = "fail" if lower > limit else "pass" if upper <= limit else "undecided"
-    assert math.isfinite(se)
-    passed = outcome == "pass" or (outcome == "undecided" and limits.undecided == "pass")
-    return Gate(name, metric.name, limit, metric.value, se, lower, upper, outcome, passed)
+    passed = outcome == "pass" or (outcome == "undecided" and undecided == "pass")
+    return Gate(name, metric, limit, value, se, lower, upper, outcome, passed)
 
 
 def gate_error(gates: Sequence[Gate]) -> GateError | None:
@@ -115,5 +128,5 @@ def gate_error(gates: Sequence[Gate]) -> GateError | None:
     undecided = any(gate.outcome == "undecided" for gate in missed)
     return GateError(
         "; ".join(gate.sentence() for gate in missed),
-        "measure more --chunks to decide, or pass --gate-undecided pass" if undecided else None,
+        "measure more (--chunks, --limit) to decide, or pass --gate-undecided pass" if undecided else None,
     )

@@ -12,7 +12,7 @@ do not fit into RAM together are made group after group, each group reading the 
 
 from __future__ import annotations
 
-__all__ = ["ReferenceStore", "build_store", "cache_folder", "default_store", "is_store", "open_store"]
+__all__ = ["ReferenceStore", "build_store", "cache_folder", "default_store", "fingerprint", "is_store", "open_store"]
 
 import fcntl
 import json

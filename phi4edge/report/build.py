@@ -17,7 +17,7 @@ from typing import Any
 from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.report.compare import Comparison, SpeedGroup, compare_drift, compare_speed
 from phi4edge.report.details import condition_text, detail_section, gate_section
-from phi4edge.report.documents import Bench, Drift, Export, Failure, Quantization
+from phi4edge.report.documents import Bench, Drift, Export, Failure, Quantization, TaskScore
 from phi4edge.report.html import render_html
 from phi4edge.report.labels import find_baseline, label_artifacts
 from phi4edge.report.markdown import render_markdown
@@ -26,6 +26,7 @@ from phi4edge.report.page import Items, Page
 from phi4edge.report.provenance import estimate_section, provenance_section
 from phi4edge.report.results import result_section
 from phi4edge.report.runs import run_section
+from phi4edge.report.scores import score_section
 from phi4edge.report.search import Found, find_documents
 from phi4edge.report.speeds import speed_section
 from phi4edge.report.summary import headline, summarize
@@ -64,13 +65,15 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
     runs = [d for d in found.documents if isinstance(d, Quantization)]
     exports = [d for d in found.documents if isinstance(d, Export)]
     failures = [d for d in found.documents if isinstance(d, Failure)]
-    labels = label_artifacts(result.artifact for result in measured)
+    scores = [d for d in found.documents if isinstance(d, TaskScore)]
+    labels = label_artifacts(result.artifact for result in (*measured, *scores))
     base = find_baseline(baseline, labels) if baseline is not None else None
     comparisons = compare_drift(drifts, labels, base)
     speeds = compare_speed(benches, labels)
     method = method_section(comparisons, speeds, runs)
     sections = (
         result_section(comparisons, speeds),
+        score_section(scores, labels),
         detail_section(comparisons),
         speed_section(speeds, comparisons),
         estimate_section(benches, labels),
@@ -88,6 +91,7 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         "artifacts": [asdict(artifact) | {"label": labels.full[sha]} for sha, artifact in labels.artifacts.items()],
         "comparisons": [_comparison(comparison) for comparison in comparisons],
         "speeds": [asdict(group) for group in speeds],
+        "tasks": [asdict(score) | {"label": labels.full[score.artifact.sha256]} for score in scores],
         "estimates": [
             {
                 "label": labels.full[b.artifact.sha256],

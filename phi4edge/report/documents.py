@@ -16,6 +16,7 @@ __all__ = [
     "Quantization",
     "Reference",
     "Runtime",
+    "TaskScore",
     "Text",
     "Tuning",
 ]
@@ -96,6 +97,28 @@ class Drift:
     per_chunk_kld: tuple[float, ...]
     gates: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Answers of an artifact and of the full-precision model to the same questions."""
+
+    file: str
+    artifact: Artifact
+    runtime: Runtime
+    reference: str  # model and runtime
+    task: str
+    n: int
+    accuracy: float
+    accuracy_reference: float
+    difference: float
+    low: float  # of the difference, 95 % over pairs
+    high: float
+    lost: int
+    gained: int
+    mcnemar_p: float
+    conditions: dict[str, Any]  # how it was asked
+    gate: str | None  # the outcome of max_task_drop, where it was asked for
 
 
 @dataclass(frozen=True)
@@ -207,4 +230,4 @@ class Failure:
     hint: str | None
 
 
-Document = Drift | Bench | Quantization | Export | Failure
+Document = Drift | Bench | Quantization | Export | Failure | TaskScore

@@ -28,6 +28,7 @@ from phi4edge.report.documents import (
     Quantization,
     Reference,
     Runtime,
+    TaskScore,
     Text,
     Tuning,
 )
@@ -58,6 +59,9 @@ def parse_document(document: Any, file: str, run: str, performance: dict[str, An
     data = root["data"]
     if schema == "phi4edge/quantize/1":
         return [_quantization(data, file, run, performance), *found]
+    if schema == "phi4edge/drift/1" and data.get("tasks") is not None:
+        measured = [_drift(data, file)] if data.get("text") is not None else []
+        return [*measured, *_scores(data, file), *found]
     return [_READERS[schema](data, file), *found]
 
 
@@ -134,6 +138,44 @@ def _drift(data: Field, file: str) -> Drift:
         gates=tuple(gate.object() for gate in gates.items()) if gates else (),
         environment=_object(data.get("environment")),
     )
+
+
+def _scores(data: Field, file: str) -> list[TaskScore]:
+    """One score a task; a language of mgsm is a task of its own, behind the whole."""
+    tasks, runtime, scores = data["tasks"], _runtime(data), list[TaskScore]()
+    reference, gates = tasks["reference"], data.get("gates")
+    held = [gate.object() for gate in gates.items()] if gates else []
+    outcomes = {gate.get("metric"): gate.get("outcome") for gate in held}
+    asked = ("harness", "chat_template", "context", "limit", "code_isolation")
+    conditions = {key: tasks.object().get(key) for key in asked}
+
+    def read(name: str, result: Field) -> TaskScore:
+        change, flips = result["difference"], result["flips"]
+        return TaskScore(
+            file=file,
+            artifact=_artifact(data["artifact"], runtime),
+            runtime=runtime,
+            reference=f"{reference['model'].text()} in {reference['runtime'].text()} {reference['version'].text()}",
+            task=name,
+            n=result["n"].integer(1),
+            accuracy=result["artifact"]["accuracy"].number(0),
+            accuracy_reference=result["reference"]["accuracy"].number(0),
+            difference=change["value"].number(),
+            low=change["low"].number(),
+            high=change["high"].number(),
+            lost=flips["lost"].integer(),
+            gained=flips["gained"].integer(),
+            mcnemar_p=result["mcnemar_p"].number(0),
+            conditions=conditions,
+            gate=outcomes.get(f"accuracy lost in {name}"),
+        )
+
+    for name, result in tasks["results"].entries():
+        scores.append(read(name, result))
+        parts = result.get("parts")
+        for part, found in parts.entries() if parts else ():
+            scores.append(read(f"{name} {part}", found))
+    return scores
 
 
 def _bench(data: Field, file: str) -> Bench:

@@ -85,6 +85,17 @@ class Session(Protocol):
         """
         ...
 
+    def generate(self, tokens: list[int]) -> Iterator[int]:
+        """What the model goes on with behind ``tokens``: its most likely token, fed again, one by one.
+
+        It has no end of its own: the caller stops, at an ending token, at a stop string (which is text, and the text
+        is the tokenizer's) or where the context is full. Of tokens that are equally likely the smallest id is taken.
+
+        Raises:
+            TargetError: the runtime fails, the context is full, or a logit is not finite.
+        """
+        ...
+
     def __enter__(self) -> Session: ...
 
     def __exit__(

@@ -95,6 +95,13 @@ class ChildSession:
             progress.advance()
         progress.finish()
 
+    def generate(self, tokens: list[int]) -> Iterator[int]:
+        """See :class:`phi4edge.runtimes._api.Session`; a token is one request, a small share of what it costs."""
+        token: int = self.call({"op": "generate", "tokens": tokens, "fresh": True})["token"]
+        while True:
+            yield token
+            token = self.call({"op": "generate", "tokens": [token], "fresh": False})["token"]
+
     def speed(self, request: SpeedRequest) -> SpeedSamples:
         """Time a prompt and a generation; the child must have done nothing else before."""
         answer = self.call({"op": "speed", "request": asdict(request)})

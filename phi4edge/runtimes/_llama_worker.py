@@ -89,6 +89,7 @@ class Engine:
         self._vocab = llama_cpp.llama_model_get_vocab(self._model)
         self.vocab_size = int(llama_cpp.llama_vocab_n_tokens(self._vocab))
         self._batch = llama_cpp.llama_batch_init(settings.batch, 0, 1)
+        self._fed = 0  # tokens in the cache of the text that is being generated
 
     def _load(self, path: str) -> Any:
         params = self._lib.llama_model_default_params()
@@ -189,6 +190,21 @@ class Engine:
             if rows > 0:
                 pointer = self._lib.llama_get_logits(self._ctx)
                 yield np.ctypeslib.as_array(pointer, shape=(rows, self.vocab_size))
+
+    def feed(self, tokens: list[int], *, fresh: bool) -> int:
+        """See :class:`phi4edge.runtimes._serving.Engine`."""
+        if fresh:
+            self._lib.llama_memory_clear(self._memory, True)
+            self._fed = 0
+        if self._fed + len(tokens) > self._context:
+            raise WorkerError("runtime", f"{self._fed + len(tokens)} tokens do not fit a context of {self._context}")
+        last = self._fed + len(tokens) - 1
+        for start in range(0, len(tokens), self._settings.batch):
+            part = tokens[start : start + self._settings.batch]
+            self._decode(part, self._fed, last)
+            self._fed += len(part)
+        row = self._lib.llama_get_logits_ith(self._ctx, -1)
+        return serving.most_likely(np.ctypeslib.as_array(row, shape=(self.vocab_size,)))
 
     def speed(self, request: SpeedRequest) -> dict[str, Any]:
         """llama-bench's pp and tg: the cache is empty at the start of each, and nothing is sampled."""

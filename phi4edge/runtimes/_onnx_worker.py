@@ -46,6 +46,7 @@ class Engine:
         except RuntimeError as error:
             raise WorkerError("input", str(error)) from error
         self._generator = self._begin()
+        self._fed: list[int] = []  # of the text that is being generated
         self.load_s = time.perf_counter() - began
 
     def _begin(self) -> Any:
@@ -96,6 +97,23 @@ class Engine:
                 if found.shape != (1, len(piece), self.vocab_size):
                     raise WorkerError("input", f"logits are {list(found.shape)} for {len(piece)} tokens")
                 yield np.ascontiguousarray(found[0, skipped:], dtype="<f4")
+
+    def feed(self, tokens: list[int], *, fresh: bool) -> int:
+        """See :class:`phi4edge.runtimes._serving.Engine`.
+
+        A text that grows beyond ``whole_beyond`` is submitted again, so that all its keys are turned alike.
+        """
+        before = 0 if fresh else len(self._fed)
+        self._fed = [*self._fed[:before], *tokens]
+        if len(self._fed) > self._context:
+            raise WorkerError("runtime", f"{len(self._fed)} tokens do not fit a context of {self._context}")
+        if self._whole_beyond is not None and 0 < before <= self._whole_beyond < len(self._fed):
+            before = 0
+        if before == 0:
+            self._generator.rewind_to(0)
+        for piece in self._pieces(self._fed) if before == 0 else [tokens]:
+            self._append(piece)
+        return serving.most_likely(self._generator.get_logits().reshape(-1)[-self.vocab_size :])
 
     def speed(self, request: SpeedRequest) -> dict[str, Any]:
         """A prompt and a generation, each from an empty cache; nothing is sampled."""

@@ -6,13 +6,15 @@ bytes. Whatever else writes to stdout lands on stderr.
     {"op": "load", "path", "settings", …}           → {"ok", "vocab_size", "load_s", "details"}
     {"op": "logits", "tokens": […], "first": n}     → {"ok", "nbytes"} + bytes, again and again until length − first
                                                       rows of vocab_size float32 have come
+    {"op": "generate", "tokens": […], "fresh": b}   → {"ok", "token"}: the most likely one behind all that was fed since
+                                                      the last fresh request; stop strings are the parent's business
     {"op": "speed", "request"}                      → {"ok", "prefill_s", "ttft_s", "token_s", …}
     anything that fails                             → {"ok": false, "kind", "message"}
 """
 
 from __future__ import annotations
 
-__all__ = ["Engine", "WorkerError", "random_tokens", "serve", "timed"]
+__all__ = ["Engine", "WorkerError", "most_likely", "random_tokens", "serve", "timed"]
 
 import ctypes
 import json
@@ -51,9 +53,20 @@ class Engine(Protocol):
         """Logits [length − first, vocab] of one sequence in pieces of rows; a piece may be gone with the next."""
         ...
 
+    def feed(self, tokens: list[int], *, fresh: bool) -> int:
+        """Append ``tokens`` to what was fed before (``fresh``: to nothing); the most likely token behind them."""
+        ...
+
     def speed(self, request: SpeedRequest) -> dict[str, Any]:
         """``prefill_s``, ``ttft_s`` and ``token_s`` of :class:`SpeedSamples`."""
         ...
+
+
+def most_likely(logits: NDArray[np.float32]) -> int:
+    """The token of the largest of ``logits`` [vocab], the smallest id of equal ones."""
+    if not np.isfinite(logits).all():
+        raise WorkerError("runtime", "a logit is not finite")
+    return int(logits.argmax())
 
 
 def random_tokens(request: SpeedRequest, vocab_size: int) -> tuple[list[int], list[int]]:
@@ -128,6 +141,8 @@ def _serve(
                     _answer(answers, {"nbytes": part.nbytes})
                     answers.write(part.data)
                 answers.flush()
+            elif request["op"] == "generate":
+                _answer(answers, {"token": engine.feed(request["tokens"], fresh=request["fresh"])})
             elif request["op"] == "speed":
                 samples = engine.speed(SpeedRequest(**request["request"]))
                 _answer(answers, samples | {"peak_rss_bytes": peak_rss_bytes(), "idle_rss_bytes": idle_rss})

@@ -30,7 +30,7 @@ from numpy.typing import NDArray
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core import registry
-from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.model.block import unrounded
 from phi4edge.model.forward import stream_logits
@@ -105,7 +105,7 @@ class TorchSession:
         reason = activation_refusal(settings.activations, source.config)
         if reason:
             raise InputError(reason)
-        self._source = source
+        self._source, self._context = source, context
         self._rounded = rounding_of(settings.activations)
         self._rounded_head = self._rounded if _integer_head(source) else unrounded
         self._threads = settings.threads or physical_cores()
@@ -143,6 +143,18 @@ class TorchSession:
                     yield logits.numpy()
         finally:
             torch.set_num_threads(before)
+
+    def generate(self, tokens: list[int]) -> Iterator[int]:
+        """See :class:`phi4edge.runtimes._api.Session`; every token reads all weights and computes the whole text."""
+        fed = list(tokens)
+        while True:
+            if len(fed) > self._context:
+                raise TargetError(f"{len(fed)} tokens do not fit a context of {self._context}")
+            (logits,) = self.logits(np.array([fed]), first=len(fed) - 1)
+            if not np.isfinite(logits).all():
+                raise TargetError("a logit is not finite", "the weights are damaged")
+            fed.append(int(logits[0].argmax()))
+            yield fed[-1]
 
     def __enter__(self) -> TorchSession:
         return self

@@ -11,7 +11,9 @@ from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, r
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
+from phi4edge.cli.task_options import task_options, task_request, task_table
 from phi4edge.core.atomic import write_json
+from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
 from phi4edge.runtimes._api import ACTIVATIONS
 
@@ -36,6 +38,9 @@ _ROWS = (
 
 def _text(data: dict[str, Any]) -> str:
     artifact, text, reference, runtime = data["artifact"], data["text"], data["reference"], data["runtime"]
+    if text is None:
+        lines = [f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, in {runtime['name']}", ""]
+        return "\n".join([*lines, task_table(data["tasks"]), *_gate_lines(data)])
     lines = [
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
@@ -46,9 +51,14 @@ def _text(data: dict[str, Any]) -> str:
     cells = [(label, *plus_minus(data["metrics"][key], spec, scale)) for label, key, spec, scale in _ROWS]
     width = max(len(value) for _, value, _ in cells)
     lines += [f"{label:<16}{value:>{width}}  {error}".rstrip() for label, value, error in cells]
-    if data["gates"]:
-        lines += ["", *(f"gate {g['name']} {g['limit']:g}: {g['outcome']}" for g in data["gates"])]
-    return "\n".join(lines)
+    if "tasks" in data:
+        lines += ["", task_table(data["tasks"])]
+    return "\n".join([*lines, *_gate_lines(data)])
+
+
+def _gate_lines(data: dict[str, Any]) -> list[str]:
+    lines = [f"gate {g['name']} {g['limit']:g}: {g['outcome']} ({g['metric']})" for g in data["gates"]]
+    return ["", *lines] if lines else []
 
 
 @click.command("drift")
@@ -75,6 +85,7 @@ def _text(data: dict[str, Any]) -> str:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@task_options
 @runtime_options
 @common
 def command(
@@ -97,6 +108,7 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **tasks: Any,
 ) -> None:
     """Measure how far ARTIFACT's predictions drift from the full-precision model's, in the runtime that serves it.
 
@@ -106,11 +118,16 @@ def command(
     A gate compares at 95 % confidence: a value fails when it misses the limit beyond its error, passes when it keeps
     the limit with its error counted against it, and is undecided in between. A failed gate ends with exit code 6,
     after the results were written and printed.
+
+    With --tasks both models also answer questions from local files: accuracies with their intervals, the difference
+    over pairs, McNemar's test and every flip. Answers are kept, so a run that was interrupted goes on. Without --text
+    only the tasks are measured.
     """
     from phi4edge.core.workdir import RUN_FILE
-    from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference
+    from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference, without_text
     from phi4edge.measurement.gates import Gate, Limits, gate_error
     from phi4edge.measurement.reference import is_store
+    from phi4edge.measurement.tasks.run import check_tasks, measure_tasks, task_gates
     from phi4edge.model.source import WeightSource
     from phi4edge.runtimes._api import Settings
 
@@ -128,19 +145,44 @@ def command(
 
         source = open_run(artifact)
     progress = progress_for(quiet)
+    asked, max_drop = task_request(tasks), tasks["max_task_drop"]
+    if asked is not None:
+        task_gates({}, max_drop, gate_undecided)
+        check_tasks(asked, reference)
     if not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
-    found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
-    data = measure_drift(
-        artifact,
-        found,
-        chunks=chunks,
-        runtime=runtime,
-        settings=settings,
-        limits=limits,
-        source=source,
-        progress=progress,
-    )
+    if asked is not None and text is None:
+        if limits.asks_for_text:
+            raise UsageError(
+                "--max-kld, --max-ppl-ratio and --min-top1 need a --text", "give a text file, or leave them out"
+            )
+        data = without_text(artifact, reference, runtime=runtime, settings=settings)
+    else:
+        found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
+        data = measure_drift(
+            artifact,
+            found,
+            chunks=chunks,
+            runtime=runtime,
+            settings=settings,
+            limits=limits,
+            source=source,
+            progress=progress,
+        )
+    if asked is not None:
+        answers = tasks["task_answers"] or (out.with_suffix(".answers.jsonl") if out is not None else None)
+        measured = measure_tasks(
+            artifact,
+            reference,
+            asked,
+            runtime=runtime,
+            settings=settings,
+            source=source,
+            answers=answers,
+            progress=progress,
+        )
+        gates = task_gates(measured["results"], max_drop, gate_undecided)
+        data |= {"tasks": measured, "gates": [*data["gates"], *(gate.as_dict() for gate in gates)]}
     failure = gate_error([Gate(**gate) for gate in data["gates"]])
     if out is not None:
         write_json(out, failure_document(COMMAND, data, failure) if failure else envelope(COMMAND, data))

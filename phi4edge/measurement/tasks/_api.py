@@ -1,0 +1,60 @@
+"""What a task is made of: questions, a rule that judges an answer, and the answers."""
+
+from __future__ import annotations
+
+__all__ = ["Answer", "Judge", "Question", "Task", "Verdict"]
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question."""
+
+    name: str  # its publisher's, or file and line
+    prompt: str  # what is said to the model
+    target: str  # the right answer, as it is compared
+    choices: tuple[str, ...] = ()  # among which the most likely one is the answer; none: the answer is written
+    part: str = ""  # of the task: a language, harmful or harmless
+    data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # more that the judge needs
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """What was found in an answer."""
+
+    extracted: str | None  # None: nothing that could be an answer
+    correct: bool
+
+
+Judge = Callable[[Question, str], Verdict]
+
+
+@dataclass(frozen=True)
+class Task:
+    """Questions of one kind."""
+
+    name: str
+    questions: tuple[Question, ...]
+    judge: Judge
+    stop: tuple[str, ...] = ()  # strings that end an answer; they are no part of it
+    max_tokens: int = 512  # of an answer
+    sources: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by the name of the file
+
+    @property
+    def by_choice(self) -> bool:
+        """Whether choices are compared and nothing is written."""
+        return bool(self.questions[0].choices)
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One model's answer to one question."""
+
+    prompt: str  # as the model read it, chat template applied
+    output: str  # what it wrote, or the choice that it took
+    extracted: str | None
+    correct: bool
+    log_likelihoods: tuple[float, ...] = ()  # of the choices, nat
