@@ -17,7 +17,15 @@ means as well, and gates use the larger one.
 
 from __future__ import annotations
 
-__all__ = ["PositionFigures", "between_chunks", "compare_chunk", "position_curve", "summarize"]
+__all__ = [
+    "PositionFigures",
+    "between_chunks",
+    "compare_chunk",
+    "divergence",
+    "mean_with_error",
+    "position_curve",
+    "summarize",
+]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -95,21 +103,51 @@ def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> 
         same[rows] = (x.gather(1, top[rows, None]) == maximum).squeeze(1)
         y = x - maximum
         minus_d = codes[rows].to(torch.float32).mul_(-STEP)
-        gap = minus_d - y
         chosen = y.gather(1, following[rows, None]).squeeze(1).double()
-        weight = minus_d.exp_()
-        total = weight.sum(dim=1).double()
-        excess = torch.expm1(-gap)
-        mean_excess = torch.linalg.vecdot(weight, excess).double() / total
-        correction = torch.log1p(mean_excess)
-        convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
-        kld[rows] = convex - (mean_excess - correction)
-        nll[rows] = total.log() + correction - chosen
+        kld[rows], log_sum = _convex(minus_d, y)
+        nll[rows] = log_sum - chosen
     bad = (~(torch.isfinite(kld) & torch.isfinite(nll))).nonzero()
     if bad.numel():
         raise InputError(f"scored position {int(bad[0])}: logits are NaN or infinite", "the artifact is damaged")
     reference_nll = -reference.log_prob.astype(np.float64)
     return PositionFigures(nll.numpy()[None], reference_nll[None], kld.numpy()[None], same.numpy()[None])
+
+
+def _convex(minus_d: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """KLD and ln Σ eʸ of every row, as :func:`compare_chunk` has them; ``minus_d`` [rows, vocab] is overwritten."""
+    gap = minus_d - y
+    weight = minus_d.exp_()
+    total = weight.sum(dim=1).double()
+    excess = torch.expm1(-gap)
+    mean_excess = torch.linalg.vecdot(weight, excess).double() / total
+    correction = torch.log1p(mean_excess)
+    convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
+    return convex - (mean_excess - correction), total.log() + correction
+
+
+@torch.inference_mode()
+def divergence(before: Tensor, after: Tensor) -> Array:
+    """KLD(before ‖ after) [positions] of logits [positions, vocab] float32, both finite; 0 where they are equal.
+
+    Nothing is stored in between, so there is no noise floor but float32's. What lies more than 80 nats below the
+    maximum of ``before`` counts as 80, which keeps e⁸⁰ within float32.
+    """
+    positions, vocab = before.shape
+    kld = torch.zeros(positions, dtype=torch.float64)
+    for rows in row_blocks(positions, vocab):
+        if torch.equal(before[rows], after[rows]):
+            continue
+        minus_d = (before[rows] - before[rows].amax(dim=1, keepdim=True)).clamp_(min=-80)
+        kld[rows], _ = _convex(minus_d, after[rows] - after[rows].amax(dim=1, keepdim=True))
+    found: Array = kld.numpy()
+    return found
+
+
+def mean_with_error(name: str, unit: str, values: Array) -> Measurement:
+    """Mean of ``values`` [chunks, positions]; its error is the larger of those over positions and between chunks."""
+    mean, se = _mean(values.reshape(-1))
+    errors = [error for error in (se, _clustered(values.mean(axis=1))) if error is not None]
+    return Measurement(name, mean, unit, values.size, max(errors, default=None))
 
 
 def _mean(values: Array) -> tuple[float, float | None]:

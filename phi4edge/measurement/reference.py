@@ -12,7 +12,15 @@ do not fit into RAM together are made group after group, each group reading the 
 
 from __future__ import annotations
 
-__all__ = ["ReferenceStore", "build_store", "cache_folder", "default_store", "is_store", "open_store"]
+__all__ = [
+    "ReferenceStore",
+    "build_store",
+    "cache_folder",
+    "default_store",
+    "fingerprint",
+    "is_store",
+    "open_store",
+]
 
 import fcntl
 import json
@@ -311,6 +319,7 @@ def _finish(path: Path, checkpoint: CheckpointReader, text: Chunks, key: dict[st
         "dtype": DTYPE,
         "encoding": ENCODING,
         "vocab_size": vocab,
+        "config": checkpoint.config.raw,
         "noise_floor_kld": float(noise.mean()),
         "noise_max_kld": float(noise.max()),
         "text": {"name": text.name, "sha256": text.sha256, "characters": text.characters},

@@ -7,11 +7,13 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.attribution import attribution_options, attribution_text, tensor_count
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
 from phi4edge.core.atomic import write_json
+from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
 from phi4edge.runtimes._api import ACTIVATIONS
 
@@ -46,6 +48,8 @@ def _text(data: dict[str, Any]) -> str:
     cells = [(label, *plus_minus(data["metrics"][key], spec, scale)) for label, key, spec, scale in _ROWS]
     width = max(len(value) for _, value, _ in cells)
     lines += [f"{label:<16}{value:>{width}}  {error}".rstrip() for label, value, error in cells]
+    if "attribution" in data:
+        lines += attribution_text(data["attribution"])
     if data["gates"]:
         lines += ["", *(f"gate {g['name']} {g['limit']:g}: {g['outcome']}" for g in data["gates"])]
     return "\n".join(lines)
@@ -75,6 +79,7 @@ def _text(data: dict[str, Any]) -> str:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@attribution_options
 @runtime_options
 @common
 def command(
@@ -89,6 +94,10 @@ def command(
     min_top1: float | None,
     gate_undecided: str,
     activations: str,
+    attribute: bool,
+    against: Path | None,
+    attribute_tensors: str,
+    attribute_chunks: int | None,
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
@@ -106,12 +115,14 @@ def command(
     A gate compares at 95 % confidence: a value fails when it misses the limit beyond its error, passes when it keeps
     the limit with its error counted against it, and is undecided in between. A failed gate ends with exit code 6,
     after the results were written and printed.
+
+    --attribute adds where the drift comes from: every step from full precision to the serving runtime on the same
+    positions, and single tensors, each put alone into the full-precision model and each restored alone.
     """
     from phi4edge.core.workdir import RUN_FILE
     from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference
     from phi4edge.measurement.gates import Gate, Limits, gate_error
     from phi4edge.measurement.reference import is_store
-    from phi4edge.model.source import WeightSource
     from phi4edge.runtimes._api import Settings
 
     limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
@@ -122,11 +133,14 @@ def command(
         activations=activations,
     )
     checked_out(out)
-    source: WeightSource | None = None
-    if (artifact / RUN_FILE).is_file():
+    tensors, source, written_from = tensor_count(attribute_tensors), None, None
+    if against is not None and not attribute:
+        raise UsageError("--against says what drift is attributed to", "add --attribute")
+    if (artifact / RUN_FILE).is_file() or against is not None:
         from phi4edge.stages.run_reader import open_run
 
-        source = open_run(artifact)
+        source = open_run(artifact) if (artifact / RUN_FILE).is_file() else None
+        written_from = open_run(against) if against is not None else None
     progress = progress_for(quiet)
     if not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
@@ -141,6 +155,22 @@ def command(
         source=source,
         progress=progress,
     )
+    if attribute:
+        from phi4edge.measurement.attribution_run import attribute as attribute_drift
+
+        data["attribution"] = attribute_drift(
+            artifact,
+            found,
+            reference,
+            runtime=runtime,
+            settings=settings,
+            source=source,
+            run=written_from,
+            tensors=tensors,
+            chunks=attribute_chunks or chunks,
+            tensor_chunks=attribute_chunks,
+            progress=progress,
+        )
     failure = gate_error([Gate(**gate) for gate in data["gates"]])
     if out is not None:
         write_json(out, failure_document(COMMAND, data, failure) if failure else envelope(COMMAND, data))
