@@ -190,6 +190,14 @@ def test_output_errors_are_those_that_were_put_in(mini_checkpoint: Path, model: 
         assert errors.pop(name) == pytest.approx((scale - 1) ** 2, rel=1e-3)
         assert set(errors.values()) == {0.0}
         assert len(errors) == len(full.config.tensor_shapes()) - 1
+    generator = torch.Generator().manual_seed(0)
+    changed = {
+        n: full.tensor(n) + 0.1 * torch.randn(s, generator=generator) for n, s in full.config.tensor_shapes().items()
+    }
+    together = output_errors(full, Overlay(full, changed), tokens)  # activations are the full-precision model's
+    for name in together:
+        alone = output_errors(full, Overlay(full, {name: changed[name]}), tokens)[name]
+        assert together[name] == pytest.approx(alone, rel=1e-5)
     tied = open_checkpoint(mini_checkpoint)
     assert set(output_errors(tied, tied, tokens)) == set(tied.config.tensor_shapes())
 

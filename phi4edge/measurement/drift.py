@@ -30,6 +30,7 @@ __all__ = [
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -223,17 +224,24 @@ def _value_unit_se(pair: tuple[float, float | None], unit: str) -> tuple[float, 
     return pair[0], unit, pair[1]
 
 
-def position_curve(figures: PositionFigures, first: int, bins: int = 16) -> list[dict[str, float | int]]:
-    """Means over runs of positions in a chunk: how drift depends on the length of the context before it."""
+def position_curve(figures: PositionFigures, first: int, bins: int = 16) -> list[dict[str, Any]]:
+    """Means over runs of positions in a chunk: how drift depends on the length of the context before it.
+
+    ``kld_se`` and ``same_top_p_se`` are as in :func:`mean_with_error`, None where a single position was scored.
+    """
     edges = np.linspace(0, figures.nll.shape[1], min(bins, figures.nll.shape[1]) + 1).astype(int)
     return [
         {
             "first": int(first + start),
             "last": int(first + stop - 1),
             "kld": float(figures.kld[:, start:stop].mean()),
+            "kld_se": mean_with_error("kld", "nat", figures.kld[:, start:stop]).se,
             "nll": float(figures.nll[:, start:stop].mean()),
             "nll_reference": float(figures.nll_reference[:, start:stop].mean()),
             "same_top_p": float(figures.same_top[:, start:stop].mean()),
+            "same_top_p_se": mean_with_error(
+                "same_top_p", "fraction", figures.same_top[:, start:stop].astype(np.float64)
+            ).se,
         }
         for start, stop in pairwise(edges)
     ]

@@ -7,8 +7,8 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.attribution import attribution_options, attribution_text, tensor_count
-from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
+from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
+from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
@@ -48,17 +48,47 @@ def _text(data: dict[str, Any]) -> str:
     cells = [(label, *plus_minus(data["metrics"][key], spec, scale)) for label, key, spec, scale in _ROWS]
     width = max(len(value) for _, value, _ in cells)
     lines += [f"{label:<16}{value:>{width}}  {error}".rstrip() for label, value, error in cells]
+    lines += _domain_lines(data.get("domains", []))
+    if "greedy" in data:
+        lines += greedy_text(data["greedy"])
     if "attribution" in data:
         lines += attribution_text(data["attribution"])
     if data["gates"]:
-        lines += ["", *(f"gate {g['name']} {g['limit']:g}: {g['outcome']}" for g in data["gates"])]
+        lines += ["", *map(_gate_line, data["gates"])]
     return "\n".join(lines)
+
+
+def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
+    if not domains:
+        return []
+    metrics = (
+        ("PPL ratio", "ppl_ratio", ".5f", 1),
+        ("KLD mean", "kld", "kld", 1),
+        ("Same top p, %", "same_top_p", ".3f", 100),
+    )
+    rows = [
+        [d["name"], str(d["text"]["chunks"]), *(" ".join(plus_minus(d["metrics"][k], f, x)) for _, k, f, x in metrics)]
+        for d in domains
+    ]
+    return ["", *table(["domain", "chunks", *(title for title, *_ in metrics)], rows)]
+
+
+def _gate_line(gate: dict[str, Any]) -> str:
+    where = f" on {gate['domain']}" if "domain" in gate else ""
+    return f"gate {gate['name']} {gate['limit']:g}{where}: {gate['outcome']}"
 
 
 @click.command("drift")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="MODEL|STORE", help="Full-precision checkpoint, or its store.")
-@click.option("--text", metavar="PATH|NAME", help="A text file, or builtin:eval. A store brings its own.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A text file, or builtin:eval; several (--text prose=a.txt --text code=b.txt) give figures and gates each "
+    "and over all. A store brings its own.",
+)
 @click.option("--context", type=int, metavar="N", help="Tokens a chunk; the second half is scored.  [default: 512]")
 @click.option("--chunks", type=int, metavar="N", help="Chunks to measure.  [default: all of a file, 32 of a corpus]")
 @click.option("--store", type=click.Path(path_type=Path), help="Keep the reference logits here, not in the cache.")
@@ -79,13 +109,14 @@ def _text(data: dict[str, Any]) -> str:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@greedy_options
 @attribution_options
 @runtime_options
 @common
 def command(
     artifact: Path,
     reference: str,
-    text: str | None,
+    texts: tuple[str, ...],
     context: int | None,
     chunks: int | None,
     store: Path | None,
@@ -94,6 +125,8 @@ def command(
     min_top1: float | None,
     gate_undecided: str,
     activations: str,
+    greedy: str | None,
+    greedy_tokens: int,
     attribute: bool,
     against: Path | None,
     attribute_tensors: str,
@@ -120,7 +153,7 @@ def command(
     positions, and single tensors, each put alone into the full-precision model and each restored alone.
     """
     from phi4edge.core.workdir import RUN_FILE
-    from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference
+    from phi4edge.measurement.drift_run import check_artifact, measure_domains, measure_greedy, resolve_domains
     from phi4edge.measurement.gates import Gate, Limits, gate_error
     from phi4edge.measurement.reference import is_store
     from phi4edge.runtimes._api import Settings
@@ -144,8 +177,10 @@ def command(
     progress = progress_for(quiet)
     if not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
-    found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
-    data = measure_drift(
+    if attribute and len(texts) > 1:
+        raise UsageError("--attribute takes one --text", "attribute each domain by itself")
+    found = resolve_domains(reference, texts=texts, context=context, chunks=chunks, store=store, progress=progress)
+    data = measure_domains(
         artifact,
         found,
         chunks=chunks,
@@ -155,12 +190,25 @@ def command(
         source=source,
         progress=progress,
     )
+    if greedy is not None:
+        data["greedy"] = measure_greedy(
+            artifact,
+            found,
+            reference,
+            greedy,
+            count=greedy_tokens,
+            chunks=chunks,
+            runtime=runtime,
+            settings=settings,
+            source=source,
+            progress=progress,
+        )
     if attribute:
         from phi4edge.measurement.attribution_run import attribute as attribute_drift
 
         data["attribution"] = attribute_drift(
             artifact,
-            found,
+            next(iter(found.values())),
             reference,
             runtime=runtime,
             settings=settings,
