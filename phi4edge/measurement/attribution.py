@@ -244,7 +244,7 @@ def _findings(rows: Sequence[Mapping[str, Any]], differences: Sequence[Mapping[s
     """What a reader should know first, in words."""
     said = [
         f"{d['field']} is {_short(d['artifact'])} in the artifact, {_short(d['reference'])} in the reference: "
-        "its weights are computed otherwise than they were trained"
+        "the artifact computes otherwise than its weights were trained"
         for d in differences
     ]
     by_name = {row["stage"]: row for row in rows}

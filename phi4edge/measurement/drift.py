@@ -105,6 +105,8 @@ def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> 
         y = x - maximum
         minus_d = codes[rows].to(torch.float32).mul_(-STEP)
         chosen = y.gather(1, following[rows, None]).squeeze(1).double()
+        if reference.tokens is not None and reference.tail is not None:
+            minus_d, y = _with_tail(minus_d, y, reference.tokens[rows], reference.tail[rows])
         kld[rows], log_sum = _convex(minus_d, y)
         nll[rows] = log_sum - chosen
     bad = (~(torch.isfinite(kld) & torch.isfinite(nll))).nonzero()
@@ -112,6 +114,16 @@ def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> 
         raise InputError(f"scored position {int(bad[0])}: logits are NaN or infinite", "the artifact is damaged")
     reference_nll = -reference.log_prob.astype(np.float64)
     return PositionFigures(nll.numpy()[None], reference_nll[None], kld.numpy()[None], same.numpy()[None])
+
+
+def _with_tail(
+    minus_d: Tensor, y: Tensor, tokens: NDArray[np.int32], tail: NDArray[np.float32]
+) -> tuple[Tensor, Tensor]:
+    """Both distributions with all tokens but ``tokens`` [rows, top] made one, which comes last."""
+    places = torch.from_numpy(tokens.astype(np.int64))
+    rest = torch.logsumexp(y.scatter(1, places, -torch.inf), dim=1, keepdim=True).clamp_(min=-80)
+    held = torch.from_numpy(np.ascontiguousarray(tail))[:, None].clamp(min=-80)
+    return torch.cat((minus_d, held), dim=1), torch.cat((y.gather(1, places), rest), dim=1)
 
 
 def _convex(minus_d: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:

@@ -52,11 +52,12 @@ def resolve_reference(
     context: int | None = None,
     chunks: int | None = None,
     store: Path | None = None,
+    top: int | None = None,
     progress: Progress = SILENT,
 ) -> ReferenceStore:
     """The store that ``reference`` is, or the store of the checkpoint that it names on ``text``.
 
-    ``context`` None: 512, or what the store has. A store that holds more chunks than asked serves with its first ones.
+    ``context`` None: 512, or what the store has. ``top``: as :func:`build_store`. A store that holds more chunks than asked serves with its first ones.
 
     Raises:
         UsageError: no text for a checkpoint, or --store beside a store.
@@ -66,6 +67,8 @@ def resolve_reference(
     if is_store(Path(reference)):
         if store is not None:
             raise UsageError(f"--reference {reference} is a store already", "leave --store out")
+        if top is not None:
+            raise UsageError(f"--reference {reference} is a store already, in an encoding of its own", "no --store-top")
         found = open_store(Path(reference))
         _check_store(found, text, context, chunks)
         return found
@@ -80,7 +83,7 @@ def resolve_reference(
         raise InputError(
             f"a context of {cut.tokens.shape[1]} exceeds the model's {limit}", f"at most --context {limit}"
         )
-    return build_store(checkpoint, cut, store, progress)
+    return build_store(checkpoint, cut, store, progress, top)
 
 
 def resolve_domains(
@@ -90,6 +93,7 @@ def resolve_domains(
     context: int | None = None,
     chunks: int | None = None,
     store: Path | None = None,
+    top: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, ReferenceStore]:
     """A store for each of ``texts``, ``NAME=PATH`` or a path, by domain; ``store`` then holds a folder for each.
@@ -101,7 +105,9 @@ def resolve_domains(
     if len(texts) < 2:
         named = named_texts(texts)
         text = next(iter(named.values()), None)
-        found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
+        found = resolve_reference(
+            reference, text=text, context=context, chunks=chunks, store=store, top=top, progress=progress
+        )
         return {next(iter(named), found.header["text"]["name"]): found}
     if is_store(Path(reference)):
         raise UsageError(f"--reference {reference} is the store of one text", "give the checkpoint for several")
@@ -112,6 +118,7 @@ def resolve_domains(
             context=context,
             chunks=chunks,
             store=None if store is None else store / domain,
+            top=top,
             progress=progress,
         )
         for domain, text in named_texts(texts).items()
@@ -228,6 +235,7 @@ def measure_domains(
             "dtype": one.header["dtype"],
             "encoding": one.header["encoding"],
             "noise_floor_kld": float(np.average(floors, weights=weights)),
+            "tail_mass": float(np.average([s.header.get("tail_mass", 0.0) for s in stores.values()], weights=weights)),
         },
         "text": _texts(stores, counts) if several else _text(one, next(iter(counts.values()))),
         **whole,

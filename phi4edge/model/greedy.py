@@ -41,7 +41,7 @@ def greedy_text(
     progress.start("greedy text", count, "token")
     for _ in range(count):
         flat = embed(source, torch.cat(new, dim=1))
-        hidden = list(flat.split([tokens.shape[1] for tokens in new], dim=1))
+        hidden = list(torch.split(flat, [tokens.shape[1] for tokens in new], dim=1))
         starts = [
             length - count + len(text) - x.shape[1] for length, text, x in zip(lengths, texts, hidden, strict=True)
         ]

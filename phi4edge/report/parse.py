@@ -31,6 +31,7 @@ from phi4edge.report.documents import (
     Text,
     Tuning,
 )
+from phi4edge.report.drift_parts import read_attribution, read_domains, read_greedy, read_positions
 from phi4edge.report.fields import Field, Metric, read_metric
 
 _FLOATS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
@@ -133,6 +134,10 @@ def _drift(data: Field, file: str) -> Drift:
         per_chunk_kld=tuple(item.number() for item in per_chunk.items()) if per_chunk else (),
         gates=tuple(gate.object() for gate in gates.items()) if gates else (),
         environment=_object(data.get("environment")),
+        domains=read_domains(data.get("domains")),
+        per_position=read_positions(data.get("per_position")),
+        attribution=read_attribution(data.get("attribution")),
+        greedy=read_greedy(data.get("greedy")),
     )
 
 

@@ -41,7 +41,8 @@ def _text(data: dict[str, Any]) -> str:
     lines = [
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
-        f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e})",
+        f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e}"
+        f"{_left_out(reference)})",
         f"text {text['name']}: {text['chunks']} chunks of {text['context']}, {text['positions']:,} positions scored",
         "",
     ]
@@ -56,6 +57,14 @@ def _text(data: dict[str, Any]) -> str:
     if data["gates"]:
         lines += ["", *map(_gate_line, data["gates"])]
     return "\n".join(lines)
+
+
+def _left_out(reference: dict[str, Any]) -> str:
+    if not reference["tail_mass"]:
+        return ""
+    return (
+        f"; tokens that the store left out hold {reference['tail_mass']:.2g} of the probability: KLD is a lower bound"
+    )
 
 
 def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
@@ -92,6 +101,13 @@ def _gate_line(gate: dict[str, Any]) -> str:
 @click.option("--context", type=int, metavar="N", help="Tokens a chunk; the second half is scored.  [default: 512]")
 @click.option("--chunks", type=int, metavar="N", help="Chunks to measure.  [default: all of a file, 32 of a corpus]")
 @click.option("--store", type=click.Path(path_type=Path), help="Keep the reference logits here, not in the cache.")
+@click.option(
+    "--store-top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Keep only the K most likely tokens a position and the sum of the others: a smaller store, and a KLD that is "
+    "a lower bound.  [default: the whole vocabulary]",
+)
 @click.option("--max-kld", type=float, metavar="X", help="Gate: mean KLD at most X nat (exit 6).")
 @click.option("--max-ppl-ratio", type=float, metavar="Y", help="Gate: PPL at most Y times the reference's.")
 @click.option("--min-top1", type=float, metavar="P", help="Gate: same top token in at least P, 0.95 or 95.")
@@ -120,6 +136,7 @@ def command(
     context: int | None,
     chunks: int | None,
     store: Path | None,
+    store_top: int | None,
     max_kld: float | None,
     max_ppl_ratio: float | None,
     min_top1: float | None,
@@ -179,7 +196,9 @@ def command(
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
     if attribute and len(texts) > 1:
         raise UsageError("--attribute takes one --text", "attribute each domain by itself")
-    found = resolve_domains(reference, texts=texts, context=context, chunks=chunks, store=store, progress=progress)
+    found = resolve_domains(
+        reference, texts=texts, context=context, chunks=chunks, store=store, top=store_top, progress=progress
+    )
     data = measure_domains(
         artifact,
         found,
