@@ -97,6 +97,15 @@ def test_results_without_these_parts_make_no_section_of_them(tmp_path: Path) -> 
     assert report.data["drift_parts"] == []
 
 
+def test_a_reference_that_left_tokens_out_is_said_to_give_a_lower_bound(tmp_path: Path) -> None:
+    document = drift()
+    write(tmp_path / "whole.json", document)
+    assert "lower bound" not in render_markdown(build_report([tmp_path]).page)
+    document["data"]["reference"] |= {"tail_mass": 0.0123, "encoding": "u16-fixed-32-top512"}
+    write(tmp_path / "whole.json", document)
+    assert "1.230 % of the probability" in render_markdown(build_report([tmp_path]).page)
+
+
 def test_a_damaged_part_is_named_with_its_file_and_key(results: Path, tmp_path: Path) -> None:
     for path, words in (
         (("attribution", "stages", 0, "kld", "value"), r"data\.attribution\.stages\[0\]\.kld\.value: is a string"),

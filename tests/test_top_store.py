@@ -25,9 +25,7 @@ def language_like(chunks: int, positions: int) -> tuple[torch.Tensor, torch.Tens
     """Logits of next tokens as language has them, ln p of rank r about −1.8 ln r, and an artifact's beside them."""
     generator = torch.Generator().manual_seed(0)
     ranks = torch.arange(1, VOCAB + 1).float()
-    rows = []
-    for _ in range(chunks * positions):
-        rows.append((-1.8 * ranks.log())[torch.randperm(VOCAB, generator=generator)])
+    rows = [(-1.8 * ranks.log())[torch.randperm(VOCAB, generator=generator)] for _ in range(chunks * positions)]
     reference = torch.stack(rows).reshape(chunks, positions, VOCAB)
     reference += 0.5 * torch.randn(reference.shape, generator=generator)
     return reference, reference + 0.2 * torch.randn(reference.shape, generator=generator)

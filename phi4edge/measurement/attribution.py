@@ -91,18 +91,20 @@ def attribute_stages(
     runtime: str,
     settings: Settings,
     run: QuantizedModel | None = None,
+    reference: ModelConfig | None = None,
     chunks: int | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Measure every stage of ``artifact``, whose ``weights`` torch_ref reads, on the first ``chunks`` of ``store``.
 
-    ``run`` is what the artifact was written from; it splits the weights' step in three.
+    ``run`` is what the artifact was written from; it splits the weights' step in three. ``reference`` is the
+    full-precision model's configuration; None: as the store has it.
 
     Raises:
         InputError: the artifact or the run is another model, or gives NaN; or the store does not say its configuration.
         MissingToolError, TargetError: the runtime is not installed, or died.
     """
-    config = _reference_config(store, run)
+    config = reference or _stored_config(store)
     differences = config_differences(config, weights.config)
     count = min(chunks or store.chunks, store.chunks)
     threads = torch.get_num_threads()
@@ -140,16 +142,14 @@ def attribute_stages(
     }
 
 
-def _reference_config(store: ReferenceStore, run: QuantizedModel | None) -> ModelConfig:
+def _stored_config(store: ReferenceStore) -> ModelConfig:
     raw = store.header.get("config")
-    if raw is not None:
-        return parse_config(raw, f"{store.path}: config")
-    if run is not None:
-        return run.checkpoint.config
-    raise InputError(
-        f"{store.path}: does not say the reference's configuration, as an earlier version made it",
-        "compute the store again, or give --against RUN",
-    )
+    if raw is None:
+        raise InputError(
+            f"{store.path}: does not say the reference's configuration, as an earlier version made it",
+            "give the checkpoint as --reference, or compute the store again",
+        )
+    return parse_config(raw, f"{store.path}: config")
 
 
 def _stages(

@@ -46,6 +46,7 @@ def attribute(
         As :func:`attribute_stages` and :func:`attribute_tensors`.
     """
     weights = source or open_source(artifact)
+    full, why = _full_precision(reference, store, run)
     found = attribute_stages(
         artifact,
         store,
@@ -53,10 +54,10 @@ def attribute(
         runtime=runtime or default_runtime(artifact),
         settings=settings,
         run=run,
+        reference=full.config if full is not None else None,
         chunks=chunks,
         progress=progress,
     )
-    full, why = _full_precision(reference, store, run)
     if full is None or tensors == 0:
         return found | {"tensors": None, "tensors_reason": why or "not asked for (--attribute-tensors 0)"}
     ours, used = under_config(weights, full.config), tensor_chunks or min(CHUNKS, chunks or CHUNKS)

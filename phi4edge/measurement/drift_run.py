@@ -57,7 +57,8 @@ def resolve_reference(
 ) -> ReferenceStore:
     """The store that ``reference`` is, or the store of the checkpoint that it names on ``text``.
 
-    ``context`` None: 512, or what the store has. ``top``: as :func:`build_store`. A store that holds more chunks than asked serves with its first ones.
+    ``context`` None: 512, or what the store has. ``top``: as :func:`build_store`.
+    A store that holds more chunks than asked serves with its first ones.
 
     Raises:
         UsageError: no text for a checkpoint, or --store beside a store.

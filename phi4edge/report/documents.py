@@ -71,6 +71,7 @@ class Reference:
     dtype: str | None
     encoding: str | None
     noise_floor_kld: float | None
+    tail_mass: float | None = None  # of the tokens that the store left out, which makes KLD a lower bound
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,7 @@ def _drift(data: Field, file: str) -> Drift:
     if "kld" not in metrics:
         data["metrics"]["kld"].fail("is missing")
     floor, chunks, positions = reference.get("noise_floor_kld"), text.get("chunks"), text.get("positions")
+    tail = reference.get("tail_mass")
     per_chunk, gates = data.get("per_chunk_kld"), data.get("gates")
     return Drift(
         file=file,
@@ -122,6 +123,7 @@ def _drift(data: Field, file: str) -> Drift:
             dtype=_text(reference.get("dtype")),
             encoding=_text(reference.get("encoding")),
             noise_floor_kld=read_metric(floor).value if floor else None,
+            tail_mass=tail.number(0.0) if tail else None,
         ),
         text=Text(
             name=text["name"].text(),
