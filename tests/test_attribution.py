@@ -24,8 +24,10 @@ from phi4edge.measurement.drift import divergence
 from phi4edge.measurement.drift_run import measure_drift, resolve_reference
 from phi4edge.measurement.gates import Limits
 from phi4edge.measurement.reference import ReferenceStore
-from phi4edge.measurement.tensors import output_errors, stream_swapped
-from phi4edge.model.forward import stream_logits
+from phi4edge.measurement.tensors import output_errors, stream_errors, stream_swapped
+from phi4edge.model.block import forward_block, load_block
+from phi4edge.model.forward import embed, stream_logits
+from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay, Swapped
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.runtimes._api import Settings
@@ -202,6 +204,22 @@ def test_output_errors_are_those_that_were_put_in(mini_checkpoint: Path, model: 
     assert set(output_errors(tied, tied, tokens)) == set(tied.config.tensor_shapes())
 
 
+def test_stream_errors_are_those_of_the_block_s_output(model: Path, run: Path, store: ReferenceStore) -> None:
+    full, quantized = open_checkpoint(model), open_run(run)
+    tokens = torch.from_numpy(store.tokens[:2])
+    found = stream_errors(full, quantized, tokens, output_errors(full, quantized, tokens))
+    rotary, x = rotary_table(full.config.rope, 64), embed(full, tokens)
+    right = forward_block(load_block(full, 0), x, rotary, full.config)
+    for name in ("self_attn.qkv_proj", "mlp.down_proj"):
+        changed = f"model.layers.0.{name}.weight"
+        source = Swapped(full, quantized, frozenset({changed}), full.config)
+        wrong = forward_block(load_block(source, 0), x, rotary, full.config)
+        expected = ((wrong - right).square().sum(-1) / right.square().sum(-1)).mean()
+        assert found[changed] == pytest.approx(float(expected), rel=1e-4)
+    assert found["model.layers.0.input_layernorm.weight"] == 0
+    assert set(found) == set(full.config.tensor_shapes())
+
+
 def test_a_rotated_run_is_measured_in_its_own_basis_or_refused(
     folder: Path, store: ReferenceStore, model: Path
 ) -> None:
@@ -251,10 +269,11 @@ def test_a_fault_in_one_tensor_is_named(
     name = f"{scheme}-{writer.FORMAT}-{fault.__name__}"
     sound = writer.write(quantized_model(model, scheme), folder / f"{name}.sound", WriteOptions()).path
     bad = writer.write(quantized_model(model, scheme, damaged(fault)), folder / f"{name}.bad", WriteOptions()).path
-    before, found = (attributed(path, store, model, tensors=2)["tensors"] for path in (sound, bad))
-    (first, second) = found["measured"]
+    before, found = (attributed(path, store, model, tensors=None)["tensors"] for path in (sound, bad))
+    first = found["measured"][0]
     assert first["name"] == f"{FAULTY}.weight"
-    assert first["alone_kld"]["value"] > 3 * second["alone_kld"]["value"]
+    (same,) = (row for row in before["measured"] if row["name"] == first["name"])
+    assert first["alone_kld"]["value"] > 3 * same["alone_kld"]["value"]
     saved = found["artifact_kld"]["value"] - first["saved_kld"]["value"]
     assert saved < 1.1 * before["artifact_kld"]["value"]
     (costs, looks) = found["findings"]

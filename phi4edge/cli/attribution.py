@@ -30,7 +30,7 @@ def attribution_options(function: F) -> F:
         ),
         click.option(
             "--attribute-tensors", default="4", show_default=True, metavar="N|all",
-            help="Of the tensors with the largest output error, measure so many one by one.",
+            help="Of the tensors that err most in the residual stream, measure so many one by one.",
         ),
         click.option(
             "--against", type=click.Path(path_type=Path), metavar="RUN",
@@ -104,7 +104,7 @@ def attribution_text(data: Mapping[str, Any]) -> list[str]:
     if tensors is None:
         lines.append(f"tensors: not measured ({data['tensors_reason']})")
     else:
-        lines += ["", f"tensors with the largest output error, {tensors['positions']:,} positions, nat"]
+        lines += ["", f"tensors that err most in the residual stream, {tensors['positions']:,} positions, nat"]
         rows = [
             [row["name"], f"{row['output_error']:.2e}", _cell(row["alone_kld"]), _cell(row["saved_kld"])]
             for row in tensors["measured"]

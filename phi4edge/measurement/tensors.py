@@ -5,10 +5,12 @@ First, cheaply, for every tensor: the relative error of its output on activation
     e = mean_t ‖(Ŵ − W) x_t‖² / ‖W x_t‖²
 
 by position and then averaged, so that the attention sink, whose activations are hundreds of times larger, does not
-decide alone. For the embedding x_t picks a row; for a norm W is diag(gain). Then, measured, for those with the largest
-e: ``alone``, mean KLD of the full-precision model with this one tensor of the artifact; and ``saved``, how much lower
-the artifact's KLD is with this one tensor in full precision (paired, position by position). All on the evaluation text,
-in float32, under the reference's configuration.
+decide alone. For the embedding x_t picks a row; for a norm W is diag(gain). This shows what is damaged. It says
+little of cost, as most linears of a sound artifact have about the same e; so tensors are ranked by what they do to
+the residual stream, the relative error of the block's output with this one tensor of the artifact (embedding, final
+norm and head: e). Then, measured, for those ranked first: ``alone``, mean KLD of the full-precision model with this
+one tensor of the artifact; and ``saved``, how much lower the artifact's KLD is with this one tensor in full precision
+(paired, position by position). All on the evaluation text, in float32, under the reference's configuration.
 
 Weights are streamed: a block of both models is read once for all models that are measured together, and a model keeps
 hidden states of its own only from the first block in which it differs.
@@ -16,7 +18,7 @@ hidden states of its own only from the first block in which it differs.
 
 from __future__ import annotations
 
-__all__ = ["CHUNKS", "attribute_tensors", "basis_refusal", "output_errors", "stream_swapped"]
+__all__ = ["CHUNKS", "attribute_tensors", "basis_refusal", "output_errors", "stream_errors", "stream_swapped"]
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -41,6 +43,15 @@ _ROWS = 16384  # rows of a table in RAM at a time
 _OTHER_BASIS = 0.5  # median output error of linears above which the two models' channels are not the same
 _CONSPICUOUS = 5.0  # times the median output error of the same kind
 _EMBEDDING, _HEAD, _NORM = "model.embed_tokens.weight", "lm_head.weight", "model.norm.weight"
+
+_FIELDS = {
+    "input_layernorm": "input_norm",
+    "self_attn.qkv_proj": "qkv",
+    "self_attn.o_proj": "o",
+    "post_attention_layernorm": "post_norm",
+    "mlp.gate_up_proj": "gate_up",
+    "mlp.down_proj": "down",
+}
 
 
 @torch.inference_mode()
@@ -68,6 +79,33 @@ def output_errors(
     found[_NORM] = _relative(normed * ours_gain, normed * gain)
     if not config.tie_word_embeddings:
         found[_HEAD] = _head_error(full, artifact, (normed * gain).flatten(0, 1))
+    return found
+
+
+@torch.inference_mode()
+def stream_errors(
+    full: WeightSource, artifact: WeightSource, tokens: Tensor, errors: Mapping[str, float], progress: Progress = SILENT
+) -> dict[str, float]:
+    """Relative error that each tensor alone makes in its block's output; ``errors`` where there is no block."""
+    config = full.config
+    rotary = rotary_table(config.rope, tokens.shape[1])
+    hidden = embed(full, tokens)
+    found = {name: error for name, error in errors.items() if ".layers." not in name}
+    progress.start("residual stream", config.num_layers, "block")
+    for layer in range(config.num_layers):
+        ours, theirs, prefix = load_block(artifact, layer), load_block(full, layer), f"model.layers.{layer}."
+        mixed = {name: replace(theirs, **{field: getattr(ours, field)}) for name, field in _FIELDS.items()}
+        names = {name: f"{prefix}{name}.weight" for name in mixed}
+        found |= dict.fromkeys(names.values(), 0.0)
+        for i in range(hidden.shape[0]):
+            out = forward_block(theirs, hidden[i : i + 1], rotary, config)
+            for name, block in mixed.items():
+                if errors[names[name]] > 0:
+                    error = _relative(forward_block(block, hidden[i : i + 1], rotary, config), out)
+                    found[names[name]] += error / hidden.shape[0]
+            hidden[i : i + 1] = out
+        progress.advance()
+    progress.finish()
     return found
 
 
@@ -152,16 +190,6 @@ def stream_swapped(
         ]
 
 
-_FIELDS = {
-    "input_layernorm": "input_norm",
-    "self_attn.qkv_proj": "qkv",
-    "self_attn.o_proj": "o",
-    "post_attention_layernorm": "post_norm",
-    "mlp.gate_up_proj": "gate_up",
-    "mlp.down_proj": "down",
-}
-
-
 def _exchanged(block: Block, other: WeightSource, layer: int, names: frozenset[str] | Any) -> Block:
     prefix = f"model.layers.{layer}."
     found = {
@@ -198,7 +226,9 @@ def attribute_tensors(
     chunks: int = CHUNKS,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Measure the ``count`` tensors of ``artifact`` with the largest of ``errors``, its output errors; None: all.
+    """Measure the ``count`` tensors of ``artifact`` that err most in the residual stream; None: all.
+
+    ``errors`` are its output errors.
 
     ``full`` is the full-precision model in the artifact's own basis; both compute under the same configuration.
     ``kind_of`` says how a tensor is stored: only what is stored alike has a median to be measured by.
@@ -207,7 +237,8 @@ def attribute_tensors(
         InputError: a tensor that makes NaN.
     """
     tokens = torch.from_numpy(store.tokens[:chunks])
-    ranked = sorted(errors, key=lambda name: -errors[name])
+    stream = stream_errors(full, artifact, tokens, errors, progress)
+    ranked = sorted(errors, key=lambda name: -stream[name])
     chosen = [name for name in ranked[:count] if errors[name] > 0]
     alone, saved, whole = _measure(full, artifact, chosen, tokens, store, progress)
     measured = {
@@ -219,7 +250,8 @@ def attribute_tensors(
     }
     costliest = sorted(chosen, key=lambda name: -(measured[name][0].value or 0.0))
     rows = [
-        {"name": name, "output_error": errors[name]} | {metric.name: metric.as_dict() for metric in measured[name]}
+        {"name": name, "output_error": errors[name], "stream_error": stream[name]}
+        | {metric.name: metric.as_dict() for metric in measured[name]}
         for name in costliest
     ]
     return {

@@ -188,9 +188,9 @@ def _attribution(found: Attribution) -> Iterable[Block]:
         (Cell(t.name), Cell(plain(t.output_error)), metric_cell(t.alone), metric_cell(t.saved)) for t in found.tensors
     )
     caption = (
-        f"Tensors with the largest output error, {found.tensor_positions or 0:,} positions. Alone: the full-precision "
-        "model with this one tensor of the artifact. Saved: how much lower the KLD of the artifact's weights is with "
-        "this one tensor in full precision."
+        f"Tensors that err most in the residual stream, {found.tensor_positions or 0:,} positions. Alone: the "
+        "full-precision model with this one tensor of the artifact. Saved: how much lower the KLD of the "
+        "artifact's weights is with this one tensor in full precision."
     )
     yield Table(columns, rows, caption)
     plots: list[Plot] = [
