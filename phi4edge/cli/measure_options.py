@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["checked_out", "kv_type_for", "plus_minus", "runtime_options"]
+__all__ = ["checked_out", "kv_type_for", "plus_minus", "runtime_options", "table"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -82,3 +82,11 @@ def plus_minus(metric: Mapping[str, Any], spec: str, scale: float = 1.0) -> tupl
     if spec == "kld":
         spec = ".6f" if abs(value) >= 1e-4 else ".2e"
     return format(value, spec), "" if error is None else f"± {error * scale:{spec}}"
+
+
+def table(head: list[str], rows: list[list[str]]) -> Iterator[str]:
+    """Rows under ``head``, the first column flush left, the others right."""
+    widths = [max(len(row[i]) for row in (head, *rows)) for i in range(len(head))]
+    for row in (head, *rows):
+        cells = [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        yield "  ".join(cells).rstrip()

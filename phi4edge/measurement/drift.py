@@ -17,11 +17,20 @@ means as well, and gates use the larger one.
 
 from __future__ import annotations
 
-__all__ = ["PositionFigures", "between_chunks", "compare_chunk", "position_curve", "summarize"]
+__all__ = [
+    "PositionFigures",
+    "between_chunks",
+    "compare_chunk",
+    "divergence",
+    "mean_with_error",
+    "position_curve",
+    "summarize",
+]
 
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import torch
@@ -95,21 +104,63 @@ def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> 
         same[rows] = (x.gather(1, top[rows, None]) == maximum).squeeze(1)
         y = x - maximum
         minus_d = codes[rows].to(torch.float32).mul_(-STEP)
-        gap = minus_d - y
         chosen = y.gather(1, following[rows, None]).squeeze(1).double()
-        weight = minus_d.exp_()
-        total = weight.sum(dim=1).double()
-        excess = torch.expm1(-gap)
-        mean_excess = torch.linalg.vecdot(weight, excess).double() / total
-        correction = torch.log1p(mean_excess)
-        convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
-        kld[rows] = convex - (mean_excess - correction)
-        nll[rows] = total.log() + correction - chosen
+        if reference.tokens is not None and reference.tail is not None:
+            minus_d, y = _with_tail(minus_d, y, reference.tokens[rows], reference.tail[rows])
+        kld[rows], log_sum = _convex(minus_d, y)
+        nll[rows] = log_sum - chosen
     bad = (~(torch.isfinite(kld) & torch.isfinite(nll))).nonzero()
     if bad.numel():
         raise InputError(f"scored position {int(bad[0])}: logits are NaN or infinite", "the artifact is damaged")
     reference_nll = -reference.log_prob.astype(np.float64)
     return PositionFigures(nll.numpy()[None], reference_nll[None], kld.numpy()[None], same.numpy()[None])
+
+
+def _with_tail(
+    minus_d: Tensor, y: Tensor, tokens: NDArray[np.int32], tail: NDArray[np.float32]
+) -> tuple[Tensor, Tensor]:
+    """Both distributions with all tokens but ``tokens`` [rows, top] made one, which comes last."""
+    places = torch.from_numpy(tokens.astype(np.int64))
+    rest = torch.logsumexp(y.scatter(1, places, -torch.inf), dim=1, keepdim=True).clamp_(min=-80)
+    held = torch.from_numpy(np.ascontiguousarray(tail))[:, None].clamp(min=-80)
+    return torch.cat((minus_d, held), dim=1), torch.cat((y.gather(1, places), rest), dim=1)
+
+
+def _convex(minus_d: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """KLD and ln Σ eʸ of every row, as :func:`compare_chunk` has them; ``minus_d`` [rows, vocab] is overwritten."""
+    gap = minus_d - y
+    weight = minus_d.exp_()
+    total = weight.sum(dim=1).double()
+    excess = torch.expm1(-gap)
+    mean_excess = torch.linalg.vecdot(weight, excess).double() / total
+    correction = torch.log1p(mean_excess)
+    convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
+    return convex - (mean_excess - correction), total.log() + correction
+
+
+@torch.inference_mode()
+def divergence(before: Tensor, after: Tensor) -> Array:
+    """KLD(before ‖ after) [positions] of logits [positions, vocab] float32, both finite; 0 where they are equal.
+
+    Nothing is stored in between, so there is no noise floor but float32's. What lies more than 80 nats below the
+    maximum of ``before`` counts as 80, which keeps e⁸⁰ within float32.
+    """
+    positions, vocab = before.shape
+    kld = torch.zeros(positions, dtype=torch.float64)
+    for rows in row_blocks(positions, vocab):
+        if torch.equal(before[rows], after[rows]):
+            continue
+        minus_d = (before[rows] - before[rows].amax(dim=1, keepdim=True)).clamp_(min=-80)
+        kld[rows], _ = _convex(minus_d, after[rows] - after[rows].amax(dim=1, keepdim=True))
+    found: Array = kld.numpy()
+    return found
+
+
+def mean_with_error(name: str, unit: str, values: Array) -> Measurement:
+    """Mean of ``values`` [chunks, positions]; its error is the larger of those over positions and between chunks."""
+    mean, se = _mean(values.reshape(-1))
+    errors = [error for error in (se, _clustered(values.mean(axis=1))) if error is not None]
+    return Measurement(name, mean, unit, values.size, max(errors, default=None))
 
 
 def _mean(values: Array) -> tuple[float, float | None]:
@@ -185,17 +236,24 @@ def _value_unit_se(pair: tuple[float, float | None], unit: str) -> tuple[float, 
     return pair[0], unit, pair[1]
 
 
-def position_curve(figures: PositionFigures, first: int, bins: int = 16) -> list[dict[str, float | int]]:
-    """Means over runs of positions in a chunk: how drift depends on the length of the context before it."""
+def position_curve(figures: PositionFigures, first: int, bins: int = 16) -> list[dict[str, Any]]:
+    """Means over runs of positions in a chunk: how drift depends on the length of the context before it.
+
+    ``kld_se`` and ``same_top_p_se`` are as in :func:`mean_with_error`, None where a single position was scored.
+    """
     edges = np.linspace(0, figures.nll.shape[1], min(bins, figures.nll.shape[1]) + 1).astype(int)
     return [
         {
             "first": int(first + start),
             "last": int(first + stop - 1),
             "kld": float(figures.kld[:, start:stop].mean()),
+            "kld_se": mean_with_error("kld", "nat", figures.kld[:, start:stop]).se,
             "nll": float(figures.nll[:, start:stop].mean()),
             "nll_reference": float(figures.nll_reference[:, start:stop].mean()),
             "same_top_p": float(figures.same_top[:, start:stop].mean()),
+            "same_top_p_se": mean_with_error(
+                "same_top_p", "fraction", figures.same_top[:, start:stop].astype(np.float64)
+            ).se,
         }
         for start, stop in pairwise(edges)
     ]

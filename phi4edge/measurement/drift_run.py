@@ -2,28 +2,49 @@
 
 from __future__ import annotations
 
-__all__ = ["check_artifact", "measure_drift", "resolve_reference", "without_text"]
+__all__ = [
+    "check_artifact",
+    "measure_domains",
+    "measure_drift",
+    "measure_greedy",
+    "resolve_domains",
+    "resolve_reference",
+    "without_text",
+]
 
 import time
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.events import SILENT, Progress
+from phi4edge.core.hashing import sha256_json
 from phi4edge.measurement.artifact import default_runtime, describe
 from phi4edge.measurement.drift import PositionFigures, between_chunks, compare_chunk, position_curve, summarize
 from phi4edge.measurement.environment import environment
-from phi4edge.measurement.gates import Limits, evaluate
+from phi4edge.measurement.gates import Gate, Limits, evaluate
+from phi4edge.measurement.greedy import (
+    TOKENS,
+    chunk_prompts,
+    greedy_divergence,
+    greedy_texts,
+    read_prompts,
+    summarize_greedy,
+)
 from phi4edge.measurement.reference import ReferenceStore, build_store, fingerprint, is_store, open_store
-from phi4edge.measurement.texts import read_chunks, text_sha256
+from phi4edge.measurement.texts import named_texts, read_chunks, text_sha256
 from phi4edge.model.source import WeightSource
 from phi4edge.model.tokenizer import load_tokenizer
 from phi4edge.runtimes._api import Session, Settings, default_settings, load_runtime
 from phi4edge.runtimes.torch_ref import TorchSession
+
+CHUNKS = "chunks"  # prompts: the first tokens of the chunks that are measured
 
 
 def resolve_reference(
@@ -33,11 +54,13 @@ def resolve_reference(
     context: int | None = None,
     chunks: int | None = None,
     store: Path | None = None,
+    top: int | None = None,
     progress: Progress = SILENT,
 ) -> ReferenceStore:
     """The store that ``reference`` is, or the store of the checkpoint that it names on ``text``.
 
-    ``context`` None: 512, or what the store has. A store that holds more chunks than asked serves with its first ones.
+    ``context`` None: 512, or what the store has. ``top``: as :func:`build_store`.
+    A store that holds more chunks than asked serves with its first ones.
 
     Raises:
         UsageError: no text for a checkpoint, or --store beside a store.
@@ -47,6 +70,8 @@ def resolve_reference(
     if is_store(Path(reference)):
         if store is not None:
             raise UsageError(f"--reference {reference} is a store already", "leave --store out")
+        if top is not None:
+            raise UsageError(f"--reference {reference} is a store already, in an encoding of its own", "no --store-top")
         found = open_store(Path(reference))
         _check_store(found, text, context, chunks)
         return found
@@ -61,7 +86,46 @@ def resolve_reference(
         raise InputError(
             f"a context of {cut.tokens.shape[1]} exceeds the model's {limit}", f"at most --context {limit}"
         )
-    return build_store(checkpoint, cut, store, progress)
+    return build_store(checkpoint, cut, store, progress, top)
+
+
+def resolve_domains(
+    reference: str,
+    *,
+    texts: Sequence[str],
+    context: int | None = None,
+    chunks: int | None = None,
+    store: Path | None = None,
+    top: int | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, ReferenceStore]:
+    """A store for each of ``texts``, ``NAME=PATH`` or a path, by domain; ``store`` then holds a folder for each.
+
+    Raises:
+        UsageError: two texts of one name, or several beside a store.
+        As :func:`resolve_reference`.
+    """
+    if len(texts) < 2:
+        named = named_texts(texts)
+        text = next(iter(named.values()), None)
+        found = resolve_reference(
+            reference, text=text, context=context, chunks=chunks, store=store, top=top, progress=progress
+        )
+        return {next(iter(named), found.header["text"]["name"]): found}
+    if is_store(Path(reference)):
+        raise UsageError(f"--reference {reference} is the store of one text", "give the checkpoint for several")
+    return {
+        domain: resolve_reference(
+            reference,
+            text=text,
+            context=context,
+            chunks=chunks,
+            store=None if store is None else store / domain,
+            top=top,
+            progress=progress,
+        )
+        for domain, text in named_texts(texts).items()
+    }
 
 
 def _check_store(store: ReferenceStore, text: str | None, context: int | None, chunks: int | None) -> None:
@@ -108,44 +172,100 @@ def measure_drift(
     source: WeightSource | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
-    """Run the store's tokens through ``artifact`` and compare; the ``data`` of a drift document.
+    """:func:`measure_domains` on one text."""
+    return measure_domains(
+        artifact,
+        {store.header["text"]["name"]: store},
+        chunks=chunks,
+        runtime=runtime,
+        settings=settings,
+        limits=limits,
+        source=source,
+        progress=progress,
+    )
 
-    ``source`` gives the weights of something that only the PyTorch reference can run, such as a run directory.
+
+def measure_domains(
+    artifact: Path,
+    stores: Mapping[str, ReferenceStore],
+    *,
+    chunks: int | None = None,
+    runtime: str | None = None,
+    settings: Settings | None = None,
+    limits: Limits | None = None,
+    source: WeightSource | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """Run the tokens of ``stores``, by domain, through ``artifact`` and compare; the ``data`` of a drift document.
+
+    Figures are over all positions of all domains, every position counting the same; where there are several domains,
+    each has its own as well, and ``limits`` hold for the whole and for each. ``chunks`` are of each domain. ``source``
+    gives the weights of something that only the PyTorch reference can run, such as a run directory.
 
     Raises:
-        UsageError: more chunks than the store has, or none.
+        UsageError: more chunks than a store has, or none; or domains of several contexts.
         InputError: a bad artifact, one of another vocabulary, or one that gives NaN.
         MissingToolError, TargetError: the runtime is not installed, or died.
     """
     began, machine = time.perf_counter(), environment()  # its load average is the one that the measurement met
     description = describe(artifact)
     name = runtime or default_runtime(artifact)
-    settings = settings or default_settings(name)
-    count = store.chunks if chunks is None else chunks
-    if not 1 <= count <= store.chunks:
-        raise UsageError(f"chunks {count} is not between 1 and the store's {store.chunks}")
-    with _open(artifact, store.context, runtime, settings, source) as session:
-        figures = _compare(artifact, session, store, count, progress)
+    settings, limits = settings or default_settings(name), limits or Limits()
+    counts = {domain: _count(store, chunks) for domain, store in stores.items()}
+    one = next(iter(stores.values()))
+    if any(_condition(store) != _condition(one) for store in stores.values()):
+        raise UsageError("the domains' references differ in model, encoding or context", "compute them together")
+    with _open(artifact, one.context, runtime, settings, source) as session:
+        found = {d: _compare(artifact, session, store, counts[d], progress) for d, store in stores.items()}
         details = dict(session.details)
-    metrics, spread = summarize(figures), between_chunks(figures)
-    gates = evaluate(limits or Limits(), metrics, spread)
+    figures = PositionFigures.stack(list(found.values()))
+    several = len(stores) > 1
+    whole, gates = _figures(figures, one.first, limits, None)
+    domains = []
+    for domain, store in stores.items() if several else ():
+        own, own_gates = _figures(found[domain], one.first, limits, domain)
+        gates += own_gates
+        noise = store.header["noise_floor_kld"]
+        domains.append({"name": domain, "text": _text(store, counts[domain]), "noise_floor_kld": noise} | own)
+    weights = [found[domain].kld.size for domain in stores]
+    floors = [store.header["noise_floor_kld"] for store in stores.values()]
     return {
         "artifact": description,
         "runtime": {"name": name, "version": load_runtime(name).version(), "settings": details},
         "reference": {
-            "model": store.header["model"],
-            "fingerprint": store.header["key"]["fingerprint"],
-            "dtype": store.header["dtype"],
-            "encoding": store.header["encoding"],
-            "noise_floor_kld": store.header["noise_floor_kld"],
+            "model": one.header["model"],
+            "fingerprint": one.header["key"]["fingerprint"],
+            "dtype": one.header["dtype"],
+            "encoding": one.header["encoding"],
+            "noise_floor_kld": float(np.average(floors, weights=weights)),
+            "tail_mass": float(np.average([s.header.get("tail_mass", 0.0) for s in stores.values()], weights=weights)),
         },
-        "text": {
-            "name": store.header["text"]["name"],
-            "sha256": store.header["text"]["sha256"],
-            "context": store.context,
-            "chunks": count,
-            "positions": int(figures.nll.size),
-        },
+        "text": _texts(stores, counts) if several else _text(one, next(iter(counts.values()))),
+        **whole,
+        **({"domains": domains} if several else {}),
+        "gates": [gate.as_dict() for gate in gates],
+        "environment": machine,
+        "seconds": time.perf_counter() - began,
+    }
+
+
+def _count(store: ReferenceStore, chunks: int | None) -> int:
+    count = store.chunks if chunks is None else chunks
+    if not 1 <= count <= store.chunks:
+        raise UsageError(f"chunks {count} is not between 1 and the store's {store.chunks}")
+    return count
+
+
+def _condition(store: ReferenceStore) -> tuple[object, ...]:
+    return (store.header["key"]["fingerprint"], store.header["encoding"], store.header["dtype"], store.context)
+
+
+def _figures(
+    figures: PositionFigures, first: int, limits: Limits, domain: str | None
+) -> tuple[dict[str, Any], list[Gate]]:
+    """What a document says of some positions, and the gates that they are held against."""
+    metrics, spread = summarize(figures), between_chunks(figures)
+    data = {
         "metrics": {key: metric.as_dict() for key, metric in metrics.items()},
         "se_between_chunks": spread,
         "per_chunk_kld": figures.kld.mean(axis=1).tolist(),
@@ -154,11 +274,64 @@ def measure_drift(
             "nll_reference": figures.nll_reference.mean(axis=1).tolist(),
             "same_top_p": figures.same_top.mean(axis=1).tolist(),
         },
-        "per_position": position_curve(figures, store.first),
-        "gates": [gate.as_dict() for gate in gates],
-        "environment": machine,
-        "seconds": time.perf_counter() - began,
+        "per_position": position_curve(figures, first),
     }
+    return data, evaluate(limits, metrics, spread, domain)
+
+
+def _text(store: ReferenceStore, count: int) -> dict[str, Any]:
+    return {
+        "name": store.header["text"]["name"],
+        "sha256": store.header["text"]["sha256"],
+        "context": store.context,
+        "chunks": count,
+        "positions": count * store.positions,
+    }
+
+
+def _texts(stores: Mapping[str, ReferenceStore], counts: Mapping[str, int]) -> dict[str, Any]:
+    """All domains as one text: its hash is over theirs and over how much of each was taken."""
+    parts = {domain: _text(store, counts[domain]) for domain, store in stores.items()}
+    return {
+        "name": " + ".join(stores),
+        "sha256": sha256_json({domain: [part["sha256"], part["chunks"]] for domain, part in parts.items()}),
+        "context": next(iter(parts.values()))["context"],
+        "chunks": sum(part["chunks"] for part in parts.values()),
+        "positions": sum(part["positions"] for part in parts.values()),
+    }
+
+
+def measure_greedy(
+    artifact: Path,
+    stores: Mapping[str, ReferenceStore],
+    reference: str,
+    prompts: str,
+    *,
+    count: int = TOKENS,
+    chunks: int | None = None,
+    runtime: str | None = None,
+    settings: Settings | None = None,
+    source: WeightSource | None = None,
+    progress: Progress = SILENT,
+) -> dict[str, Any]:
+    """The ``greedy`` of a drift document; ``prompts`` is "chunks", the first tokens of each, or a file of prompts.
+
+    Raises:
+        UsageError: ``reference`` is a store, which cannot write.
+        InputError: bad prompts, or as :func:`measure_drift`.
+    """
+    if is_store(Path(reference)):
+        raise UsageError(f"--greedy: {reference} is a store, which cannot write text", "give the checkpoint")
+    checkpoint = open_checkpoint(reference)
+    if prompts == CHUNKS:
+        given, name = chunk_prompts(list(stores.values()), chunks), "first tokens of the chunks"
+    else:
+        given, name = read_prompts(Path(prompts), load_tokenizer(checkpoint.index.folder)), Path(prompts).name
+    texts = greedy_texts(checkpoint, given, name, count=count, progress=progress)
+    longest = max(map(len, texts.prompts)) + count
+    settings = settings or default_settings(runtime or default_runtime(artifact))
+    with _open(artifact, longest, runtime, settings, source) as session:
+        return summarize_greedy(greedy_divergence(session, texts, progress), texts)
 
 
 def without_text(

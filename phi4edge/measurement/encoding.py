@@ -9,12 +9,32 @@ distribution P̂ differs from the exact P by
 for any model, because the step is the same everywhere; half precision of d has its step grow with d and is 60 times
 as noisy on typical logits, and llama-perplexity's own file has a floor of 5.5e-4. The most likely token, the
 log-probability of the text's next token and the maximum itself are kept exactly.
+
+For large vocabularies only the ``top`` most likely tokens may be kept, 6 bytes each, and of all others the sum of their
+probabilities, exactly. What is then measured is the divergence after those others were made one,
+
+    Σ_top P ln(P/Q) + P_tail ln(P_tail/Q_tail)  =  KLD(P ‖ Q) − P_tail · KLD(P_tail ‖ Q_tail)
+
+with P_tail, Q_tail also for the two distributions within the tail: a lower bound, short by about the share that the
+tail's mass is of all (tests/test_top_store.py). The mass is measured and stated; the noise floor is the same.
 """
 
 from __future__ import annotations
 
-__all__ = ["ENCODING", "STEP", "StoredChunk", "chunk_bytes", "encode", "read_chunk_file", "row_blocks", "write_chunk"]
+__all__ = [
+    "STEP",
+    "StoredChunk",
+    "chunk_bytes",
+    "encode",
+    "encoding_name",
+    "is_encoding",
+    "read_chunk_file",
+    "row_blocks",
+    "top_of",
+    "write_chunk",
+]
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +53,10 @@ RANGE = 32.0  # nats below the maximum
 STEP = RANGE / 65535
 BLOCK_BYTES = 2 * 2**20  # float32 logits worked on at a time, so that they stay in the cache
 
-# The file of a chunk: these arrays one after another, little-endian, each [positions] but the last.
+_NAME = re.compile(rf"{ENCODING}(?:-top([1-9]\d*))?")
+
+# The file of a chunk: these arrays one after another, little-endian, each [positions] but the last;
+# with ``top``, the tail's sums after them, and the tokens before the codes.
 _FIELDS = (("top", "<i4"), ("log_prob", "<f4"), ("maximum", "<f4"), ("noise", "<f4"))
 
 
@@ -45,7 +68,36 @@ class StoredChunk:
     log_prob: NDArray[np.float32]  # [positions] ln p of the token that follows in the text
     maximum: NDArray[np.float32]  # [positions] the largest logit
     noise: NDArray[np.float32]  # [positions] KLD of what is stored against what was encoded
-    codes: NDArray[np.uint16]  # [positions, vocab] (maximum − logit) / STEP
+    codes: NDArray[np.uint16]  # [positions, vocab], or [positions, top]: (maximum − logit) / STEP
+    tokens: NDArray[np.int32] | None = None  # [positions, top] which tokens the codes are of; None: all, in order
+    tail: NDArray[np.float32] | None = None  # [positions] ln Σ of exp(logit − maximum) over the tokens left out
+
+    @property
+    def tail_mass(self) -> NDArray[np.float64]:
+        """[positions] probability of all tokens that were left out."""
+        if self.tail is None:
+            return np.zeros(len(self.top))
+        kept = np.exp(-self.codes.astype(np.float64) * STEP).sum(axis=1)
+        rest = np.exp(self.tail.astype(np.float64))
+        mass: NDArray[np.float64] = rest / (kept + rest)
+        return mass
+
+
+def encoding_name(top: int | None) -> str:
+    """The name of the encoding that keeps ``top`` tokens a position, None: all."""
+    return ENCODING if top is None else f"{ENCODING}-top{top}"
+
+
+def is_encoding(name: str) -> bool:
+    """Whether ``name`` is that of an encoding that is known here."""
+    return _NAME.fullmatch(name) is not None
+
+
+def top_of(name: str) -> int | None:
+    """How many tokens the encoding of that name keeps a position, None: all."""
+    match = _NAME.fullmatch(name)
+    assert match is not None, name
+    return int(match[1]) if match[1] else None
 
 
 def row_blocks(positions: int, vocab: int) -> Iterator[slice]:
@@ -55,14 +107,18 @@ def row_blocks(positions: int, vocab: int) -> Iterator[slice]:
 
 
 @torch.inference_mode()
-def encode(logits: Tensor, following: Tensor) -> StoredChunk:
+def encode(logits: Tensor, following: Tensor, keep: int | None = None) -> StoredChunk:
     """Encode ``logits`` [positions, vocab] float32; ``following`` [positions] int64 are the next tokens.
+
+    ``keep``: so many of the most likely tokens and the sum of the others, None: all.
 
     Raises:
         InputError: a logit that is not finite.
     """
     positions, vocab = logits.shape
-    codes = np.empty((positions, vocab), dtype="<u2")
+    kept = vocab if keep is None else min(keep, vocab - 1)
+    codes = np.empty((positions, kept), dtype="<u2")
+    tokens, tail = np.empty((positions, kept if keep else 0), dtype="<i4"), torch.empty(positions)
     log_prob, noise = torch.empty(positions), torch.empty(positions)
     top = torch.empty(positions, dtype=torch.int64)
     maximum = torch.empty(positions)
@@ -72,37 +128,54 @@ def encode(logits: Tensor, following: Tensor) -> StoredChunk:
         if not bool(torch.isfinite(maximum[rows]).all()) or not bool(torch.isfinite(x.amin())):
             raise InputError("the reference model gives logits that are NaN or infinite", "its weights are damaged")
         below = maximum[rows, None] - x
+        chosen = below.gather(1, following[rows, None]).squeeze(1)
+        log_prob[rows] = (-chosen.double() - torch.exp(-below).sum(dim=1).double().log()).float()
+        if keep is not None:
+            below, places = below.topk(kept, dim=1, largest=False)
+            tokens[rows] = places.numpy()
+            rest = (maximum[rows, None] - x).scatter_(1, places, torch.inf)
+            tail[rows] = torch.logsumexp(-rest, dim=1)
         code = (below * (1 / STEP)).round_().clamp_(0, 65535)
         codes[rows] = code.numpy()
         weight = torch.exp(-below)
-        total = weight.sum(dim=1)
+        total = weight.sum(dim=1) + (tail[rows].exp() if keep is not None else 0)  # the tail has no rounding error
         error = code.mul_(STEP).sub_(below)
         mean = torch.linalg.vecdot(weight, error) / total
         square = torch.linalg.vecdot(weight, error.square_()) / total
         noise[rows] = 0.5 * (square - mean.square()).clamp_(min=0)
-        chosen = below.gather(1, following[rows, None]).squeeze(1)
-        log_prob[rows] = (-chosen.double() - total.double().log()).float()
-    return StoredChunk(top.numpy().astype("<i4"), log_prob.numpy(), maximum.numpy(), noise.numpy(), codes)
+    plain = (top.numpy().astype("<i4"), log_prob.numpy(), maximum.numpy(), noise.numpy(), codes)
+    return StoredChunk(*plain) if keep is None else StoredChunk(*plain, tokens, tail.numpy())
 
 
-def chunk_bytes(positions: int, vocab: int) -> int:
+def _fields(keep: int | None) -> tuple[tuple[str, str], ...]:
+    return _FIELDS if keep is None else (*_FIELDS, ("tail", "<f4"))
+
+
+def chunk_bytes(positions: int, vocab: int, keep: int | None = None) -> int:
     """Size of a chunk's file."""
-    return positions * (4 * len(_FIELDS) + 2 * vocab)
+    codes = 2 * vocab if keep is None else 6 * min(keep, vocab - 1)
+    return positions * (4 * len(_fields(keep)) + codes)
 
 
 def write_chunk(path: Path, chunk: StoredChunk) -> None:
     """Write one chunk atomically."""
+    fields = _fields(None if chunk.tokens is None else chunk.tokens.shape[1])
     with atomic_file(path) as file:
-        for name, dtype in _FIELDS:
+        for name, dtype in fields:
             file.write(np.ascontiguousarray(getattr(chunk, name), dtype=dtype).data)
+        if chunk.tokens is not None:
+            file.write(np.ascontiguousarray(chunk.tokens, dtype="<i4").data)
         file.write(np.ascontiguousarray(chunk.codes, dtype="<u2").data)
 
 
-def read_chunk_file(data: NDArray[np.uint8], positions: int, vocab: int) -> StoredChunk:
+def read_chunk_file(data: NDArray[np.uint8], positions: int, vocab: int, keep: int | None = None) -> StoredChunk:
     """The chunk in ``data``, the bytes of its file."""
     arrays: dict[str, NDArray[Any]] = {}
-    offset = 0
-    for name, dtype in _FIELDS:
+    offset, kept = 0, vocab if keep is None else min(keep, vocab - 1)
+    for name, dtype in _fields(keep):
         arrays[name] = data[offset : offset + 4 * positions].view(dtype)
         offset += 4 * positions
-    return StoredChunk(**arrays, codes=data[offset:].view("<u2").reshape(positions, vocab))
+    if keep is not None:
+        arrays["tokens"] = data[offset : offset + 4 * positions * kept].view("<i4").reshape(positions, kept)
+        offset += 4 * positions * kept
+    return StoredChunk(**arrays, codes=data[offset:].view("<u2").reshape(positions, kept))

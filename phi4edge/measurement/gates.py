@@ -15,7 +15,7 @@ __all__ = ["Gate", "Limits", "evaluate", "gate_between", "gate_error"]
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from phi4edge.core.errors import GateError, UsageError
@@ -66,24 +66,29 @@ class Gate:
     outcome: str  # "pass", "fail" or "undecided"
     passed: bool
     confidence: float = CONFIDENCE
+    domain: str | None = None  # the text it was held against, where there are several
 
     def as_dict(self) -> dict[str, Any]:
         """The gate as a JSON object."""
-        return asdict(self)
+        return {key: value for key, value in asdict(self).items() if key != "domain" or value is not None}
 
     def sentence(self) -> str:
         """The gate in words."""
         sign = "≥" if self.name.startswith("min") else "≤"
+        where = f"{self.domain}: " if self.domain is not None else ""
         return (
-            f"{self.metric} {self.value:.6g} ± {self.se:.2g} {sign} {self.limit:g}: {self.outcome} "
+            f"{where}{self.metric} {self.value:.6g} ± {self.se:.2g} {sign} {self.limit:g}: {self.outcome} "
             f"(95 % bounds {self.lower:.6g} … {self.upper:.6g})"
         )
 
 
 def evaluate(
-    limits: Limits, metrics: Mapping[str, Measurement], between_chunks: Mapping[str, float | None]
+    limits: Limits,
+    metrics: Mapping[str, Measurement],
+    between_chunks: Mapping[str, float | None],
+    domain: str | None = None,
 ) -> list[Gate]:
-    """Hold ``metrics`` against ``limits``."""
+    """Hold ``metrics`` against ``limits``; ``domain`` says which text's they are."""
     gates = []
     if limits.max_kld is not None:
         gates.append(_gate("max_kld", metrics["kld"], between_chunks["kld"], limits.max_kld, limits))
@@ -96,7 +101,7 @@ def evaluate(
     if limits.min_top1 is not None:
         share = limits.min_top1 / 100 if limits.min_top1 > 1 else limits.min_top1
         gates.append(_gate("min_top1", metrics["same_top_p"], between_chunks["same_top_p"], share, limits))
-    return gates
+    return [replace(gate, domain=domain) for gate in gates]
 
 
 def _gate(name: str, metric: Measurement, clustered: float | None, limit: float, limits: Limits) -> Gate:

@@ -33,12 +33,21 @@ from numpy.typing import NDArray
 from phi4edge.checkpoint.index import CheckpointIndex
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import write_bytes, write_json
-from phi4edge.core.errors import InputError, ResumeError
+from phi4edge.core.errors import InputError, ResumeError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_bytes, sha256_file, sha256_json
 from phi4edge.core.memory import format_bytes
 from phi4edge.core.workdir import differences
-from phi4edge.measurement.encoding import ENCODING, StoredChunk, chunk_bytes, encode, read_chunk_file, write_chunk
+from phi4edge.measurement.encoding import (
+    StoredChunk,
+    chunk_bytes,
+    encode,
+    encoding_name,
+    is_encoding,
+    read_chunk_file,
+    top_of,
+    write_chunk,
+)
 from phi4edge.measurement.texts import Chunks
 from phi4edge.model.forward import stream_logits
 from phi4edge.runtimes.torch_ref import sequences_in_ram
@@ -93,6 +102,11 @@ class ReferenceStore:
         return first_scored(self.context)
 
     @property
+    def top(self) -> int | None:
+        """How many of the most likely tokens are kept a position, None: all."""
+        return top_of(self.header["encoding"])
+
+    @property
     def positions(self) -> int:
         """Scored positions a chunk."""
         return self.context - 1 - self.first
@@ -112,7 +126,7 @@ class ReferenceStore:
         Raises:
             InputError: damaged.
         """
-        return read_chunk_file(self._read(_chunk_name(number)), self.positions, self.vocab_size)
+        return read_chunk_file(self._read(_chunk_name(number)), self.positions, self.vocab_size, self.top)
 
     def _read(self, name: str) -> NDArray[np.uint8]:
         try:
@@ -148,9 +162,10 @@ def open_store(path: Path) -> ReferenceStore:
         complete = {TOKENS, *(_chunk_name(i) for i in range(key["chunks"]))} <= set(document["files"])
     except (ValueError, KeyError, TypeError) as error:
         raise InputError(f"{header}: damaged ({error})", _DAMAGED) from error
-    if schema != SCHEMA or encoding != ENCODING:
+    if schema != SCHEMA or not is_encoding(str(encoding)):
         raise InputError(
-            f"{header}: {schema} in {encoding}; this version reads {SCHEMA} in {ENCODING}", "compute the store again"
+            f"{header}: {schema} in {encoding}; this version reads {SCHEMA} in {encoding_name(None)}",
+            "compute the store again",
         )
     if not complete:
         raise InputError(f"{header}: names fewer files than its {key['chunks']} chunks", _DAMAGED)
@@ -177,7 +192,7 @@ def fingerprint(index: CheckpointIndex) -> str:
     return value
 
 
-def store_key(checkpoint: CheckpointReader, text: Chunks) -> dict[str, Any]:
+def store_key(checkpoint: CheckpointReader, text: Chunks, top: int | None = None) -> dict[str, Any]:
     """Everything that decides what a store holds."""
     count, context = text.tokens.shape
     return {
@@ -187,7 +202,7 @@ def store_key(checkpoint: CheckpointReader, text: Chunks) -> dict[str, Any]:
         "context": context,
         "chunks": count,
         "dtype": DTYPE,
-        "encoding": ENCODING,
+        "encoding": encoding_name(top),
     }
 
 
@@ -197,15 +212,27 @@ def default_store(key: Mapping[str, Any]) -> Path:
 
 
 def build_store(
-    checkpoint: CheckpointReader, text: Chunks, path: Path | None = None, progress: Progress = SILENT
+    checkpoint: CheckpointReader,
+    text: Chunks,
+    path: Path | None = None,
+    progress: Progress = SILENT,
+    top: int | None = None,
 ) -> ReferenceStore:
     """The store of ``checkpoint`` on ``text`` in ``path`` (None: the cache); what is there already is not redone.
 
+    ``top``: keep so many of the most likely tokens a position and the sum of the others, None: all.
+
     Raises:
+        UsageError: ``top`` is not below the vocabulary.
         InputError: no room on the disk, damaged weights, or ``path`` holds something else.
         ResumeError: ``path`` holds the store of another model, text or setting.
     """
-    key = store_key(checkpoint, text)
+    if top is not None and not 0 < top < checkpoint.config.vocab_size:
+        raise UsageError(
+            f"--store-top {top} is not between 1 and {checkpoint.config.vocab_size - 1}",
+            "leave it out to keep the whole vocabulary",
+        )
+    key = store_key(checkpoint, text, top)
     path = path or default_store(key)
     if path.exists() and not path.is_dir():
         raise InputError(f"{path}: is a file, not a folder", "choose another --store")
@@ -219,7 +246,7 @@ def build_store(
                 _check_key(path, store.header["key"], key)
                 return store
             _begin(path, key)
-            _compute(path, checkpoint, text, progress)
+            _compute(path, checkpoint, text, top, progress)
             return _finish(path, checkpoint, text, key)
     except OSError as error:
         raise InputError(
@@ -264,11 +291,11 @@ def _begin(path: Path, key: dict[str, Any]) -> None:
     _check_key(path, found, key)
 
 
-def _compute(path: Path, checkpoint: CheckpointReader, text: Chunks, progress: Progress) -> None:
+def _compute(path: Path, checkpoint: CheckpointReader, text: Chunks, top: int | None, progress: Progress) -> None:
     """Write every chunk that is not there yet."""
     count, context = text.tokens.shape
     first, vocab = first_scored(context), checkpoint.config.vocab_size
-    size = chunk_bytes(context - 1 - first, vocab)
+    size = chunk_bytes(context - 1 - first, vocab, top)
     missing = [i for i in range(count) if not _is_whole(path / _chunk_name(i), size)]
     free = shutil.disk_usage(path).free
     if len(missing) * size > free:
@@ -285,7 +312,7 @@ def _compute(path: Path, checkpoint: CheckpointReader, text: Chunks, progress: P
             numbers, stream_logits(checkpoint, tokens, first=first, progress=progress), strict=True
         ):
             following = torch.from_numpy(text.tokens[number, first + 1 :])
-            write_chunk(path / _chunk_name(number), encode(logits[:-1], following))
+            write_chunk(path / _chunk_name(number), encode(logits[:-1], following, top))
 
 
 def _is_whole(path: Path, size: int) -> bool:
@@ -299,20 +326,25 @@ def _finish(path: Path, checkpoint: CheckpointReader, text: Chunks, key: dict[st
     tokens = text.tokens.astype("<i4").tobytes()
     write_bytes(path / TOKENS, tokens)
     files = {TOKENS: sha256_bytes(tokens)}
-    noise = np.empty((count, positions), dtype=np.float64)
+    noise, tail = np.empty((count, positions)), np.empty((count, positions))
     for number in range(count):
         name = _chunk_name(number)
         files[name] = sha256_file(path / name)
-        noise[number] = read_chunk_file(np.fromfile(path / name, dtype=np.uint8), positions, vocab).noise
+        data = np.fromfile(path / name, dtype=np.uint8)
+        chunk = read_chunk_file(data, positions, vocab, top_of(key["encoding"]))
+        noise[number], tail[number] = chunk.noise, chunk.tail_mass
     header = {
         "schema": SCHEMA,
         "key": key,
         "model": checkpoint.index.name,
         "dtype": DTYPE,
-        "encoding": ENCODING,
+        "encoding": key["encoding"],
         "vocab_size": vocab,
+        "config": checkpoint.config.raw,
         "noise_floor_kld": float(noise.mean()),
         "noise_max_kld": float(noise.max()),
+        "tail_mass": float(tail.mean()),
+        "tail_mass_max": float(tail.max()),
         "text": {"name": text.name, "sha256": text.sha256, "characters": text.characters},
         "created": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "files": files,

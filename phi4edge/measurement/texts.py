@@ -6,8 +6,10 @@ put before the text and takes the first place of every chunk. The rest of a text
 
 from __future__ import annotations
 
-__all__ = ["Chunks", "TextTokenizer", "read_chunks", "text_sha256"]
+__all__ = ["Chunks", "TextTokenizer", "named_texts", "read_chunks", "text_sha256"]
 
+import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -24,6 +26,7 @@ CORPUS_CHUNKS = 32  # of a corpus, where no number is asked for; a file is used 
 LEAST_CONTEXT = 8
 _CHARACTERS_PER_TOKEN = 8  # of a corpus are read at first; more where they turn out too few
 _SEPARATOR = "\n\n"  # between the documents of a corpus
+_NAMED = re.compile(r"([A-Za-z0-9][A-Za-z0-9._-]*)=(.+)")
 
 
 class TextTokenizer(Protocol):
@@ -77,6 +80,24 @@ def _read(path: Path) -> str:
         raise InputError(f"{path}: not UTF-8 at byte {error.start}", "convert the file to UTF-8") from error
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+
+
+def named_texts(specs: Sequence[str]) -> dict[str, str]:
+    """Texts by domain, from ``NAME=PATH`` or a path alone, whose name is then the domain's.
+
+    A path that exists is a path, whatever it has in its name.
+
+    Raises:
+        UsageError: two texts of one name.
+    """
+    found: dict[str, str] = {}
+    for spec in specs:
+        match = None if Path(spec).exists() else _NAMED.fullmatch(spec)
+        name, path = match.groups() if match else (Path(spec).stem or spec, spec)
+        if name in found:
+            raise UsageError(f"--text: two texts are named {name!r}", "tell them apart: --text NAME=PATH")
+        found[name] = path
+    return found
 
 
 def text_sha256(spec: str, characters: int) -> str:

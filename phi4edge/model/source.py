@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Overlay", "QuantizedModel", "WeightSource"]
+__all__ = ["Overlay", "QuantizedModel", "Swapped", "WeightSource"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Set
 from dataclasses import dataclass, field
 from typing import Protocol
 
@@ -47,6 +47,20 @@ class Overlay:
         if found is None:
             return self.source.tensor(name, rows)
         return found if rows is None else found[rows]
+
+
+@dataclass(frozen=True)
+class Swapped:
+    """A source some of whose tensors come from another, under a configuration that may be a third one's."""
+
+    source: WeightSource
+    other: WeightSource
+    names: Set[str]  # checkpoint names of the tensors that ``other`` gives
+    config: ModelConfig
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        """The other's tensor where it is one of ``names``, otherwise the source's."""
+        return (self.other if name in self.names else self.source).tensor(name, rows)
 
 
 @dataclass(frozen=True)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4edge.core.atomic import write_bytes, write_json
+from phi4edge.report.attribution import attribution_section, drift_part_data, parts_section
 from phi4edge.report.compare import Comparison, SpeedGroup, compare_drift, compare_speed
 from phi4edge.report.details import condition_text, detail_section, gate_section
 from phi4edge.report.documents import Bench, Drift, Export, Failure, Quantization, TaskScore
@@ -75,6 +76,8 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         result_section(comparisons, speeds),
         score_section(scores, labels),
         detail_section(comparisons),
+        parts_section(drifts, labels),
+        attribution_section(drifts, labels),
         speed_section(speeds, comparisons),
         estimate_section(benches, labels),
         gate_section(comparisons),
@@ -90,6 +93,7 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         "baseline": {"name": labels.full[base], "sha256": base} if base is not None else None,
         "artifacts": [asdict(artifact) | {"label": labels.full[sha]} for sha, artifact in labels.artifacts.items()],
         "comparisons": [_comparison(comparison) for comparison in comparisons],
+        "drift_parts": drift_part_data(drifts, labels),
         "speeds": [asdict(group) for group in speeds],
         "tasks": [asdict(score) | {"label": labels.full[score.artifact.sha256]} for score in scores],
         "estimates": [

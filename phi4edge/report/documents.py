@@ -24,6 +24,7 @@ __all__ = [
 from dataclasses import dataclass
 from typing import Any
 
+from phi4edge.report.drift_parts import Attribution, Domain, Greedy, PositionBin
 from phi4edge.report.fields import Metric
 
 # What llama.cpp says of a model that it loaded, among the details of its settings.
@@ -71,6 +72,7 @@ class Reference:
     dtype: str | None
     encoding: str | None
     noise_floor_kld: float | None
+    tail_mass: float | None = None  # of the tokens that the store left out, which makes KLD a lower bound
 
 
 @dataclass(frozen=True)
@@ -97,6 +99,10 @@ class Drift:
     per_chunk_kld: tuple[float, ...]
     gates: tuple[dict[str, Any], ...]
     environment: dict[str, Any]
+    domains: tuple[Domain, ...] = ()
+    per_position: tuple[PositionBin, ...] = ()
+    attribution: Attribution | None = None
+    greedy: Greedy | None = None
 
 
 @dataclass(frozen=True)

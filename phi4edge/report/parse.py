@@ -32,6 +32,7 @@ from phi4edge.report.documents import (
     Text,
     Tuning,
 )
+from phi4edge.report.drift_parts import read_attribution, read_domains, read_greedy, read_positions
 from phi4edge.report.fields import Field, Metric, read_metric
 
 _FLOATS = {"f32": 32.0, "f16": 16.0, "bf16": 16.0, "float32": 32.0, "float16": 16.0, "bfloat16": 16.0}
@@ -114,6 +115,7 @@ def _drift(data: Field, file: str) -> Drift:
     if "kld" not in metrics:
         data["metrics"]["kld"].fail("is missing")
     floor, chunks, positions = reference.get("noise_floor_kld"), text.get("chunks"), text.get("positions")
+    tail = reference.get("tail_mass")
     per_chunk, gates = data.get("per_chunk_kld"), data.get("gates")
     return Drift(
         file=file,
@@ -125,6 +127,7 @@ def _drift(data: Field, file: str) -> Drift:
             dtype=_text(reference.get("dtype")),
             encoding=_text(reference.get("encoding")),
             noise_floor_kld=read_metric(floor).value if floor else None,
+            tail_mass=tail.number(0.0) if tail else None,
         ),
         text=Text(
             name=text["name"].text(),
@@ -137,6 +140,10 @@ def _drift(data: Field, file: str) -> Drift:
         per_chunk_kld=tuple(item.number() for item in per_chunk.items()) if per_chunk else (),
         gates=tuple(gate.object() for gate in gates.items()) if gates else (),
         environment=_object(data.get("environment")),
+        domains=read_domains(data.get("domains")),
+        per_position=read_positions(data.get("per_position")),
+        attribution=read_attribution(data.get("attribution")),
+        greedy=read_greedy(data.get("greedy")),
     )
 
 

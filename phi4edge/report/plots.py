@@ -6,7 +6,18 @@ desk.
 
 from __future__ import annotations
 
-__all__ = ["BlockPlot", "BlockSeries", "Plot", "QuantilePlot", "QuantileRow", "SizePlot", "SizePoint", "SpeedPlot"]
+__all__ = [
+    "BlockPlot",
+    "BlockSeries",
+    "Plot",
+    "QuantilePlot",
+    "QuantileRow",
+    "SizePlot",
+    "SizePoint",
+    "SpeedPlot",
+    "log_limits",
+    "log_ticks",
+]
 
 import math
 from collections.abc import Sequence
@@ -39,7 +50,7 @@ class Plot(Protocol):
         ...
 
 
-def _log_ticks(axis: Any, values: Sequence[float], *, least: int = 2) -> None:
+def log_ticks(axis: Any, values: Sequence[float], *, least: int = 2) -> None:
     """Ticks at 1, 2, 5 of each decade, or fewer where there are many; written as plain numbers."""
     from matplotlib.ticker import FixedLocator, FuncFormatter, NullFormatter, NullLocator
 
@@ -55,7 +66,8 @@ def _log_ticks(axis: Any, values: Sequence[float], *, least: int = 2) -> None:
     axis.set_minor_formatter(NullFormatter())
 
 
-def _log_limits(low: float, high: float, margin: float = 0.12) -> tuple[float, float]:
+def log_limits(low: float, high: float, margin: float = 0.12) -> tuple[float, float]:
+    """Limits of a logarithmic axis with some room around ``low`` and ``high``."""
     room = max(math.log10(high / low), 0.15) * margin
     return low / 10**room, high * 10**room
 
@@ -115,8 +127,8 @@ class SizePlot:
                     elinewidth=1.0,
                 )
             shown = [p.kld for p in self.points] + ([floor] if floor else [])
-            axes.set_ylim(*_log_limits(min(shown), max(shown), 0.14))
-            _log_ticks(axes.yaxis, axes.get_ylim())
+            axes.set_ylim(*log_limits(min(shown), max(shown), 0.14))
+            log_ticks(axes.yaxis, axes.get_ylim())
             sizes = [p.mebibytes for p in self.points]
             spread = max(sizes) - min(sizes) or max(sizes)
             axes.set_xlim(max(0.0, min(sizes) - 0.18 * spread), max(sizes) + 0.18 * spread)
@@ -208,10 +220,10 @@ class QuantilePlot:
                     )
             top = self.rows[0]
             self._name_quantiles(axes, top, len(self.rows) - 1)
-            axes.set_xlim(*_log_limits(min(values), max(values), 0.06))
+            axes.set_xlim(*log_limits(min(values), max(values), 0.06))
             axes.set_ylim(-0.6, len(self.rows) - 0.1)
             axes.set_yticks(range(len(self.rows)), [row.label for row in reversed(self.rows)])
-            _log_ticks(axes.xaxis, axes.get_xlim())
+            log_ticks(axes.xaxis, axes.get_xlim())
             axes.set_xlabel("KLD of a position (nat)")
             axes.spines["left"].set_visible(False)
             axes.grid(visible=False, axis="y")
@@ -310,9 +322,9 @@ class BlockPlot:
                 hollow = style | {"markerfacecolor": ROLES["paper"], "markeredgewidth": 1.0}
                 axes.plot([x for x, _ in fallen], [y for _, y in fallen], **hollow)
             axes.axhline(1.0, color=ROLES["ink"], linewidth=0.8)
-            low, high = _log_limits(min(*ratios, 1.0), max(*ratios, 1.0), 0.08)
+            low, high = log_limits(min(*ratios, 1.0), max(*ratios, 1.0), 0.08)
             axes.set_ylim(low, high)
-            _log_ticks(axes.yaxis, (low, high))
+            log_ticks(axes.yaxis, (low, high))
             axes.set_xlim(min(blocks) - 0.7, max(blocks) + 0.7)
             axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_xlabel("Block")

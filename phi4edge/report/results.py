@@ -147,6 +147,12 @@ def _notes(comparison: Comparison, group: SpeedGroup | None) -> Iterable[str]:
     if any(comparison.at_noise_floor(row) for row in comparison.rows):
         floor = comparison.condition.reference.noise_floor_kld or 0.0
         yield f"{_FLOOR_MARK} At or below the reference's noise floor ({plain(floor)} nat): not to be told from zero."
+    tail = comparison.condition.reference.tail_mass
+    if tail:
+        yield (
+            f"KLD is a lower bound: the reference keeps the most likely tokens only, and those that it left out, "
+            f"{plain(100 * tail)} % of the probability, count as one."
+        )
     known = [row.artifact.bits_of_linears for row in comparison.rows if row.artifact.bits_per_weight]
     if not all(known):
         yield "Bits / weight: bits of all tensors of the file divided by the model's parameters."

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
+from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
+from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
@@ -44,30 +45,78 @@ def _text(data: dict[str, Any]) -> str:
     lines = [
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
-        f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e})",
+        f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e}"
+        f"{_left_out(reference)})",
         f"text {text['name']}: {text['chunks']} chunks of {text['context']}, {text['positions']:,} positions scored",
         "",
     ]
     cells = [(label, *plus_minus(data["metrics"][key], spec, scale)) for label, key, spec, scale in _ROWS]
     width = max(len(value) for _, value, _ in cells)
     lines += [f"{label:<16}{value:>{width}}  {error}".rstrip() for label, value, error in cells]
+    lines += _domain_lines(data.get("domains", []))
+    if "greedy" in data:
+        lines += greedy_text(data["greedy"])
+    if "attribution" in data:
+        lines += attribution_text(data["attribution"])
     if "tasks" in data:
         lines += ["", task_table(data["tasks"])]
     return "\n".join([*lines, *_gate_lines(data)])
 
 
 def _gate_lines(data: dict[str, Any]) -> list[str]:
-    lines = [f"gate {g['name']} {g['limit']:g}: {g['outcome']} ({g['metric']})" for g in data["gates"]]
+    lines = [_gate_line(gate) for gate in data["gates"]]
     return ["", *lines] if lines else []
+
+
+def _left_out(reference: dict[str, Any]) -> str:
+    if not reference["tail_mass"]:
+        return ""
+    return (
+        f"; tokens that the store left out hold {reference['tail_mass']:.2g} of the probability: KLD is a lower bound"
+    )
+
+
+def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
+    if not domains:
+        return []
+    metrics = (
+        ("PPL ratio", "ppl_ratio", ".5f", 1),
+        ("KLD mean", "kld", "kld", 1),
+        ("Same top p, %", "same_top_p", ".3f", 100),
+    )
+    rows = [
+        [d["name"], str(d["text"]["chunks"]), *(" ".join(plus_minus(d["metrics"][k], f, x)) for _, k, f, x in metrics)]
+        for d in domains
+    ]
+    return ["", *table(["domain", "chunks", *(title for title, *_ in metrics)], rows)]
+
+
+def _gate_line(gate: dict[str, Any]) -> str:
+    where = f" on {gate['domain']}" if "domain" in gate else ""
+    return f"gate {gate['name']} {gate['limit']:g}{where}: {gate['outcome']}"
 
 
 @click.command("drift")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="MODEL|STORE", help="Full-precision checkpoint, or its store.")
-@click.option("--text", metavar="PATH|NAME", help="A text file, or builtin:eval. A store brings its own.")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="A text file, or builtin:eval; several (--text prose=a.txt --text code=b.txt) give figures and gates each "
+    "and over all. A store brings its own.",
+)
 @click.option("--context", type=int, metavar="N", help="Tokens a chunk; the second half is scored.  [default: 512]")
 @click.option("--chunks", type=int, metavar="N", help="Chunks to measure.  [default: all of a file, 32 of a corpus]")
 @click.option("--store", type=click.Path(path_type=Path), help="Keep the reference logits here, not in the cache.")
+@click.option(
+    "--store-top",
+    type=click.IntRange(min=1),
+    metavar="K",
+    help="Keep only the K most likely tokens a position and the sum of the others: a smaller store, and a KLD that is "
+    "a lower bound.  [default: the whole vocabulary]",
+)
 @click.option("--max-kld", type=float, metavar="X", help="Gate: mean KLD at most X nat (exit 6).")
 @click.option("--max-ppl-ratio", type=float, metavar="Y", help="Gate: PPL at most Y times the reference's.")
 @click.option("--min-top1", type=float, metavar="P", help="Gate: same top token in at least P, 0.95 or 95.")
@@ -85,21 +134,30 @@ def _gate_lines(data: dict[str, Any]) -> list[str]:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@greedy_options
+@attribution_options
 @task_options
 @runtime_options
 @common
 def command(
     artifact: Path,
     reference: str,
-    text: str | None,
+    texts: tuple[str, ...],
     context: int | None,
     chunks: int | None,
     store: Path | None,
+    store_top: int | None,
     max_kld: float | None,
     max_ppl_ratio: float | None,
     min_top1: float | None,
     gate_undecided: str,
     activations: str,
+    greedy: str | None,
+    greedy_tokens: int,
+    attribute: bool,
+    against: Path | None,
+    attribute_tensors: str,
+    attribute_chunks: int | None,
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
@@ -119,16 +177,24 @@ def command(
     the limit with its error counted against it, and is undecided in between. A failed gate ends with exit code 6,
     after the results were written and printed.
 
+    --attribute adds where the drift comes from: every step from full precision to the serving runtime on the same
+    positions, and single tensors, each put alone into the full-precision model and each restored alone.
+
     With --tasks both models also answer questions from local files: accuracies with their intervals, the difference
     over pairs, McNemar's test and every flip. Answers are kept, so a run that was interrupted goes on. Without --text
     only the tasks are measured.
     """
     from phi4edge.core.workdir import RUN_FILE
-    from phi4edge.measurement.drift_run import check_artifact, measure_drift, resolve_reference, without_text
+    from phi4edge.measurement.drift_run import (
+        check_artifact,
+        measure_domains,
+        measure_greedy,
+        resolve_domains,
+        without_text,
+    )
     from phi4edge.measurement.gates import Gate, Limits, gate_error
     from phi4edge.measurement.reference import is_store
     from phi4edge.measurement.tasks.run import check_tasks, measure_tasks, task_gates
-    from phi4edge.model.source import WeightSource
     from phi4edge.runtimes._api import Settings
 
     limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
@@ -139,11 +205,14 @@ def command(
         activations=activations,
     )
     checked_out(out)
-    source: WeightSource | None = None
-    if (artifact / RUN_FILE).is_file():
+    tensors, source, written_from = tensor_count(attribute_tensors), None, None
+    if against is not None and not attribute:
+        raise UsageError("--against says what drift is attributed to", "add --attribute")
+    if (artifact / RUN_FILE).is_file() or against is not None:
         from phi4edge.stages.run_reader import open_run
 
-        source = open_run(artifact)
+        source = open_run(artifact) if (artifact / RUN_FILE).is_file() else None
+        written_from = open_run(against) if against is not None else None
     progress = progress_for(quiet)
     asked, max_drop = task_request(tasks), tasks["max_task_drop"]
     if asked is not None:
@@ -151,15 +220,20 @@ def command(
         check_tasks(asked, reference)
     if not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
-    if asked is not None and text is None:
-        if limits.asks_for_text:
+    if attribute and len(texts) > 1:
+        raise UsageError("--attribute takes one --text", "attribute each domain by itself")
+    if asked is not None and not texts:
+        if limits.asks_for_text or attribute or greedy is not None:
             raise UsageError(
-                "--max-kld, --max-ppl-ratio and --min-top1 need a --text", "give a text file, or leave them out"
+                "--max-kld, --max-ppl-ratio, --min-top1, --attribute and --greedy need a --text",
+                "give a text file, or leave them out",
             )
         data = without_text(artifact, reference, runtime=runtime, settings=settings)
     else:
-        found = resolve_reference(reference, text=text, context=context, chunks=chunks, store=store, progress=progress)
-        data = measure_drift(
+        found = resolve_domains(
+            reference, texts=texts, context=context, chunks=chunks, store=store, top=store_top, progress=progress
+        )
+        data = measure_domains(
             artifact,
             found,
             chunks=chunks,
@@ -169,6 +243,35 @@ def command(
             source=source,
             progress=progress,
         )
+        if greedy is not None:
+            data["greedy"] = measure_greedy(
+                artifact,
+                found,
+                reference,
+                greedy,
+                count=greedy_tokens,
+                chunks=chunks,
+                runtime=runtime,
+                settings=settings,
+                source=source,
+                progress=progress,
+            )
+        if attribute:
+            from phi4edge.measurement.attribution_run import attribute as attribute_drift
+
+            data["attribution"] = attribute_drift(
+                artifact,
+                next(iter(found.values())),
+                reference,
+                runtime=runtime,
+                settings=settings,
+                source=source,
+                run=written_from,
+                tensors=tensors,
+                chunks=attribute_chunks or chunks,
+                tensor_chunks=attribute_chunks,
+                progress=progress,
+            )
     if asked is not None:
         answers = tasks["task_answers"] or (out.with_suffix(".answers.jsonl") if out is not None else None)
         measured = measure_tasks(
