@@ -118,13 +118,14 @@ def test_llama_cpp_and_torch_generate_the_greedy_tokens(model: Path, f32: Path) 
 
 def test_onnxruntime_generates_the_greedy_tokens_on_both_sides_of_the_original_context(tmp_path: Path) -> None:
     pytest.importorskip("onnxruntime_genai")
-    from onnx_support import ORIGINAL, mini_for_ort
+    from onnx_support import ORIGINAL
+    from onnxruntime_support import mini_for_onnxruntime
     from rounded import quantized_model
 
     from phi4edge.runtimes import onnxruntime_genai
     from phi4edge.writers import onnx as writer
 
-    base = mini_for_ort(tmp_path / "mini")
+    base = mini_for_onnxruntime(tmp_path / "mini")
     options = WriteOptions(accuracy_level=1, context=200)
     folder = writer.write(quantized_model(base, "w4g32"), tmp_path / "onnx", options).path
     for length in (20, ORIGINAL - 4):  # the second one crosses it while it is generated
