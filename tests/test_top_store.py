@@ -18,7 +18,7 @@ from phi4edge.measurement.encoding import STEP, chunk_bytes, encode, read_chunk_
 from phi4edge.measurement.reference import build_store, open_store
 from phi4edge.measurement.texts import Chunks
 
-VOCAB, TOP = 6000, 400  # 6 bytes a token kept, against 4 a token of the vocabulary: ten times smaller
+VOCAB, TOP = 6000, 1000  # 2 bytes a token kept and a bit a token of the vocabulary, against 4 bytes: 8.6 times smaller
 
 
 def language_like(chunks: int, positions: int) -> tuple[torch.Tensor, torch.Tensor]:
@@ -48,7 +48,7 @@ def test_twenty_chunks_are_an_eighth_of_float32_and_mean_kld_moves_by_less_than_
     whole, top = (PositionFigures.stack(figures) for figures in found.values())
     lost = 1 - top.kld.mean() / whole.kld.mean()
     assert 0 < lost < 0.01
-    assert lost < 1.5 * float(np.mean(tails))
+    assert lost < 3 * float(np.mean(tails))
     np.testing.assert_allclose(top.nll, whole.nll, rtol=1e-5)
     np.testing.assert_array_equal(top.nll_reference, whole.nll_reference)
     np.testing.assert_array_equal(top.same_top, whole.same_top)
@@ -86,13 +86,14 @@ def test_the_noise_floor_is_the_one_that_the_store_has() -> None:
     assert itself.mean() < 2e-8
 
 
-def test_a_chunk_comes_back_from_its_file(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("keep", "named"), [(17, 4 * 17), (1000, 750)], ids=["list", "bits"])
+def test_a_chunk_comes_back_from_its_file(tmp_path: Path, keep: int, named: int) -> None:
     reference, _ = (logits[0] for logits in language_like(1, 5))
-    stored = encode(reference, torch.arange(5), 17)
+    stored = encode(reference, torch.arange(5), keep)
     write_chunk(tmp_path / "chunk", stored)
     data = np.fromfile(tmp_path / "chunk", dtype=np.uint8)
-    assert data.size == chunk_bytes(5, VOCAB, 17)
-    found = read_chunk_file(data, 5, VOCAB, 17)
+    assert data.size == chunk_bytes(5, VOCAB, keep) == 5 * (20 + named + 2 * keep)
+    found = read_chunk_file(data, 5, VOCAB, keep)
     for name in ("top", "log_prob", "maximum", "noise", "tail", "tokens", "codes"):
         np.testing.assert_array_equal(getattr(found, name), getattr(stored, name))
 
