@@ -49,6 +49,7 @@ REQUIRED = {
 OPTIONAL = {
     "onnx": ("onnx", "writing and reading ONNX artifacts", 'pip install "phi4edge[onnx]"'),
     "onnxruntime_genai": ("onnxruntime-genai", "drift and speed of ONNX artifacts", 'pip install "phi4edge[onnx]"'),
+    "lm_eval": ("lm_eval", "drift --tasks", 'pip install "phi4edge[tasks]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
 # transport → programs that it calls here, with how to get them

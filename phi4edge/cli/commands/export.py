@@ -36,7 +36,10 @@ _TYPES = click.Choice(["q8_0", "q6_k", "f16"])
     "[default: the target's; in onnx 4096]",
 )
 @click.option(
-    "--head", type=_TYPES, help="Type of lm_head in gguf and onnx.  [default: the run's mix, or q8_0; else as it is]"
+    "--head",
+    type=_TYPES,
+    help="Type of lm_head in gguf and onnx; q8_0 also in gptq and mlx.  [default: the run's mix, or q8_0; gptq, mlx: "
+    "as it is]",
 )
 @click.option(
     "--embedding", type=_TYPES, help="Type of the embedding in gguf and onnx.  [default: the run's mix, or q8_0]"
