@@ -1,13 +1,14 @@
-"""The rope of Phi-4 and of Phi-4-mini as published, through a GGUF: llama.cpp writes what transformers writes.
+"""The rope of Phi-4 and of Phi-4-mini as published: llama.cpp and ONNX Runtime write what transformers writes.
 
 Two small blocks with heads of 128, Phi-4's theta of 250,000 over all of a head, mini's longrope with 48 factors over
 three quarters of it, original context 4,096 of 131,072. Which factors are used where is a choice of each runtime:
 
 * transformers takes the short ones up to 4,096 tokens, and beyond computes the whole sequence again with the long ones;
-* llama.cpp takes the long ones for every token as soon as the context that it was opened with exceeds 4,096.
+* llama.cpp takes the long ones for every token as soon as the context that it was opened with exceeds 4,096;
+* an ONNX graph of ours takes those of the text's length, as transformers does, whatever the context.
 
-So the two agree below the boundary in a context of at most 4,096, beyond it in any larger one; and a short text in a
-large context is computed with the long factors in llama.cpp, which transformers does not do.
+So llama.cpp and transformers agree below the boundary in a context of at most 4,096, beyond it in any larger one; and a
+short text in a large context is computed with the long factors in llama.cpp, which transformers does not do.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime_genai as og
 import pytest
 import torch
 from gguf_support import Llama
@@ -28,7 +31,7 @@ from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.model.source import WeightSource
-from phi4edge.writers import gguf
+from phi4edge.writers import gguf, onnx
 from phi4edge.writers._api import WriteOptions
 
 COUNT, BOUNDARY = 64, 4096
@@ -62,7 +65,10 @@ class Model:
             for each in (key for key in weights if name in key):  # and not the last one again
                 weights[each] *= scale
         save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
-        self.q4_0 = gguf.write(quantized_model(base, "q4_0"), folder / "q4_0.gguf", WriteOptions()).path
+        model = quantized_model(base, "q4_0")
+        self.q4_0 = gguf.write(model, folder / "q4_0.gguf", WriteOptions()).path
+        exact = WriteOptions(accuracy_level=1, context=BOUNDARY + 256)  # float activations; tables are the GGUF's codes
+        self.onnx = onnx.write(model, folder / "onnx", exact).path
         reader = gguf.read(self.q4_0)
         rounded = write_checkpoint(folder / "rounded", kind, **SHAPE, **ROPE[kind])
         names = reader.config.tensor_shapes()
@@ -119,6 +125,31 @@ def test_the_rope_is_the_published_one(phi4: Model, mini: Model) -> None:
     assert (len(rope.long_factor or ()), rope.original_context) == (48, BOUNDARY)
     assert rope.attention_factor == pytest.approx(1.190238, abs=1e-6)
     assert json.dumps(ROPE["mini"]["rope_scaling"]["long_factor"]) == json.dumps(list(rope.long_factor or ()))
+
+
+def written_by_genai(folder: Path, length: int) -> list[int]:
+    """The likeliest tokens by ONNX Runtime GenAI's logits behind a prompt, an end-of-text token like any other."""
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=length + COUNT + 1)
+    generator = og.Generator(model, params)
+    new, found = prompt(length), []
+    for _ in range(COUNT):
+        generator.append_tokens(np.array(new, dtype=np.int32))
+        new = [int(np.asarray(generator.get_logits()).reshape(-1, SHAPE["vocab_size"])[-1].argmax())]
+        found += new
+    return found
+
+
+def test_onnxruntime_writes_phi_4_s_64_tokens(phi4: Model) -> None:
+    assert written_by_genai(phi4.onnx, 300) == phi4.greedy(300)
+
+
+@pytest.mark.parametrize("length", [40, BOUNDARY - COUNT, BOUNDARY + 1])
+def test_onnxruntime_writes_mini_s_64_tokens_on_both_sides_of_4096_whatever_its_context(
+    mini: Model, length: int
+) -> None:
+    assert written_by_genai(mini.onnx, length) == mini.greedy(length)
 
 
 @pytest.mark.parametrize("length", [40, 300])
