@@ -6,8 +6,11 @@ __all__ = ["HashedFile", "sha256_bytes", "sha256_file", "sha256_json"]
 
 import hashlib
 import json
+import threading
 from pathlib import Path
 from typing import Any, BinaryIO
+
+_WORTH_A_THREAD = 1 << 20  # bytes
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -28,7 +31,10 @@ def sha256_json(document: Any) -> str:
 
 
 class HashedFile:
-    """A file that is written from its start to its end, and hashed on the way: nothing need be read again."""
+    """A file that is written from its start to its end, and hashed on the way: nothing need be read again.
+
+    Large pieces are hashed in a thread while they are written.
+    """
 
     def __init__(self, file: BinaryIO) -> None:
         self._file, self._hash, self._position = file, hashlib.sha256(), file.tell()
@@ -36,8 +42,16 @@ class HashedFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``."""
-        self._file.write(data)
-        self._hash.update(data)
+        if len(data) < _WORTH_A_THREAD:
+            self._hash.update(data)
+            self._file.write(data)
+        else:
+            hashing = threading.Thread(target=self._hash.update, args=(data,))
+            hashing.start()
+            try:
+                self._file.write(data)
+            finally:
+                hashing.join()
         self._position += len(data) if isinstance(data, bytes) else data.nbytes
 
     @property

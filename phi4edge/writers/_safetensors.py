@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from phi4edge.checkpoint.index import DTYPE_BYTES
+from phi4edge.core.ahead import ahead
 from phi4edge.core.atomic import write_json
 from phi4edge.core.hashing import HashedFile
 
@@ -60,7 +61,7 @@ def write_safetensors(
     ``pieces`` gives every tensor's data in the order of the plan, a tensor in one piece or several.
     A tensor larger than ``shard_bytes`` has a shard of its own.
     """
-    shards = _split(plan, shard_bytes)
+    shards, pieces = _split(plan, shard_bytes), ahead(pieces)
     weight_map: dict[str, str] = {}
     digests: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
