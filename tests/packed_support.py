@@ -1,4 +1,4 @@
-"""Damage for tests of packed folders, and codes with the scales that packing could get wrong."""
+"""What every packed folder must do, damage for it, and codes with the scales that packing could get wrong."""
 
 from __future__ import annotations
 
@@ -6,17 +6,22 @@ import json
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
+import pytest
 import torch
 from rounded import quantized_model, rounded
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
+from phi4edge.core.errors import InputError
+from phi4edge.core.hashing import sha256_file
 from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import Scheme, parse_scheme
+from phi4edge.writers._api import Artifact, WriteOptions
 
 DTYPES = {torch.int32: "I32", torch.int64: "I64", torch.uint32: "U32", torch.float16: "F16", torch.float32: "F32"}
 SMALLEST, LARGEST = 2.0**-24, 65504.0  # of float16
@@ -59,6 +64,33 @@ def assert_same(ours: QuantizedLinear | None, theirs: QuantizedLinear) -> None:
         assert (read.dtype, read.stride()) == (value.dtype, value.stride())
         bits = torch.int16 if value.dtype == torch.float16 else value.dtype
         assert torch.equal(read.view(bits), value.view(bits)), field
+
+
+def check_round_trip(writer: ModuleType, model: QuantizedModel, out: Path) -> Artifact:
+    """Write, read back: codes and parameters bit for bit, the rest as the base model has it, every file hashed."""
+    artifact: Artifact = writer.write(model, out, WriteOptions())
+    assert writer.matches(artifact.path)
+    reader = writer.read(artifact.path)
+    for name in model.linears:
+        expected = model.load(name)
+        assert_same(reader.quantized(name), expected)
+        assert torch.equal(reader.tensor(f"{name}.weight"), expected.dequantize())
+        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), expected.dequantize()[3:9])
+    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
+        assert torch.equal(reader.tensor(name), model.tensor(name))
+    assert reader.quantized("lm_head") is None
+    assert (reader.config, artifact.format, artifact.scheme) == (model.config, writer.FORMAT, model.scheme.name)
+    assert {p.name: sha256_file(p) for p in artifact.path.iterdir()} == dict(artifact.files)
+    return artifact
+
+
+def check_refused(writer: ModuleType, model: QuantizedModel, options: WriteOptions, reason: str, out: Path) -> None:
+    """Refused with ``reason`` before anything is written, and every scheme that the hint names would fit."""
+    assert reason in str(writer.refusal(model, options))
+    with pytest.raises(InputError, match=f"{writer.FORMAT} cannot hold this run") as caught:
+        writer.write(model, out, options)
+    assert not list(out.parent.glob(f"{out.name}*"))
+    assert caught.value.hint == f"schemes that fit: {writer.SCHEMES}"
 
 
 def described(tensors: dict[str, Tensor]) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -19,13 +19,20 @@ from onnxruntime_support import (
     onnxruntime_difference,
     transformers_logits,
 )
-from packed_support import adversarial_linear, assert_same, described, edit_json, edit_tensors
+from packed_support import (
+    adversarial_linear,
+    assert_same,
+    check_refused,
+    check_round_trip,
+    described,
+    edit_json,
+    edit_tensors,
+)
 from rounded import quantized_model
 from safetensors.torch import load_file
 from scripts import load_script
 
 from phi4edge.core.errors import InputError
-from phi4edge.core.hashing import sha256_file
 from phi4edge.quant.awq_packing import pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import parse_scheme
@@ -146,18 +153,7 @@ def test_the_comparison_sees_two_words_swapped(phi4_checkpoint: Path, tmp_path: 
 
 @pytest.mark.parametrize("scheme_name", SCHEMES)
 def test_write_then_read_gives_the_run_bit_for_bit(phi4_checkpoint: Path, tmp_path: Path, scheme_name: str) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    artifact = awq.write(model, tmp_path / "out", WriteOptions())
-    assert awq.matches(artifact.path)
-    reader = awq.read(artifact.path)
-    for name in model.linears:
-        assert_same(reader.quantized(name), model.load(name))
-        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), model.load(name).dequantize()[3:9])
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert torch.equal(reader.tensor(name), model.tensor(name))
-    assert reader.quantized("lm_head") is None
-    assert (reader.config, artifact.format, artifact.scheme) == (model.config, "awq", scheme_name)
-    assert {p.name: sha256_file(p) for p in artifact.path.iterdir()} == dict(artifact.files)
+    check_round_trip(awq, quantized_model(phi4_checkpoint, scheme_name), tmp_path / "out")
 
 
 def test_config_says_what_the_tools_look_for(phi4_checkpoint: Path, tmp_path: Path) -> None:
@@ -191,19 +187,7 @@ def test_config_says_what_the_tools_look_for(phi4_checkpoint: Path, tmp_path: Pa
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
     phi4_checkpoint: Path, tmp_path: Path, scheme_name: str, options: WriteOptions, reason: str
 ) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    assert reason in str(awq.refusal(model, options))
-    with pytest.raises(InputError, match="awq cannot hold this run") as caught:
-        awq.write(model, tmp_path / "out", options)
-    assert "w4g128" in str(caught.value.hint)
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_every_scheme_of_the_hint_fits(mini_for_ort: Path) -> None:
-    with pytest.raises(InputError) as caught:
-        awq.write(quantized_model(mini_for_ort, "q4_1"), mini_for_ort / "never", WriteOptions())
-    for name in str(caught.value.hint).partition(": ")[2].split(", "):
-        assert awq.refusal(quantized_model(mini_for_ort, name), WriteOptions()) is None
+    check_refused(awq, quantized_model(phi4_checkpoint, scheme_name), options, reason, tmp_path / "out")
 
 
 def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:

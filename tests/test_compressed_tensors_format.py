@@ -13,7 +13,15 @@ from compressed_tensors.compressors import BaseCompressor
 from compressed_tensors.quantization import QuantizationConfig, QuantizationScheme
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_support import adversarial_linear, assert_same, described, edit_json, edit_tensors
+from packed_support import (
+    adversarial_linear,
+    assert_same,
+    check_refused,
+    check_round_trip,
+    described,
+    edit_json,
+    edit_tensors,
+)
 from rounded import quantized_model, rounded
 from torch import Tensor
 from transformers import CompressedTensorsConfig, Phi3ForCausalLM
@@ -217,17 +225,7 @@ def test_the_comparison_sees_a_fault(
 
 @pytest.mark.parametrize("scheme_name", SYMMETRIC + ASYMMETRIC)
 def test_write_then_read_gives_the_run_bit_for_bit(phi4_checkpoint: Path, tmp_path: Path, scheme_name: str) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    out = compressed_tensors.write(model, tmp_path / "out", WriteOptions()).path
-    assert compressed_tensors.matches(out)
-    reader = compressed_tensors.read(out)
-    for name in model.linears:
-        assert_same(reader.quantized(name), model.load(name))
-        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), model.load(name).dequantize()[3:9])
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert torch.equal(reader.tensor(name), model.tensor(name))
-    assert reader.quantized("lm_head") is None
-    assert reader.config == model.config
+    check_round_trip(compressed_tensors, quantized_model(phi4_checkpoint, scheme_name), tmp_path / "out")
 
 
 @pytest.mark.parametrize(
@@ -240,14 +238,7 @@ def test_write_then_read_gives_the_run_bit_for_bit(phi4_checkpoint: Path, tmp_pa
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
     phi4_checkpoint: Path, tmp_path: Path, scheme_name: str, options: WriteOptions, reason: str
 ) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    assert reason in str(compressed_tensors.refusal(model, options))
-    with pytest.raises(InputError, match="compressed_tensors cannot hold this run") as caught:
-        compressed_tensors.write(model, tmp_path / "out", options)
-    assert list(tmp_path.iterdir()) == []
-    for name in str(caught.value.hint).partition(": ")[2].split(", "):
-        shape = 256, 128
-        assert packing_refusal(parse_scheme(name), *shape) is None
+    check_refused(compressed_tensors, quantized_model(phi4_checkpoint, scheme_name), options, reason, tmp_path / "out")
 
 
 def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:

@@ -253,14 +253,14 @@ def test_a_code_of_minus_128_is_refused_with_its_place() -> None:
     ],
 )
 def test_what_no_block_type_holds_is_refused_with_the_reason(scheme: str, in_features: int, words: str) -> None:
-    assert words in (packing_refusal(parse_scheme(scheme), in_features) or "")
+    assert words in (packing_refusal(parse_scheme(scheme), 32, in_features) or "")
 
 
 @pytest.mark.parametrize(
     ("scheme", "in_features"), [("q4_0", 64), ("q4_1", 64), ("q8_0", 32), ("w4row", 96), ("q6_k", 512)]
 )
 def test_what_a_block_type_holds_is_not_refused(scheme: str, in_features: int) -> None:
-    assert packing_refusal(parse_scheme(scheme), in_features) is None
+    assert packing_refusal(parse_scheme(scheme), 32, in_features) is None
 
 
 def test_blocks_of_a_group_that_differ_in_scale_are_not_taken_for_the_scheme() -> None:

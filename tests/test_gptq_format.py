@@ -16,7 +16,7 @@ import torch
 from gptq_support import random_linear
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packed_support import assert_same
+from packed_support import assert_same, check_refused, check_round_trip
 from rounded import quantized_model, rounded
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -108,18 +108,7 @@ def test_what_the_format_cannot_hold_is_refused_with_the_reason(
 
 @pytest.mark.parametrize("scheme_name", SCHEMES)
 def test_write_then_read_gives_the_run_bit_for_bit(phi4_checkpoint: Path, tmp_path: Path, scheme_name: str) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    artifact = gptq.write(model, tmp_path / "out", WriteOptions())
-    assert gptq.matches(artifact.path)
-    reader = gptq.read(artifact.path)
-    for name in model.linears:
-        assert_same(reader.quantized(name), model.load(name))
-        assert torch.equal(reader.tensor(f"{name}.weight"), model.load(name).dequantize())
-        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), model.load(name).dequantize()[3:9])
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert torch.equal(reader.tensor(name), model.tensor(name))
-    assert reader.quantized("lm_head") is None
-    assert (reader.config, artifact.scheme) == (model.config, scheme_name)
+    check_round_trip(gptq, quantized_model(phi4_checkpoint, scheme_name), tmp_path / "out")
 
 
 def test_tensors_that_are_not_quantized_keep_dtype_and_bytes(phi4_checkpoint: Path, tmp_path: Path) -> None:
@@ -240,38 +229,14 @@ def test_asymmetric_is_v1_unless_a_zero_point_is_0_and_then_says_so(
 
 def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(phi4_checkpoint: Path, tmp_path: Path) -> None:
     model = quantized_model(phi4_checkpoint, "q4_1")
-    assert "floating-point minimum" in str(gptq.refusal(model, WriteOptions()))
-    with pytest.raises(InputError, match="gptq cannot hold this run") as caught:
-        gptq.write(model, tmp_path / "out", WriteOptions())
-    assert "w4g32" in str(caught.value.hint)
+    check_refused(gptq, model, WriteOptions(), "floating-point minimum", tmp_path / "out")
     fewer = replace(quantized_model(phi4_checkpoint, "w4g32"), linears=model.linears[1:])
-    assert "layers.0.self_attn.qkv_proj: is not quantized" in str(gptq.refusal(fewer, WriteOptions()))
-    assert list(tmp_path.iterdir()) == []
+    check_refused(gptq, fewer, WriteOptions(), "layers.0.self_attn.qkv_proj: is not quantized", tmp_path / "out")
 
 
 @pytest.mark.parametrize("scheme_name", ["w4g32", "w8g32", "w4g32-asym", "q4_0", "q8_0"])
 def test_what_fits_is_not_refused(mini_checkpoint: Path, scheme_name: str) -> None:
     assert gptq.refusal(quantized_model(mini_checkpoint, scheme_name), WriteOptions()) is None
-
-
-def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:
-    def fail_late(linear: QuantizedLinear) -> QuantizedLinear:
-        if linear.name.endswith("1.self_attn.o_proj"):
-            raise OSError(28, "No space left on device")
-        return linear
-
-    with pytest.raises(InputError, match="No space left on device"):
-        gptq.write(quantized_model(phi4_checkpoint, "w4g32", fail_late), tmp_path / "out", WriteOptions())
-    assert list(tmp_path.iterdir()) == []
-
-
-def test_a_disk_that_is_too_small_is_noticed_before_writing(
-    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    usage = shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match=r"needs .* KiB, but 1000 B are free"):
-        gptq.write(quantized_model(phi4_checkpoint, "w4g32"), tmp_path / "out", WriteOptions())
 
 
 def test_an_existing_folder_is_replaced_only_by_force(phi4_checkpoint: Path, tmp_path: Path) -> None:

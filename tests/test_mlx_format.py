@@ -17,6 +17,8 @@ from packed_support import (
     LARGEST,
     adversarial_linear,
     assert_same,
+    check_refused,
+    check_round_trip,
     described,
     edit_json,
     edit_tensors,
@@ -29,7 +31,6 @@ from torch import Tensor
 from transformers import Phi3Config, Phi3ForCausalLM
 
 from phi4edge.core.errors import InputError
-from phi4edge.core.hashing import sha256_file
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.mlx_packing import pack_linear, packed_layout, packing_refusal, unpack_linear
@@ -288,19 +289,8 @@ def test_an_attention_factor_of_its_own_is_refused(mini_checkpoint: Path, tmp_pa
     "scheme_name", ["w4g32", "w4g64", "w8g64", "w4g32-asym", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0"]
 )
 def test_write_then_read_gives_the_run_bit_for_bit(phi4_checkpoint: Path, tmp_path: Path, scheme_name: str) -> None:
-    model = quantized_model(phi4_checkpoint, scheme_name)
-    artifact = mlx.write(model, tmp_path / "out", WriteOptions())
-    assert mlx.matches(artifact.path)
-    reader = mlx.read(artifact.path)
-    for name in model.linears:
-        assert_same(reader.quantized(name), model.load(name))
-        assert torch.equal(reader.tensor(f"{name}.weight", slice(3, 9)), model.load(name).dequantize()[3:9])
-    for name in ("model.embed_tokens.weight", "model.norm.weight", "lm_head.weight"):
-        assert torch.equal(reader.tensor(name), model.tensor(name))
-    assert reader.quantized("lm_head") is None
-    assert (reader.config, artifact.format, artifact.scheme) == (model.config, "mlx", scheme_name)
-    assert {p.name: sha256_file(p) for p in artifact.path.iterdir()} == dict(artifact.files)
-    with safe_open(artifact.path / "model.safetensors", "pt") as opened:
+    check_round_trip(mlx, quantized_model(phi4_checkpoint, scheme_name), tmp_path / "out")
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as opened:
         assert opened.metadata() == {"format": "mlx"}
 
 
@@ -330,13 +320,7 @@ def test_a_run_that_does_not_fit_is_refused_before_anything_is_written(
     tmp_path: Path, scheme_name: str, options: WriteOptions, reason: str
 ) -> None:
     base = write_checkpoint(tmp_path / "base", hidden_size=256, intermediate_size=256)
-    model = quantized_model(base, scheme_name)
-    assert reason in str(mlx.refusal(model, options))
-    with pytest.raises(InputError, match="mlx cannot hold this run") as caught:
-        mlx.write(model, tmp_path / "out", options)
-    assert not (tmp_path / "out").exists()
-    for name in str(caught.value.hint).partition(": ")[2].split(", "):
-        assert mlx.refusal(quantized_model(base, name), WriteOptions()) is None
+    check_refused(mlx, quantized_model(base, scheme_name), options, reason, tmp_path / "out")
 
 
 def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:

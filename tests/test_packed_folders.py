@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
 from packed_support import assert_same, mixed_model
+from rounded import quantized_model
 from safetensors import safe_open
+from support import write_checkpoint
 
 from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError
 from phi4edge.core.recipe import Recipe
-from phi4edge.core.registry import names
+from phi4edge.core.registry import load, names
 from phi4edge.pipeline import Order, plan
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.adopt import adopt
 from phi4edge.stages.export import export, reader_of, writer_of
 from phi4edge.stages.quantize import quantize
@@ -31,6 +35,7 @@ FIELDS = {
     "gptq": ("qweight", "qzeros", "scales", "g_idx"),
     "mlx": ("weight", "scales", "biases"),
 }
+FOLDERS = (*FIELDS, "onnx")  # all formats that are a folder
 CASES = [(form, field) for form, fields in FIELDS.items() for field in fields]
 LINEAR = "model.layers.1.self_attn.o_proj"
 
@@ -131,6 +136,38 @@ def test_a_refused_run_is_told_which_formats_hold_it(
     assert able == sorted(able)
     assert {"gguf", "mlx"} <= set(able)
     assert not {"awq", "compressed_tensors", "gptq"} & set(able)
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_every_scheme_of_the_hint_fits(tmp_path_factory: pytest.TempPathFactory, form: str) -> None:
+    wide = write_checkpoint(tmp_path_factory.mktemp("wide"), "phi4", hidden_size=256, intermediate_size=256)
+    writer = load(WRITERS, form)
+    for name in writer.SCHEMES.split(", "):
+        assert writer.refusal(quantized_model(wide, name), WriteOptions()) is None, name
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path, form: str) -> None:
+    def fail_late(linear: QuantizedLinear) -> QuantizedLinear:
+        if linear.name.endswith("1.self_attn.o_proj"):
+            raise OSError(28, "No space left on device")
+        return linear
+
+    model = quantized_model(phi4_checkpoint, "w4g32", fail_late)
+    with pytest.raises(InputError, match="No space left on device"):
+        load(WRITERS, form).write(model, tmp_path / "out", WriteOptions())
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("form", FOLDERS)
+def test_a_disk_that_is_too_small_is_noticed_before_writing(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(InputError, match=r"needs .* KiB, but 1000 B are free"):
+        load(WRITERS, form).write(quantized_model(phi4_checkpoint, "w4g32"), tmp_path / "out", WriteOptions())
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_something_else_is_told_the_known_formats_in_the_order_of_the_registry(tmp_path: Path) -> None:

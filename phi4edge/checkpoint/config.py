@@ -79,6 +79,15 @@ class ModelConfig:
             "mlp.down_proj": (self.hidden_size, self.intermediate_size),
         }
 
+    @property
+    def linears(self) -> dict[str, tuple[int, int]]:
+        """[out_features, in_features] of every linear of the blocks, by name without ".weight", in model order."""
+        return {
+            f"model.layers.{layer}.{name}": shape
+            for layer in range(self.num_layers)
+            for name, shape in self.linear_shapes.items()
+        }
+
     def tensor_shapes(self) -> dict[str, tuple[int, ...]]:
         """Every tensor that the checkpoint must hold, with its shape."""
         shapes: dict[str, tuple[int, ...]] = {"model.embed_tokens.weight": (self.vocab_size, self.hidden_size)}

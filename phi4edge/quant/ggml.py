@@ -35,8 +35,8 @@ def block_type_of(scheme: Scheme) -> BlockType | None:
     return BLOCK_TYPES[{4: "q4_0", 8: "q8_0"}[scheme.bits]] if scheme.symmetric and scheme.bits in (4, 8) else None
 
 
-def packing_refusal(scheme: Scheme, in_features: int) -> str | None:
-    """Why rows of ``in_features`` weights on ``scheme`` cannot be packed, or None when they can."""
+def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why a matrix [out_features, in_features] on ``scheme`` cannot be packed, or None: any out_features can."""
     if block_type_of(scheme) is None:
         if scheme.symmetric:
             return f"no block type has {scheme.bits}-bit codes with a scale alone"

@@ -36,8 +36,8 @@ _GRIDS = ("affine", "q4_0", "q8_0")
 _SMALLEST = 16  # weights in a block
 
 
-def packing_refusal(scheme: Scheme, in_features: int) -> str | None:
-    """Why rows of ``in_features`` weights on ``scheme`` cannot be packed, or None when they can."""
+def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str | None:
+    """Why a matrix [out_features, in_features] on ``scheme`` cannot be packed, or None: any out_features can."""
     if scheme.nested:
         return f"{scheme.name} has scales in steps that a super-block shares, and MatMulNBits one scale for each group"
     if scheme.grid not in _GRIDS and not scheme.symmetric:

@@ -84,7 +84,7 @@ def plan_adoption(model: str | Path) -> dict[str, Any]:
         "format": format_name,
         "scheme": reader.scheme.name,
         "blocks": config.num_layers,
-        "linears": config.num_layers * len(LINEARS),
+        "linears": len(config.linears),
         "codes_bytes": int(config.linear_parameters * reader.scheme.bits_per_weight / 8),
     }
 
@@ -95,13 +95,12 @@ def _open(model: str | Path) -> tuple[str, PackedReader]:
     reader = writer.read(folder)
     if not isinstance(reader, PackedReader):
         raise InputError(f"{folder}: codes of {writer.FORMAT} artifacts are not taken over", "give a checkpoint folder")
-    for layer in range(reader.config.num_layers):
-        for name in LINEARS:
-            if not reader.holds_integers(f"model.layers.{layer}.{name}"):
-                raise InputError(
-                    f"{folder}: model.layers.{layer}.{name} is not quantized, and a run holds codes of every linear",
-                    "quantize the full-precision model instead",
-                )
+    for name in reader.config.linears:
+        if not reader.holds_integers(name):
+            raise InputError(
+                f"{folder}: {name} is not quantized, and a run holds codes of every linear",
+                "quantize the full-precision model instead",
+            )
     for name, scheme in reader.exceptions.items():
         if name.startswith("model.layers.") and scheme != reader.scheme:
             raise InputError(
@@ -126,7 +125,6 @@ def _finish(work: Workdir, reader: PackedReader, model: str, format_name: str, k
     made = reader.raw.get("meta") or {}
     quantizer = made.get("quantizer") if isinstance(made, dict) else None
     recipe = {"method": ADOPTED, "format": format_name, "quantizer": quantizer, "scheme": scheme.name}
-    names = [f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS]
     manifest = {
         "schema": "phi4edge/quantize/1",
         "ok": True,
@@ -143,7 +141,7 @@ def _finish(work: Workdir, reader: PackedReader, model: str, format_name: str, k
             "tables": {},
             "allocation": None,
             "events": [],
-            "linears": [{"name": name, "method": ADOPTED} for name in names],
+            "linears": [{"name": name, "method": ADOPTED} for name in config.linears],
             "tuning": None,
             "files": {name: digest for record in work.records for name, digest in record["files"].items()},
         },

@@ -97,7 +97,7 @@ def check_budget(config: ModelConfig, mix: MixRecipe) -> None:
     """
     smallest = _fixed_bytes(config)
     for name, (rows, columns) in _matrices(config).items():
-        kinds = _candidates(mix, columns) if name not in _TABLES else _table_types(config)
+        kinds = _candidates(mix, rows, columns) if name not in _TABLES else _table_types(config)
         sizes = [_nbytes(kind, rows, columns) for kind in kinds]
         if not sizes:
             raise TargetError(f"{name}: no candidate fits rows of {columns} weights", "name others with --candidates")
@@ -114,17 +114,12 @@ def check_budget(config: ModelConfig, mix: MixRecipe) -> None:
 
 def _matrices(config: ModelConfig) -> dict[str, tuple[int, int]]:
     """Shapes of everything that gets a type: linears by name, "head", and "embedding" where it is not the head too."""
-    found = {
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(config.num_layers)
-        for name, shape in config.linear_shapes.items()
-    }
     roles = ("head",) if config.tie_word_embeddings else tuple(_TABLES)
-    return found | dict.fromkeys(roles, (config.vocab_size, config.hidden_size))
+    return config.linears | dict.fromkeys(roles, (config.vocab_size, config.hidden_size))
 
 
-def _candidates(mix: MixRecipe, columns: int) -> list[str]:
-    return [kind for kind in mix.candidates if packing_refusal(parse_scheme(kind), columns) is None]
+def _candidates(mix: MixRecipe, rows: int, columns: int) -> list[str]:
+    return [kind for kind in mix.candidates if packing_refusal(parse_scheme(kind), rows, columns) is None]
 
 
 def _table_types(config: ModelConfig) -> list[str]:
@@ -144,7 +139,7 @@ def _block_costs(job: Job, mix: MixRecipe, layer: int, sensitivity: dict[str, Te
         weight = job.source.tensor(f"{name}.weight")
         rows, columns = sensitivity[f"{name}.rows"], sensitivity[f"{name}.columns"]
         costs[name] = {}
-        for candidate in _candidates(mix, weight.shape[1]):
+        for candidate in _candidates(mix, *weight.shape):
             problem = Problem(name, weight, None, parse_scheme(candidate), columns)
             rounded = rtn.solve(problem, SolverOptions()).linear.dequantize()
             costs[name][candidate] = predicted_kld(weight - rounded, rows, columns)

@@ -92,9 +92,8 @@ def _bits_per_weight(job: Job) -> float:
     """Mean over the weights of all linears."""
     config = job.checkpoint.config
     bits = 0.0
-    for layer in range(config.num_layers):
-        for name, (rows, columns) in config.linear_shapes.items():
-            bits += rows * columns * job.scheme_of(f"model.layers.{layer}.{name}").bits_per_weight
+    for name, (rows, columns) in config.linears.items():
+        bits += rows * columns * job.scheme_of(name).bits_per_weight
     return bits / config.linear_parameters
 
 

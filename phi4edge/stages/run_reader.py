@@ -136,7 +136,7 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     config = checkpoint.config
     scheme = parse_scheme(manifest["scheme"])
     tuned = manifest.get("tuning") is not None
-    names = tuple(f"model.layers.{layer}.{name}" for layer in range(config.num_layers) for name in LINEARS)
+    names = tuple(config.linears)
 
     @lru_cache(maxsize=1)
     def load(name: str) -> QuantizedLinear:

@@ -38,7 +38,6 @@ from phi4edge.core.memory import format_bytes
 from phi4edge.core.recipe import CorpusRecipe
 from phi4edge.core.workdir import RUN_FILE, Workdir
 from phi4edge.measurement.reference import cache_folder
-from phi4edge.model.block import LINEARS
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer
 from phi4edge.quant.linear import QuantizedLinear
@@ -291,7 +290,7 @@ class _Author:
 def _rounded(checkpoint: CheckpointReader, scheme_name: str) -> QuantizedModel:
     """The model rounded to nearest without data, one linear at a time as a writer asks for it."""
     scheme = parse_scheme(scheme_name)
-    names = tuple(f"model.layers.{layer}.{name}" for layer in range(checkpoint.config.num_layers) for name in LINEARS)
+    names = tuple(checkpoint.config.linears)
 
     def load(name: str) -> QuantizedLinear:
         return rtn.solve(Problem(name, checkpoint.tensor(f"{name}.weight"), None, scheme), SolverOptions()).linear

@@ -157,7 +157,7 @@ class OnnxReader:
 
     def _check_linear(self, linear: str, out_features: int, in_features: int) -> None:
         scheme, where = self.scheme_of(linear), self.file.folder / MODEL
-        reason = packing_refusal(scheme, in_features)
+        reason = packing_refusal(scheme, out_features, in_features)
         if reason:
             raise InputError(f"{where}: {linear}: {reason}")
         block = scheme.group_size if scheme.group_size > 0 else in_features

@@ -12,9 +12,7 @@ __all__ = [
     "PackedReader",
     "Packing",
     "check_entry",
-    "first_refusal",
     "head_refusal",
-    "linear_shapes",
     "open_packed",
     "open_rest",
     "q8_0_head",
@@ -72,28 +70,6 @@ class FolderText:
     notes: str  # paragraph of the model card
     files: Mapping[str, Any] = field(default_factory=dict)  # further JSON files by name
     metadata: Mapping[str, str] = field(default_factory=lambda: {"format": "pt"})  # of the safetensors files
-
-
-def linear_shapes(config: ModelConfig) -> dict[str, tuple[int, int]]:
-    """Shape of every linear of the blocks, by name without ".weight", in model order."""
-    return {
-        f"model.layers.{layer}.{name}": shape
-        for layer in range(config.num_layers)
-        for name, shape in config.linear_shapes.items()
-    }
-
-
-def first_refusal(model: QuantizedModel, packing: Packing) -> str | None:
-    """Why ``model`` cannot be packed so, or None when it can: every linear, all on one scheme that fits."""
-    for name, (out_features, in_features) in linear_shapes(model.config).items():
-        reason = packing.refusal(model.scheme, out_features, in_features)
-        if reason:
-            return f"{name}: {reason}"
-        if model.scheme_of(name) != model.scheme:
-            return f"{name}: is {model.scheme_of(name).name}, others {model.scheme.name}; this writer holds one scheme"
-        if name not in model.linears:
-            return f"{name}: is not quantized, and loaders of the format expect every linear of a block to be"
-    return None
 
 
 def head_refusal(model: QuantizedModel, packing: Packing | None, options: WriteOptions) -> str | None:
@@ -327,7 +303,7 @@ def open_rest(folder: Path) -> CheckpointIndex:
         InputError: as :func:`phi4edge.checkpoint.index.open_index`.
     """
     index = open_index(folder, check=False)
-    places = tuple({f"{name.rpartition('.')[0]}." for name in linear_shapes(index.config)})
+    places = tuple({f"{name.rpartition('.')[0]}." for name in index.config.linears})
     kept = {name: ref for name, ref in index.tensors.items() if not name.startswith(places)}
     raw = {key: value for key, value in index.config.raw.items() if key not in _DECLARATIONS}
     return replace(index, config=replace(index.config, raw=raw), tensors=kept)

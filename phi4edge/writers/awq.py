@@ -22,11 +22,11 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.awq_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._awq_config import declares_awq, parse_quantization, quantization_config
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._packed_folder import (
     FolderText,
     PackedReader,
     Packing,
-    first_refusal,
     head_refusal,
     open_packed,
     write_packed,
@@ -43,7 +43,7 @@ _NOTES = (
 
 def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
     """Why ``model`` cannot become an AWQ checkpoint, or None when it can."""
-    return first_refusal(model, _PACKING) or head_refusal(model, None, options)
+    return linears_refusal(model, packing_refusal, one_scheme=True) or head_refusal(model, None, options)
 
 
 def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:

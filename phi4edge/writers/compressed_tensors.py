@@ -20,11 +20,11 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.compressed_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._compressed_config import declares_compressed, parse_quantization, quantization_config
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._packed_folder import (
     FolderText,
     PackedReader,
     Packing,
-    first_refusal,
     head_refusal,
     open_packed,
     write_packed,
@@ -45,7 +45,7 @@ _ASYMMETRIC = (
 
 def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
     """Why ``model`` cannot become such a folder, or None when it can."""
-    return first_refusal(model, _PACKING) or head_refusal(model, None, options)
+    return linears_refusal(model, packing_refusal, one_scheme=True) or head_refusal(model, None, options)
 
 
 def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:

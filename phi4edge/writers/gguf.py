@@ -45,6 +45,7 @@ from phi4edge.writers._gguf_reader import GgufReader, matches, read
 from phi4edge.writers._gguf_shards import plan_shards, shard_path, shard_paths, split_name, write_shard
 from phi4edge.writers._gguf_tensors import PLAIN, PlannedTensor, plan_tensors
 from phi4edge.writers._licence import licence_text
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._modelfile import modelfile
 
 FORMAT = "gguf"
@@ -82,19 +83,8 @@ def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
 
 
 def _shape_refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
-    reason = _model_refusal(model.config, options.tables(model))
-    if reason:
-        return reason
-    for name, shape in model.config.tensor_shapes().items():
-        linear = name.removesuffix(".weight")
-        if ".layers." not in name or len(shape) == 1:
-            continue
-        if linear not in model.linears:
-            return f"{linear}: is not quantized, and this writer stores every linear of a block from codes"
-        reason = packing_refusal(model.scheme_of(linear), shape[1])
-        if reason:
-            return f"{linear}: {reason}"
-    return None
+    tables = options.tables(model)
+    return _model_refusal(model.config, tables) or linears_refusal(model, packing_refusal, one_scheme=False)
 
 
 def _model_refusal(config: ModelConfig, tables: Mapping[str, str]) -> str | None:

@@ -29,11 +29,11 @@ from phi4edge.writers._gptq_config import (
     parse_quantization,
     quantization_config,
 )
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._packed_folder import (
     FolderText,
     PackedReader,
     Packing,
-    first_refusal,
     head_refusal,
     open_packed,
     write_packed,
@@ -64,7 +64,7 @@ def _packing(checkpoint_format: str) -> Packing:
 def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
     """Why ``model`` cannot become a GPTQ checkpoint, or None when it can."""
     packing = _packing("gptq")
-    return first_refusal(model, packing) or head_refusal(model, packing, options)
+    return linears_refusal(model, packing_refusal, one_scheme=True) or head_refusal(model, packing, options)
 
 
 def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:

@@ -26,13 +26,13 @@ from phi4edge.model.source import QuantizedModel
 from phi4edge.quant.mlx_packing import FIELDS, pack_linear, packed_layout, packing_refusal, unpack_linear
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.writers._api import Artifact, WriteOptions, check_held
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._mlx_config import HEAD, architecture_refusal, declares_mlx, mlx_config, parse_quantization
 from phi4edge.writers._packed_folder import (
     FolderText,
     PackedReader,
     Packing,
     head_refusal,
-    linear_shapes,
     open_packed,
     write_packed,
 )
@@ -55,13 +55,11 @@ _LONGROPE = (
 
 def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
     """Why ``model`` cannot become an MLX folder, or None when it can."""
-    for name, (out_features, in_features) in linear_shapes(model.config).items():
-        reason = packing_refusal(model.scheme_of(name), out_features, in_features)
-        if reason:
-            return f"{name}: {reason}"
-        if name not in model.linears:
-            return f"{name}: is not quantized, and this writer takes runs in which every linear of a block is"
-    return architecture_refusal(model.config) or head_refusal(model, _PACKING, options)
+    return (
+        linears_refusal(model, packing_refusal, one_scheme=False)
+        or architecture_refusal(model.config)
+        or head_refusal(model, _PACKING, options)
+    )
 
 
 def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:

@@ -27,6 +27,7 @@ from phi4edge.quant.matmulnbits_packing import packing_refusal
 from phi4edge.quant.scheme import GGML_SCHEMES
 from phi4edge.writers._api import Artifact, WriteOptions, check_held
 from phi4edge.writers._hf_folder import check_output, copy_side_files, model_card
+from phi4edge.writers._linears import linears_refusal
 from phi4edge.writers._onnx_config import default_context, genai_config, properties
 from phi4edge.writers._onnx_file import INSTALL, missing_package
 from phi4edge.writers._onnx_graph import build_model
@@ -42,20 +43,8 @@ _CACHE_STEP = 8  # channel pairs that GroupQueryAttention's kernel turns at a ti
 
 def refusal(model: QuantizedModel, options: WriteOptions) -> str | None:
     """Why ``model`` cannot become such a folder, or None when it can."""
-    config = model.config
-    reason = _model_refusal(config, options.tables(model))
-    if reason:
-        return reason
-    for name, shape in config.tensor_shapes().items():
-        linear = name.removesuffix(".weight")
-        if ".layers." not in name or len(shape) == 1:
-            continue
-        if linear not in model.linears:
-            return f"{linear}: is not quantized, and this writer stores every linear of a block from codes"
-        reason = packing_refusal(model.scheme_of(linear), shape[1])
-        if reason:
-            return f"{linear}: {reason}"
-    return None
+    tables = options.tables(model)
+    return _model_refusal(model.config, tables) or linears_refusal(model, packing_refusal, one_scheme=False)
 
 
 def _model_refusal(config: ModelConfig, tables: Mapping[str, str]) -> str | None:
