@@ -11,33 +11,18 @@ import llama_cpp
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from scripts import load_script
 from torch import Tensor
 
 from phi4edge.quant.ggml import BlockType
 
-_TO_FLOAT = ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)
-
-
-class _TypeTraits(ctypes.Structure):
-    """struct ggml_type_traits of ggml.h, up to the field that is needed."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", _TO_FLOAT),
-    )
+peer = load_script("benchmarks/peers/libggml.py")
 
 
 @cache
 def libggml() -> ctypes.CDLL:
-    """The libggml that llama.cpp computes with."""
-    folder = Path(llama_cpp.__file__).parent / "lib"
-    library = ctypes.CDLL(str(next(iter(sorted(folder.glob("libggml-base.*"))))))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
-    library.ggml_get_type_traits.argtypes = [ctypes.c_int]
+    """The libggml that llama.cpp computes with, its rounding declared too."""
+    library: ctypes.CDLL = peer.libggml()
     library.ggml_quantize_chunk.restype = ctypes.c_size_t
     library.ggml_quantize_chunk.argtypes = [
         ctypes.c_int, ctypes.c_void_p, ctypes.c_void_p, *[ctypes.c_int64] * 3, ctypes.c_void_p,
@@ -46,16 +31,14 @@ def libggml() -> ctypes.CDLL:
 
 
 def traits(kind: BlockType) -> Any:
-    return libggml().ggml_get_type_traits(kind.code).contents
+    return peer.traits(kind.code)
 
 
 def libggml_dequantize(kind: BlockType, packed: Tensor) -> Tensor:
     """What libggml reads from blocks uint8 [rows, bytes of a row]."""
     data = packed.contiguous().numpy()
-    count = data.size // kind.nbytes * kind.weights
-    out = np.empty(count, dtype=np.float32)
-    traits(kind).to_float(data.ctypes.data, out.ctypes.data, count)
-    return torch.from_numpy(out).reshape(packed.shape[0], -1)
+    values = peer.to_float(kind.code, data, data.size // kind.nbytes * kind.weights)
+    return torch.from_numpy(values).reshape(packed.shape[0], -1)
 
 
 def libggml_quantize(kind: BlockType, values: Tensor, imatrix: Tensor | None = None) -> Tensor:

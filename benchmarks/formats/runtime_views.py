@@ -4,9 +4,9 @@ from __future__ import annotations
 
 __all__ = ["VIEWS", "built_by_genai", "mlx_logits", "mlx_speed", "transformers_logits"]
 
-import ctypes
 import json
 import logging
+import sys
 import time
 from collections.abc import Callable
 from contextlib import redirect_stderr, redirect_stdout
@@ -19,6 +19,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "peers"))
+from libggml import to_float
 
 from phi4edge.runtimes._api import SpeedRequest
 from phi4edge.writers._gguf_names import gguf_name
@@ -35,33 +38,13 @@ _NODES = {  # in ONNX Runtime GenAI's names, which our writer keeps
 # llama.cpp
 
 
-class _TypeTraits(ctypes.Structure):
-    """struct ggml_type_traits of ggml.h, up to ``to_float``."""
-
-    _fields_ = (
-        ("type_name", ctypes.c_char_p),
-        ("blck_size", ctypes.c_int64),
-        ("blck_size_interleave", ctypes.c_int64),
-        ("type_size", ctypes.c_size_t),
-        ("is_quantized", ctypes.c_bool),
-        ("to_float", ctypes.CFUNCTYPE(None, ctypes.c_void_p, ctypes.c_void_p, ctypes.c_int64)),
-    )
-
-
 def in_libggml(artifact: Path, linear: str) -> Tensor:
     """gguf-py finds the tensor, libggml turns it into floats."""
-    import llama_cpp
-
-    library = ctypes.CDLL(str(next((Path(llama_cpp.__file__).parent / "lib").glob("libggml-base.*"))))
-    library.ggml_get_type_traits.restype = ctypes.POINTER(_TypeTraits)
     name = gguf_name(f"{linear}.weight")
     tensor = next(t for t in gguf.GGUFReader(artifact).tensors if t.name == name)
-    data = np.ascontiguousarray(tensor.data)
     columns, rows = (int(n) for n in tensor.shape)
-    out = np.empty((rows, columns), dtype=np.float32)
-    traits = library.ggml_get_type_traits(int(tensor.tensor_type)).contents
-    traits.to_float(data.ctypes.data, out.ctypes.data, out.size)
-    return torch.from_numpy(out)
+    values = to_float(int(tensor.tensor_type), np.ascontiguousarray(tensor.data), rows * columns)
+    return torch.from_numpy(values).reshape(rows, columns)
 
 
 # ONNX Runtime
