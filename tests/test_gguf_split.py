@@ -28,6 +28,7 @@ from phi4edge.stages.verify import verify
 from phi4edge.writers import gguf
 from phi4edge.writers._api import Artifact, WriteOptions
 from phi4edge.writers._gguf_file import read_gguf
+from phi4edge.writers._gguf_names import FACTORS
 from phi4edge.writers._gguf_shards import shard_path, split_name
 
 LIMIT = 52 * 1024  # makes four files of the model
@@ -155,13 +156,32 @@ def test_a_size_that_one_piece_exceeds_is_refused(checkpoint: Path, tmp_path: Pa
     assert not list(tmp_path.iterdir())
 
 
+def test_rope_factors_are_never_the_last_of_a_file_whatever_the_limit(checkpoint: Path, tmp_path: Path) -> None:
+    """llama.cpp reads half a head of them, also where fewer channels turn; behind a mapped file may be nothing."""
+    whole = gguf_py.GGUFReader(write(checkpoint, tmp_path / "whole.gguf", None).path)
+    assert [tensor.name for tensor in whole.tensors[:2]] == list(FACTORS.values())
+    embedding, keys = whole.tensors[2], whole.data_offset
+    alone = False
+    for limit in range(keys, keys + 2 * int(embedding.n_bytes), 256):  # from one that the keys all but fill
+        try:
+            made = write(checkpoint, tmp_path / f"m{limit}.gguf", limit)
+        except UsageError:
+            continue
+        for name in made.files:
+            tensors = gguf_py.GGUFReader(made.path.with_name(name)).tensors
+            last = max(tensors, key=lambda tensor: tensor.data_offset, default=None)
+            assert last is None or last.name not in FACTORS.values()
+            alone |= last is None
+    assert alone  # the first file had room for the factors, and not for the embedding behind them
+
+
 # --- all or none -------------------------------------------------------------------------------
 
 
 def test_an_interruption_in_the_last_file_leaves_nothing(checkpoint: Path, tmp_path: Path) -> None:
     class Interrupting(Progress):
         def status(self, text: str) -> None:
-            if text == "rope_factors_short.weight":  # the last tensor
+            if text == "output_norm.weight":  # the last tensor
                 assert [p.suffix for p in tmp_path.iterdir()] == [".partial"] * 4
                 raise KeyboardInterrupt
 

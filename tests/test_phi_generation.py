@@ -14,12 +14,12 @@ short text in a large context is computed with the long factors in llama.cpp, wh
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import onnxruntime_genai as og
 import pytest
 import torch
 from gguf_support import Llama
@@ -127,29 +127,17 @@ def test_the_rope_is_the_published_one(phi4: Model, mini: Model) -> None:
     assert json.dumps(ROPE["mini"]["rope_scaling"]["long_factor"]) == json.dumps(list(rope.long_factor or ()))
 
 
-# In a process of its own: llama.cpp computes in this one, and two such libraries are better kept apart.
-GENAI = """
-import json, sys
-import numpy as np
-import onnxruntime_genai as og
-
-folder, tokens, count, width = json.load(sys.stdin)
-params = og.GeneratorParams(model := og.Model(folder))
-params.set_search_options(max_length=len(tokens) + count + 1)
-generator, new, found = og.Generator(model, params), tokens, []
-for _ in range(count):
-    generator.append_tokens(np.array(new, dtype=np.int32))
-    new = [int(np.asarray(generator.get_logits()).reshape(-1, width)[-1].argmax())]
-    found += new
-print(json.dumps(found))
-"""
-
-
 def written_by_genai(folder: Path, length: int) -> list[int]:
     """The likeliest tokens by ONNX Runtime GenAI's logits behind a prompt, an end-of-text token like any other."""
-    request = json.dumps([str(folder), prompt(length), COUNT, SHAPE["vocab_size"]])
-    child = subprocess.run([sys.executable, "-c", GENAI], input=request, capture_output=True, text=True, check=True)
-    found: list[int] = json.loads(child.stdout.splitlines()[-1])
+    model = og.Model(str(folder))
+    params = og.GeneratorParams(model)
+    params.set_search_options(max_length=length + COUNT + 1)
+    generator = og.Generator(model, params)
+    new, found = prompt(length), []
+    for _ in range(COUNT):
+        generator.append_tokens(np.array(new, dtype=np.int32))
+        new = [int(np.asarray(generator.get_logits()).reshape(-1, SHAPE["vocab_size"])[-1].argmax())]
+        found += new
     return found
 
 

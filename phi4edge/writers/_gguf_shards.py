@@ -2,8 +2,9 @@
 
 Names and layout are llama.cpp's (tools/gguf-split, llama_split_path): ``NAME-00001-of-0000N.gguf``; every file says
 ``split.no`` (from 0), ``split.count`` and ``split.tensors.count`` (of the whole model), and only the first has the
-other keys. Tensors keep their order. gguf-split counts tensors against the size that was asked for; here the whole
-file counts, since what sets such a limit is most often a file system or an upload.
+other keys. Tensors keep their order, and rope factors are never a file's last ones, because llama.cpp reads past their
+end (:func:`phi4edge.writers._gguf_tensors.plan_tensors`). gguf-split counts tensors against the size that was asked
+for; here the whole file counts, since what sets such a limit is most often a file system or an upload.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from phi4edge.core.errors import UsageError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import HashedFile
 from phi4edge.core.memory import format_bytes
+from phi4edge.writers._gguf_names import FACTORS
 from phi4edge.writers._gguf_tensors import PlannedTensor
 
 ALIGNMENT = gguf.GGUF_DEFAULT_ALIGNMENT
@@ -91,12 +93,14 @@ def plan_shards(writer: gguf.GGUFWriter, tensors: Sequence[PlannedTensor], most:
     for tensor in tensors:
         entry, nbytes = _entry_bytes(tensor), _padded(tensor.nbytes)
         if _padded(names + entry) + data + nbytes > most:
-            parts.append([])
-            names, data = few_keys, 0
-            if _padded(names + entry) + nbytes > most:
+            factors = _taken_off(parts[-1])
+            parts.append(factors)
+            names = few_keys + sum(_entry_bytes(factor) for factor in factors)
+            data = sum(_padded(factor.nbytes) for factor in factors)
+            if _padded(names + entry) + data + nbytes > most:
                 raise UsageError(
                     f"{tensor.name} alone takes {format_bytes(nbytes)}, more than --split-size {format_bytes(most)}",
-                    f"a tensor is never divided: give at least {_padded(names + entry) + nbytes} bytes",
+                    f"a tensor is never divided: give at least {_padded(names + entry) + data + nbytes} bytes",
                 )
         parts[-1].append(tensor)
         names, data = names + entry, data + nbytes
@@ -109,6 +113,14 @@ def plan_shards(writer: gguf.GGUFWriter, tensors: Sequence[PlannedTensor], most:
         shards.append(Shard(_header(each, part), tuple(part)))
     assert all(shard.nbytes <= most for shard in shards)
     return shards
+
+
+def _taken_off(part: list[PlannedTensor]) -> list[PlannedTensor]:
+    """The rope factors that ``part`` ends with; they go with the tensor that follows them."""
+    taken: list[PlannedTensor] = []
+    while part and part[-1].name in FACTORS.values():
+        taken.insert(0, part.pop())
+    return taken
 
 
 def _add_split(writer: gguf.GGUFWriter, number: int, count: int, tensors: int) -> None:

@@ -38,7 +38,11 @@ class PlannedTensor:
 def plan_tensors(
     source: WeightSource, types: Mapping[str, str], model: QuantizedModel | None, kind: BlockType
 ) -> list[PlannedTensor]:
-    """Every tensor in model order from ``source``; matrices of the blocks from ``model``'s codes, or in ``kind``.
+    """Rope factors, then every tensor in model order from ``source``; matrices of the blocks from ``model``'s codes,
+    or in ``kind``.
+
+    llama.cpp reads factors for a whole head, also where fewer channels turn, as in Phi-4-mini: past the tensor's end.
+    At the end of a mapped file that can be the end of the process, so they stand first, as its own converter has them.
 
     ``types`` of "head" and "embedding"; a tied one is the head.
     """
@@ -46,6 +50,10 @@ def plan_tensors(
     embedding = types["head" if config.tie_word_embeddings else "embedding"]
     tables = {"lm_head.weight": types["head"], "model.embed_tokens.weight": embedding}
     plan = []
+    for field, place in FACTORS.items():
+        factors = getattr(config.rope, field)
+        if factors is not None:
+            plan.append(PlannedTensor(place, BLOCK_TYPES["f32"], (len(factors),), _constant(factors)))
     for name, shape in config.tensor_shapes().items():
         target = gguf_name(name)
         assert target is not None, f"{name} has no place in a GGUF"
@@ -57,10 +65,6 @@ def plan_tensors(
         else:
             stored = BLOCK_TYPES["f32"] if len(shape) == 1 else BLOCK_TYPES[tables[name]] if name in tables else kind
             plan.append(PlannedTensor(target, stored, shape, _rounded(source, name, shape, stored)))
-    for field, target in FACTORS.items():
-        factors = getattr(config.rope, field)
-        if factors is not None:
-            plan.append(PlannedTensor(target, BLOCK_TYPES["f32"], (len(factors),), _constant(factors)))
     return plan
 
 
