@@ -137,10 +137,7 @@ def _serve(
                 continue
             assert engine is not None
             if request["op"] == "logits":
-                for part in engine.logits(request["tokens"], request["first"]):
-                    _answer(answers, {"nbytes": part.nbytes})
-                    answers.write(part.data)
-                answers.flush()
+                _send_logits(answers, engine, request["tokens"], request["first"])
             elif request["op"] == "generate":
                 _answer(answers, {"token": engine.feed(request["tokens"], fresh=request["fresh"])})
             elif request["op"] == "speed":
@@ -151,6 +148,20 @@ def _serve(
                 _answer(answers, more(engine, request))
         except WorkerError as error:
             _answer(answers, {"kind": error.kind, "message": str(error)}, ok=False)
+
+
+def _send_logits(answers: BinaryIO, engine: Engine, tokens: list[int], first: int) -> None:
+    """As many rows as the other side waits for, or an error: it would wait for ever, or take rows for an answer."""
+    left = len(tokens) - first
+    for part in engine.logits(tokens, first):
+        left -= len(part)
+        if left < 0:
+            break
+        _answer(answers, {"nbytes": part.nbytes})
+        answers.write(part.data)
+    if left:
+        raise WorkerError("runtime", f"the runtime gave {abs(left)} rows of logits too {'few' if left > 0 else 'many'}")
+    answers.flush()
 
 
 def _import(prepare: Callable[[], None]) -> None:
