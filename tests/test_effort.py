@@ -27,6 +27,7 @@ def test_default_refines_and_aims_at_full_precision_and_high_tunes_too() -> None
     assert low.tuning is default.tuning is None
     assert high.tuning is not None
     assert high.tuning.code_rate == 0
+    assert (low.rotation, default.rotation, high.rotation) == ("none", "none", "auto")
     assert solving_recipe({}, CORPUS) == default
 
 

@@ -16,12 +16,12 @@ from torch import Tensor
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.commands.quantize import command
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe, solving_recipe
 from phi4edge.core.workdir import JOURNAL
 from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import WeightSource
 from phi4edge.stages import export
-from phi4edge.stages.quantize import quantize
+from phi4edge.stages.quantize import plan, quantize
 from phi4edge.stages.run_reader import open_run
 from phi4edge.stages.verify import verify
 from phi4edge.transforms.rotation import Rotated, orthogonal, rotated
@@ -154,3 +154,14 @@ def test_rotation_goes_with_a_mix_of_types_scaled_inputs_and_tuning(tmp_path: Pa
     assert verify(tmp_path / "model.gguf", tmp_path / "run").linears == 8
     exact = logits(open_checkpoint(folder))
     assert relative(logits(export.reader_of(tmp_path / "model.gguf")), exact) < 0.3
+
+
+def test_high_effort_rotates_both_where_the_head_is_a_matrix_of_its_own_and_nothing_where_it_is_tied(
+    phi4_checkpoint: Path, mini_checkpoint: Path
+) -> None:
+    recipe = solving_recipe({"effort": "high"}, CorpusRecipe(samples=64))
+    assert recipe.rotation == "auto"
+    assert plan(phi4_checkpoint, recipe)["recipe"]["rotation"] == "residual+heads"
+    assert plan(mini_checkpoint, recipe)["recipe"]["rotation"] == "none"
+    kept = solving_recipe({"effort": "high", "rotation": "none"}, CorpusRecipe(samples=64))
+    assert plan(phi4_checkpoint, kept)["recipe"]["rotation"] == "none"

@@ -121,9 +121,8 @@ _OPTIONS = (
     click.option(
         "--rotation",
         type=click.Choice(ROTATIONS),
-        default=Recipe.rotation,
-        show_default=True,
-        help="Rotate the residual stream, the value heads or both, folded into the weights.",
+        help="Rotate the residual stream, the value heads or both, folded into the weights; auto: both, if the head is "
+        "not tied.  [default by effort: low and default none, high auto]",
     ),
     click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation."),
     click.option(

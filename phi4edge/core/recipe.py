@@ -13,7 +13,7 @@ from typing import Any
 
 from phi4edge.core.errors import UsageError
 
-ROTATIONS = ("none", "residual", "heads", "residual+heads")
+ROTATIONS = ("none", "residual", "heads", "residual+heads", "auto")  # auto: residual+heads where that can be folded
 
 
 @dataclass(frozen=True)
@@ -183,10 +183,10 @@ class Recipe:
 
 
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
-EFFORTS: dict[str, dict[str, float]] = {
+EFFORTS: dict[str, dict[str, Any]] = {
     "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0, "tune_passes": 0.0},
     "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "tune_passes": 0.0},
-    "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "tune_passes": 2.0},
+    "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 2.0},
 }
 _FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
 _TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}

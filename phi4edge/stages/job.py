@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["Job", "prepare"]
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -22,7 +22,7 @@ from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.selftext import SelfText, load_corpus_of
-from phi4edge.transforms.rotation import rotated
+from phi4edge.transforms.rotation import foldable, rotated
 from phi4edge.writers._imatrix import Imatrix, read_imatrix
 
 
@@ -70,6 +70,7 @@ def prepare(
         scheme.groups(columns, f"model.layers.0.{name}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
+    recipe = replace(recipe, rotation=foldable(recipe.rotation, config))
     source = rotated(checkpoint, recipe.rotation, recipe.rotation_seed)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)

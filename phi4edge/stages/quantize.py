@@ -70,7 +70,7 @@ def quantize(
     job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
-    inputs = {"kind": "quantize", "recipe": recipe.as_dict(), **shared}
+    inputs = {"kind": "quantize", "recipe": job.recipe.as_dict(), **shared}
     with Workdir.open(out, inputs, restart=restart) as work:
         note_location(checkpoint.index, out, hashes)
         manifest = finished_manifest(work, checkpoint.config.num_layers)
@@ -105,7 +105,7 @@ def plan(
     config = job.checkpoint.config
     return {
         "model": job.checkpoint.index.name,
-        "recipe": recipe.as_dict(),
+        "recipe": job.recipe.as_dict(),
         "blocks": config.num_layers,
         "linears": config.num_layers * len(LINEARS),
         "codes_bytes": int(config.linear_parameters * job.scheme.bits_per_weight / 8),

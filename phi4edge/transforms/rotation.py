@@ -17,7 +17,7 @@ bits of SHAKE-256, so that a run's rotation is the same wherever and with whatev
 
 from __future__ import annotations
 
-__all__ = ["Orthogonal", "Rotated", "orthogonal", "rotated"]
+__all__ = ["Orthogonal", "Rotated", "foldable", "orthogonal", "rotated"]
 
 import hashlib
 import math
@@ -119,7 +119,7 @@ class Rotated:
     """A source of weights whose residual stream, or whose value heads, are rotated; same shapes, same function."""
 
     source: WeightSource
-    rotation: str  # one of phi4edge.core.recipe.ROTATIONS, not "none"
+    rotation: str  # one of phi4edge.core.recipe.ROTATIONS, not "none" or "auto"
     seed: int
 
     @property
@@ -168,6 +168,13 @@ class Rotated:
         turned = W.clone()
         turned[value_rows(c)] = turn(values).reshape(W.shape[1], -1).T
         return turned
+
+
+def foldable(rotation: str, config: ModelConfig) -> str:
+    """``rotation`` with "auto" decided for a model: both where the head is a matrix of its own, else none."""
+    if rotation != "auto":
+        return rotation
+    return "none" if config.tie_word_embeddings else "residual+heads"
 
 
 def rotated(source: WeightSource, rotation: str, seed: int) -> WeightSource:
