@@ -6,11 +6,12 @@ __all__ = ["HashedFile", "sha256_bytes", "sha256_file", "sha256_json"]
 
 import hashlib
 import json
+import os
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
 
-_WORTH_A_THREAD = 1 << 20  # bytes
+_LARGE = 1 << 20  # bytes
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -33,7 +34,8 @@ def sha256_json(document: Any) -> str:
 class HashedFile:
     """A file that is written from its start to its end, and hashed on the way: nothing need be read again.
 
-    Large pieces are hashed in a thread while they are written.
+    Large pieces are hashed in a thread while they are written, and are on their way to the disk from then on, where the
+    system can be told so: it would keep them back, and the fsync at the end would wait for all of them.
     """
 
     def __init__(self, file: BinaryIO) -> None:
@@ -42,7 +44,8 @@ class HashedFile:
 
     def write(self, data: bytes | memoryview) -> None:
         """Append ``data``."""
-        if len(data) < _WORTH_A_THREAD:
+        nbytes = data.nbytes if isinstance(data, memoryview) else len(data)
+        if nbytes < _LARGE:
             self._hash.update(data)
             self._file.write(data)
         else:
@@ -52,7 +55,9 @@ class HashedFile:
                 self._file.write(data)
             finally:
                 hashing.join()
-        self._position += len(data) if isinstance(data, bytes) else data.nbytes
+            if hasattr(os, "posix_fadvise"):  # of dirty pages, Linux begins to write them back
+                os.posix_fadvise(self._file.fileno(), self._position, nbytes, os.POSIX_FADV_DONTNEED)
+        self._position += nbytes
 
     @property
     def position(self) -> int:

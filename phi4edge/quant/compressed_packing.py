@@ -76,8 +76,8 @@ def pack_linear(linear: QuantizedLinear) -> dict[str, Tensor]:
     if scales.dtype != torch.float16:
         raise InputError(f"{linear.name}: scales are {scales.dtype}, this format's are float16")
     packed = {
-        "weight_packed": pack_words(linear.codes, scheme.bits),
-        "weight_shape": torch.tensor(linear.codes.shape, dtype=torch.int64),
+        "weight_packed": linear.words(),
+        "weight_shape": torch.tensor([linear.out_features, linear.in_features], dtype=torch.int64),
         "weight_scale": scales.contiguous(),
     }
     if not scheme.symmetric:

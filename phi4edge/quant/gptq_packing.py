@@ -91,7 +91,7 @@ def pack_linear(linear: QuantizedLinear, zero_offset: int) -> dict[str, Tensor]:
             f"{linear.name}: zero points from {low} to {high}, the format stores {zero_offset} to {highest}"
         )
     return {
-        "qweight": pack_words(linear.codes, scheme.bits).t().contiguous(),
+        "qweight": linear.words().t().contiguous(),
         "qzeros": pack_words((zeros.to(torch.uint8) - zero_offset).t().contiguous(), scheme.bits),
         "scales": scales.t().contiguous(),
         "g_idx": _group_index(scheme, linear.in_features),

@@ -75,7 +75,7 @@ def pack_linear(linear: QuantizedLinear) -> dict[str, Tensor]:
     if scales.dtype != torch.float16:
         raise InputError(f"{linear.name}: scales are {scales.dtype}, a run has float16")
     shape = packed_layout(scheme, linear.out_features, linear.in_features)["qweight"][1]
-    packed = {"qweight": _pack(linear.codes, scheme.bits).reshape(shape), "scales": scales.float().reshape(-1)}
+    packed = {"qweight": linear.packed().contiguous().reshape(shape), "scales": scales.float().reshape(-1)}
     if not scheme.symmetric:
         packed["zeros"] = _pack(_even(linear.params["zeros"], scheme.bits), scheme.bits).reshape(-1)
     return packed

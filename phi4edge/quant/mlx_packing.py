@@ -18,7 +18,7 @@ Every grid here gives b without another rounding, or is refused:
 - affine with zero points: b = −s·z has up to 19 significant bits, so scales and biases are both float32. A group of
   scale 0 would lose its zero point, and is refused unless that is 0, as solvers leave it.
 
-5 and 6 bits (:func:`~phi4edge.quant.packing.pack_words`) lie across words, eight codes to five or six bytes.
+5 and 6 bits (:func:`~phi4edge.quant.packing.pack_bytes`) lie across words, eight codes to five or six bytes.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import pack_words, unpack_words
+from phi4edge.quant.packing import unpack_words
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("weight", "scales", "biases")
@@ -97,7 +97,7 @@ def pack_linear(linear: QuantizedLinear) -> dict[str, Tensor]:
     else:
         biases = linear.params["mins"]
     return {
-        "weight": pack_words(linear.codes, scheme.bits).view(torch.uint32),
+        "weight": linear.words().view(torch.uint32),
         "scales": scales.contiguous(),
         "biases": biases.contiguous(),
     }

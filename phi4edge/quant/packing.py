@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["pack_nibbles", "pack_words", "unpack_nibbles", "unpack_words"]
+__all__ = ["as_words", "pack_bytes", "pack_nibbles", "pack_words", "unpack_nibbles", "unpack_words"]
 
 import sys
 
@@ -28,18 +28,25 @@ def unpack_nibbles(packed: Tensor) -> Tensor:
     return (pairs | (pairs << 4)).bitwise_and_(0x0F0F).view(torch.uint8).reshape(*packed.shape[:-1], -1)
 
 
-def pack_words(codes: Tensor, bits: int) -> Tensor:
-    """Codes [..., n] uint8 to words [..., n·bits/32] int32 along the last axis, the first lowest.
+def pack_bytes(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] uint8 to bytes [..., n·bits/8] uint8 along the last axis, the first in the lowest bits.
 
-    n·bits is a multiple of 32. Of 5 or 6 bits, a code may lie across two words: the words are one stream of bits.
+    n·bits is a multiple of 8, of 64 with 5 or 6 bits, where a code may lie across two bytes, all one stream.
     """
     if bits == 8:
-        packed = codes
-    elif bits == 4:
-        packed = pack_nibbles(codes)
-    else:
-        packed = _pack_stream(codes, bits)
-    return packed.reshape(-1).view(torch.int32).reshape(*codes.shape[:-1], -1)  # flat: strides of a lone row may be odd
+        return codes
+    return pack_nibbles(codes) if bits == 4 else _pack_stream(codes, bits)
+
+
+def as_words(packed: Tensor) -> Tensor:
+    """Bytes [..., m] uint8, m a multiple of 4, as words [..., m/4] int32, the first byte lowest."""
+    flat = packed.reshape(-1)  # strides of a lone row may be odd, and so may a view's beginning
+    return (flat.clone() if flat.storage_offset() % 4 else flat).view(torch.int32).reshape(*packed.shape[:-1], -1)
+
+
+def pack_words(codes: Tensor, bits: int) -> Tensor:
+    """Codes [..., n] uint8 to words [..., n·bits/32] int32 as :func:`pack_bytes` orders them; n·bits divides by 32."""
+    return as_words(pack_bytes(codes, bits))
 
 
 def unpack_words(words: Tensor, bits: int) -> Tensor:
