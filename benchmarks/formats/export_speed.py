@@ -7,8 +7,8 @@ kept under build/export-speed. Then, again and again in turn, so that a busy mac
 
 - export: `phi4edge export` of the run to a GGUF (Q4_0, tables Q8_0) and to a GPTQ folder, each in a process of its own
   on one core, from the call to the last fsync; interpreter and imports are not counted, reading the codes is;
-- packing alone: what the run holds (4-bit codes two to a byte) and the tables, packed into the same bytes, everything in
-  RAM, one core;
+- packing alone: what the run holds (4-bit codes two to a byte) and the tables, packed into the same bytes, all in RAM,
+  one core;
 - disk alone: as many bytes as the artifact has, written from RAM in pieces of 4 MiB and fsynced, on the same disk.
 
 All are MB/s of the artifact's size (10^6 bytes), the median of the rounds; the ratios are those of the medians. Where

@@ -31,7 +31,7 @@ from torch import Tensor
 
 from phi4edge.core.memory import peak_rss_bytes
 from phi4edge.quant.grid import Params, grid_for
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import SolverOptions
@@ -126,15 +126,15 @@ def our_loop(W: Tensor, H: Tensor, M: Tensor, order: Tensor, params: Params) -> 
         partial(
             gptq._loop,
             grid,
-            W[r : r + OPTIONS.rows],
+            W[piece],
             groups,
             n // groups,
             H.diagonal().clone(),
             M,
             order,
-            {field: values[r : r + OPTIONS.rows] for field, values in params.items()},
+            {field: values[piece] for field, values in params.items()},
         )
-        for r in range(0, W.shape[0], OPTIONS.rows)
+        for piece in row_pieces(*W.shape)
     ]
     return torch.cat([codes for codes, _ in run_parallel(pieces)])
 

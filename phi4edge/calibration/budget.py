@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["SOLVER_ROWS", "TUNING_LOGIT_BYTES", "TUNING_PIECE_TOKENS", "MemoryPlan", "plan_memory"]
+__all__ = ["TUNING_LOGIT_BYTES", "TUNING_PIECE_TOKENS", "MemoryPlan", "plan_memory"]
 
 import os
 from dataclasses import dataclass
@@ -11,9 +11,9 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
 from phi4edge.core.recipe import Recipe, TuningRecipe
+from phi4edge.quant.parallel import row_pieces
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
-SOLVER_ROWS = 1536  # rows of a weight matrix that a core solves together
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
 TUNING_LOGIT_BYTES = 96 * 2**20  # of one model's logits at a time
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
@@ -57,7 +57,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     # the weight is shifted, and H scaled, where its inputs are; then originals and errors of the rows in work.
     streams = 2 if recipe.full_precision_targets else 1
     cores = os.cpu_count() or 1
-    pieces = max(min(cores, -(-out // SOLVER_ROWS)) * min(out, SOLVER_ROWS) * columns * 13 for out, columns in shapes)
+    split = [(row_pieces(out, columns), columns) for out, columns in shapes]
+    pieces = max(min(cores, len(found)) * found[0].stop * columns * 13 for found, columns in split)
     hessian = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
     squares = 4 if recipe.full_precision_targets or recipe.scales_inputs else 3
     solving = (squares * widest * widest * 4 if hessian else 0) + pieces

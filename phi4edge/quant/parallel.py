@@ -7,7 +7,7 @@ computes on one core. What comes out does not depend on how many there are.
 
 from __future__ import annotations
 
-__all__ = ["run_parallel"]
+__all__ = ["row_pieces", "run_parallel"]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +16,22 @@ from typing import TypeVar
 import torch
 
 T = TypeVar("T")
+_MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 1024, 2**25  # in a piece
+
+
+def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
+    """The rows of a matrix [rows, columns] in one piece, or an even number of about one size, at most ``most`` in each.
+
+    As few as RAM makes bearable, since every piece walks over all columns, and a step of a walk holds Python's lock as
+    long for a thousand rows as for four. They depend on the shape alone, so what is computed does not on the machine.
+    """
+    if most is None and rows <= _FEWEST_ROWS:
+        most = rows
+    elif most is None:
+        most = max(_FEWEST_ROWS, min(_MOST_ROWS, _WEIGHTS // columns))
+        pairs = -(-rows // (2 * most))
+        most = -(-rows // (2 * pairs))
+    return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
 
 
 def run_parallel(pieces: Sequence[Callable[[], T]]) -> list[T]:

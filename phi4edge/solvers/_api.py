@@ -39,7 +39,7 @@ class SolverOptions:
 
     damp_percent: float = 0.01  # of the mean of diag H, added to the diagonal
     act_order: bool = False  # most excited columns first, groups fixed beforehand (static groups)
-    rows: int = 1536  # rows of W solved together, on one core; codes do not depend on how many cores there are
+    rows: int | None = None  # of W solved together, on one core; None: see phi4edge.quant.parallel.row_pieces
     refit: bool = False  # least squares for the steps, given the codes
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
     group_aware: bool = False  # most excited groups first, and columns inside each; not with act_order

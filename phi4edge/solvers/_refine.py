@@ -35,7 +35,7 @@ from torch import Tensor
 
 from phi4edge.quant.grid import Grid, grid_for, reciprocal
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
@@ -63,13 +63,13 @@ def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solu
         partial(
             _refine_rows,
             grid,
-            problem.weight[start : start + options.rows],
-            linear.rows(start, start + options.rows),
+            problem.weight[piece],
+            linear.rows(piece.start, piece.stop),
             H,
             damp,
             options,
         )
-        for start in range(0, linear.out_features, options.rows)
+        for piece in row_pieces(linear.out_features, linear.in_features, options.rows)
     ]
     parts = run_parallel(pieces)
     codes = torch.cat([part.codes for part in parts])

@@ -44,7 +44,7 @@ from phi4edge.core.errors import Phi4EdgeError
 from phi4edge.core.events import Event
 from phi4edge.quant.grid import Grid, NestedGrid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
@@ -52,7 +52,7 @@ from phi4edge.solvers._loss import layer_loss
 NEEDS_HESSIAN = True
 _FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
 _BLOCK = 128  # columns between two products with those finished since
-_SUB = 32  # columns between two products inside a block
+_SUB = 16  # columns between two products inside a block
 _FACTOR_BLOCK = 384  # columns of R made together
 _MAX_DAMP = 1.0
 
@@ -74,8 +74,8 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     M, damp, events = _factor(H, order, options.damp_percent, problem.name)
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_solve_rows, grid, W[start : start + options.rows], groups, unit, diagonal, M, order, static)
-        for start in range(0, W.shape[0], options.rows)
+        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, M, order, static)
+        for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = run_parallel(pieces)
     codes = torch.cat([codes for codes, _ in parts])
@@ -176,6 +176,11 @@ def _loop(
     found: dict[int, Params] = {}  # by first column
     steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of each group
     q = torch.empty(rows, device=W.device)
+    rows_of_original, rows_of_E, rows_of_Q = (
+        original.unbind(),
+        E.unbind(),
+        Q.unbind(),
+    )  # an index costs as much as a sum
     if fixed is not None:
         found[0] = fixed
         steps = dict(enumerate(_steps(grid, fixed)))
@@ -208,14 +213,15 @@ def _loop(
                     index, h = (place - block_place) // size, diagonal[place : place + size]
                     found[block_place] = search_again(grid, found[block_place], index, values, h)
                 steps |= enumerate(_steps(grid, found[block_place]), block_place // size)
-            for i in range(first, last):
+            here, triangle = work[first - start : last - start], M[first:last, first:last].unbind()
+            for i, w in enumerate(here.unbind(), first):
                 a, b, divisor = steps[columns[i] // size]
                 # Grid.encode, in place and with its divisor made once a group: this is where small layers spend time.
-                torch.sub(work[i - start], b, out=q).div_(divisor).round_().clamp_(grid.low, grid.high)
-                Q[columns[i]] = q
-                torch.sub(original[i], q.mul_(a).add_(b), out=E[i])
+                torch.sub(w, b, out=q).div_(divisor).round_().clamp_(grid.low, grid.high)
+                rows_of_Q[columns[i]].copy_(q)
+                e = torch.sub(rows_of_original[i], q.mul_(a).add_(b), out=rows_of_E[i])
                 if i + 1 < last:
-                    work[i + 1 - start : last - start].addr_(M[i, i + 1 : last], E[i])
+                    here[i + 1 - first :].addr_(triangle[i - first][i + 1 - first :], e)
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}

@@ -14,7 +14,7 @@ import torch
 
 from phi4edge.quant.grid import Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.search import search
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
@@ -34,13 +34,13 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     grid = grid_for(problem.scheme)
     importance = None if h is None else h.reshape(groups, -1)
 
-    def solve_rows(start: int) -> tuple[torch.Tensor, Params]:
-        part = W[start : start + options.rows].reshape(-1, groups, columns // groups)
+    def solve_rows(piece: slice) -> tuple[torch.Tensor, Params]:
+        part = W[piece].reshape(-1, groups, columns // groups)
         params = search(grid, part, importance)
         a, b = grid.steps(params)
         return grid.encode(part, a[:, :, None], b[:, :, None]).reshape(-1, columns).to(torch.uint8), params
 
-    parts = run_parallel([partial(solve_rows, start) for start in range(0, rows, options.rows)])
+    parts = run_parallel([partial(solve_rows, piece) for piece in row_pieces(rows, columns, options.rows)])
     codes = torch.cat([found for found, _ in parts])
     params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)

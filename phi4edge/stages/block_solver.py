@@ -17,7 +17,6 @@ from typing import Any
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass
-from phi4edge.calibration.budget import SOLVER_ROWS
 from phi4edge.calibration.statistics import InputMoments, LayerStats
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, rss_bytes
@@ -67,10 +66,9 @@ class BlockSolver:
         self._options = SolverOptions(
             self._recipe.damp_percent,
             self._recipe.act_order,
-            SOLVER_ROWS,
-            self._recipe.refit,
-            self._recipe.sweeps,
-            self._recipe.group_aware,
+            refit=self._recipe.refit,
+            sweeps=self._recipe.sweeps,
+            group_aware=self._recipe.group_aware,
         )
 
     def solve(self, block: Block, layer: int) -> SolvedBlock:
