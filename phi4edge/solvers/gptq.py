@@ -108,7 +108,7 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
         events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
     asked = damp
     while True:
-        R = H.clone() if order is None else H.index_select(0, order).index_select(1, order)
+        R = H.clone() if order is None else _ordered(H, order)
         R.diagonal().add_(damp * mean if mean > 0 else 1.0)
         if _factor_upper(R):
             break
@@ -119,6 +119,17 @@ def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Te
         detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
         events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
     return R.div_(R.diagonal().clone()[None, :]), damp, tuple(events)
+
+
+def _ordered(H: Tensor, order: Tensor) -> Tensor:
+    """H[order][:, order], some rows at a time on each core, with no second copy of the whole on the way."""
+    R = torch.empty_like(H)
+
+    def copy(rows: slice) -> None:
+        torch.index_select(H.index_select(0, order[rows]), 1, order, out=R[rows])
+
+    run_parallel([partial(copy, rows) for rows in row_pieces(H.shape[0], H.shape[1], _FACTOR_BLOCK)])
+    return R
 
 
 def _factor_upper(H: Tensor) -> bool:
