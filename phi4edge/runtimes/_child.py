@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -48,6 +49,7 @@ class ChildSession:
 
     def __init__(self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any]) -> None:
         self.artifact, self._kind = artifact, child
+        self._ahead: tuple[object, int] | None = None  # whose rows the child is making beforehand, and how many
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  the child's stderr, read when it dies
         self._child = subprocess.Popen(
             [sys.executable, "-m", child.module],
@@ -81,19 +83,36 @@ class ChildSession:
         self._details |= more
 
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = SILENT) -> Iterator[Logits]:
-        """See :class:`phi4edge.runtimes._api.Session`; the KV cache is cleared before every row."""
+        """See :class:`phi4edge.runtimes._api.Session`; the KV cache is cleared before every row.
+
+        The child is at work on the next row of ``tokens`` while the caller has the logits of one.
+        """
         progress.start(self._kind.title, tokens.shape[0], "chunk")
-        for row in tokens:
-            self._send({"op": "logits", "tokens": row.tolist(), "first": first})
-            out = np.empty((len(row) - first, self._vocab_size), dtype="<f4")
-            view, done = out.reshape(-1).view(np.uint8).data, 0
-            while done < len(view):
-                nbytes = self._receive()["nbytes"]
-                self._fill(view[done : done + nbytes])
-                done += nbytes
+        own, rows = object(), tokens.shape[1] - first
+        for number, row in enumerate(tokens):
+            if self._ahead is None or self._ahead[0] is not own:
+                self._ask(row, first)
+            self._ahead = None
+            out = self._rows(rows)
+            for following in tokens[number + 1 : number + 2]:
+                self._ask(following, first)
+                self._ahead = own, rows
             yield out
             progress.advance()
         progress.finish()
+
+    def _ask(self, row: NDArray[np.int64], first: int) -> None:
+        self._send({"op": "logits", "tokens": row.tolist(), "first": first})
+
+    def _rows(self, rows: int) -> Logits:
+        """The answer to :meth:`_ask`, [rows, vocab]."""
+        out = np.empty((rows, self._vocab_size), dtype="<f4")
+        view, done = out.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            nbytes = self._receive()["nbytes"]
+            self._fill(view[done : done + nbytes])
+            done += nbytes
+        return out
 
     def generate(self, tokens: list[int]) -> Iterator[int]:
         """See :class:`phi4edge.runtimes._api.Session`; a token is one request, a small share of what it costs."""
@@ -122,6 +141,10 @@ class ChildSession:
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._child.stdin is not None
+        if self._ahead is not None:  # nobody has taken that answer, and this one's would be mistaken for it
+            (_, rows), self._ahead = self._ahead, None
+            with suppress(Phi4EdgeError):  # a child that died over it says so now
+                self._rows(rows)
         try:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
