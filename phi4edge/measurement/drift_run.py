@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CHUNKS",
     "check_artifact",
     "measure_domains",
     "measure_drift",
