@@ -8,9 +8,9 @@
     any other   NAME.jsonl of questions with choices: the one with the largest log-likelihood is the answer
 
 Without worked examples a chat model is asked for the form that is read, and a base model gets the question alone, for
-humaneval the beginning of the function. With them (``Shots``) nothing is asked for: the examples show the form. They are
-as their file has them, "Question: …\\nAnswer: …" each, which for gsm8k is what lm-evaluation-harness's own task says; in
-a chat they are turns.
+humaneval the beginning of the function. With them (``Shots``) nothing is asked for: the examples show the form. They
+stand as their file has them, behind "Question: " and "Answer:", which for gsm8k is what lm-evaluation-harness's own
+task says; in a chat they are turns.
 """
 
 from __future__ import annotations

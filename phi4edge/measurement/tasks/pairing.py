@@ -7,8 +7,8 @@
     accuracy        Wilson's interval: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
     q − p           Newcombe's square-and-add interval for pairs (Statist. Med. 17, 2635 (1998), method 10): it joins
                     the two Wilson intervals and takes φ, the correlation of the two columns, into account
-    q − s p         the same construction with s times the reference's column, for "at least s of the reference" (see gates):
-                    q/p itself has no bounds where few answers are right
+    q − s p         the same construction with s times the reference's column, for "at least s of the reference's
+                    accuracy": q/p itself has no bounds where few answers are right
     se of q − p     √(b + c − (b − c)²/n) / n, which is 0 where nothing flipped; so gates use the interval
     McNemar         of b + c flips, min(b, c) or fewer one way: exact binomial(b + c, ½), two-sided
 

@@ -296,9 +296,9 @@ def _refusals(task: Task, ours: Sequence[Answer], base: Sequence[Answer], part: 
 def task_gates(results: Mapping[str, Mapping[str, Any]], limits: Limits) -> list[Gate]:
     """Gates of ``limits`` on every task, by paired intervals at 95 % one-sided.
 
-    ``max_task_drop`` bounds p − q, the accuracy that the artifact lost; ``min_reference_share`` s asks that q − s p is not
-    below 0, q and p being the artifact's and the reference's accuracy (MLPerf asks for s = 0.99 or 0.999). Either fails
-    where the far bound misses the limit, passes where the near one keeps it, and is undecided in between.
+    ``max_task_drop`` bounds p − q, the accuracy that the artifact lost; ``min_reference_share`` s asks that q − s p is
+    not below 0, q and p being the artifact's and the reference's accuracy (MLPerf asks for s = 0.99 or 0.999). Either
+    fails where even the favourable bound misses the limit, passes where the other one keeps it, and is else undecided.
     """
     gates = []
     for name, result in results.items():
