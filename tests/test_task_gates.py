@@ -79,6 +79,11 @@ def test_interval_of_the_surplus_holds_the_truth_in_about_95_of_100_samples() ->
     assert 0.93 < np.mean([low <= q - share * p <= high for low, high in bounds]) < 0.985
 
 
+def test_bounds_of_the_surplus_scale_with_the_share_of_the_reference() -> None:
+    """None right of 20 and no correlation: Wilson's 0.1611 (Newcombe 1998) up, and the share of it down."""
+    assert paired_interval(Pairing(0, 0, 0, 20), share=0.5) == pytest.approx((-0.5 * 0.1611, 0.1611), abs=5e-5)
+
+
 @pytest.mark.parametrize("share", [0.0, 1.5, -1.0])
 def test_a_share_that_nothing_means_is_refused(share: float) -> None:
     with pytest.raises(UsageError, match="is no share"):

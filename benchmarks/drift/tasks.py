@@ -2,11 +2,11 @@
 
 The problems have the form of the publishers' files and are generated: arithmetic in a sentence or two with a worked
 answer behind ####, and functions of a line or two with a docstring, a solution and tests. Three rounds, each one
-``phi4edge drift``: gsm8k without and with worked examples, humaneval. Then what the sandbox is for: every solution must
-pass its tests, every solution broken on purpose must not, and each hostile program must do no harm.
+``phi4edge drift``: gsm8k without and with worked examples, humaneval. Then what the sandbox is for: every solution
+must pass its tests, every solution broken on purpose must not, and each hostile program must do no harm.
 
-A small stand-in answers hardly anything rightly: what is recorded is that the machinery runs, how long a question takes,
-and where both models differ. ``--data`` takes a folder with the publishers' files in place of the generated ones.
+A small stand-in answers hardly anything rightly: what is recorded is that the machinery runs, how long a question
+takes, and where both models differ. ``--data`` takes a folder with the publishers' files in place of ours.
 
     python benchmarks/drift/tasks.py MODEL ARTIFACT [--questions 12] [--tokens 96] [--data DIR]
 """
@@ -39,7 +39,7 @@ FUNCTIONS: list[tuple[str, str, str, str, str]] = [  # name, arguments, what it 
     ("last_of", "items", "Return the last item of a list.", "return items[-1]", "f([1, 2, 9]) == 9"),
     ("is_even", "n", "Return whether n is even.", "return n % 2 == 0", "f(4) and not f(7)"),
     ("shout", "text", "Return text in capitals.", "return text.upper()", "f('ab c') == 'AB C'"),
-    ("total", "numbers", "Return the sum of a list of numbers.", "return sum(numbers)", "f([1, 2, 4]) == 7 and f([]) == 0"),
+    ("total", "numbers", "Return the sum of the numbers.", "return sum(numbers)", "f([1, 2, 4]) == 7 and f([]) == 0"),
     ("largest", "numbers", "Return the largest number of a list.", "return max(numbers)", "f([3, 8, 1]) == 8"),
     ("count_a", "text", "Return how often the letter a is in text.", "return text.count('a')", "f('banana') == 3"),
     ("backwards", "text", "Return text from its end to its start.", "return text[::-1]", "f('abc') == 'cba'"),
@@ -156,7 +156,8 @@ def table(results: dict[str, Any]) -> str:
         return f"{value['correct']} [{100 * value['low']:.0f}, {100 * value['high']:.0f}] %"
 
     lines = [
-        "| round | questions | full precision right | artifact right | difference, points | lost, gained | same text | s a question |",
+        "| round | questions | full precision right | artifact right | difference, points | lost, gained | same text "
+        "| s a question |",
         "|---|---|---|---|---|---|---|---|",
     ]
     for name, found in results["rounds"].items():
@@ -165,14 +166,15 @@ def table(results: dict[str, Any]) -> str:
         points = f"{100 * change['value']:+.0f} [{100 * change['low']:+.0f}, {100 * change['high']:+.0f}]"
         lines.append(
             f"| {name} | {result['n']} | {share(result['reference'])} | {share(result['artifact'])} | {points} | "
-            f"{flips['lost']}, {flips['gained']} | {100 * result['same_output']:.0f} % | {found['seconds'] / 2 / result['n']:.1f} |"
+            f"{flips['lost']}, {flips['gained']} | {100 * result['same_output']:.0f} % "
+            f"| {found['seconds'] / 2 / result['n']:.1f} |"
         )
     box = results["sandbox"]
     contained = sum(not harmed for harmed in box["harm"].values())
     lines += [
         "",
-        f"In the sandbox {box['passed']} of {box['solutions']} known solutions passed, {box['broken_passed']} broken ones did, "
-        f"and {contained} of {len(box['harm'])} hostile programs were contained.",
+        f"In the sandbox {box['passed']} of {box['solutions']} known solutions passed, {box['broken_passed']} broken ones "
+        f"did, and {contained} of {len(box['harm'])} hostile programs were contained.",
     ]
     return "\n".join(lines)
 
