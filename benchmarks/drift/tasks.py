@@ -173,8 +173,8 @@ def table(results: dict[str, Any]) -> str:
     contained = sum(not harmed for harmed in box["harm"].values())
     lines += [
         "",
-        f"In the sandbox {box['passed']} of {box['solutions']} known solutions passed, {box['broken_passed']} broken ones "
-        f"did, and {contained} of {len(box['harm'])} hostile programs were contained.",
+        f"In the sandbox {box['passed']} of {box['solutions']} known solutions passed, {box['broken_passed']} broken "
+        f"ones did, and {contained} of {len(box['harm'])} hostile programs were contained.",
     ]
     return "\n".join(lines)
 
