@@ -5,8 +5,8 @@ answer behind ####, and functions of a line or two with a docstring, a solution 
 ``phi4edge drift``: gsm8k without and with worked examples, humaneval. Then what the sandbox is for: every solution
 must pass its tests, every solution broken on purpose must not, and each hostile program must do no harm.
 
-A small stand-in answers hardly anything rightly: what is recorded is that the machinery runs, how long a question
-takes, and where both models differ. ``--data`` takes a folder with the publishers' files in place of ours.
+So few questions decide nothing: what is recorded is that the machinery runs, how long a question takes,
+and where both models differ. ``--data`` takes a folder with the publishers' files in place of ours.
 
     python benchmarks/drift/tasks.py MODEL ARTIFACT [--questions 12] [--tokens 96] [--data DIR]
 """
