@@ -5,7 +5,7 @@ and done again from the codes, bit for bit the same.
 
     OUT/runs/<scheme>/           one run directory a scheme
     OUT/artifacts/               one artifact a scheme and format
-    OUT/results/                 a drift and a bench document an artifact, a quantize document a run
+    OUT/results/                 a drift and a bench document an artifact, its answers, a quantize document a run
     OUT/report/                  report.html, report.md, report.json
 """
 
@@ -13,8 +13,8 @@ from __future__ import annotations
 
 __all__ = ["Order", "Outcome", "plan", "run"]
 
-from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,14 +22,15 @@ from phi4edge.checkpoint.hub import resolve_model
 from phi4edge.checkpoint.index import open_index
 from phi4edge.core import registry
 from phi4edge.core.atomic import write_json
-from phi4edge.core.errors import GateError, TargetError
+from phi4edge.core.errors import GateError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
 from phi4edge.measurement.artifact import default_runtime
-from phi4edge.measurement.drift_run import measure_drift, resolve_reference
+from phi4edge.measurement.drift_run import measure_domains, measure_greedy, resolve_domains
 from phi4edge.measurement.gates import Gate, Limits, gate_error
 from phi4edge.measurement.reference import ReferenceStore
 from phi4edge.measurement.speed import measure_speed
+from phi4edge.measurement.tasks.run import TaskRequest, check_tasks, measure_tasks, task_gates
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report
 from phi4edge.report.card import fill_card
@@ -54,10 +55,14 @@ class Order:
     recipe: Recipe  # its scheme is used where ``scheme_given``, otherwise each target gets the one that suits it
     scheme_given: bool = False
     wish: Wish = field(default_factory=Wish)
-    text: str = "builtin:eval"
+    texts: tuple[str, ...] = ("builtin:eval",)  # as ``drift --text``: a path, or NAME=PATH for each domain
     drift_context: int = 512
     chunks: int | None = None
-    limits: Limits = field(default_factory=Limits)
+    store_top: int | None = None  # as ``drift --store-top``
+    greedy: str | None = None  # as ``drift --greedy``
+    greedy_tokens: int = 64
+    tasks: TaskRequest | None = None
+    limits: Limits = field(default_factory=Limits)  # each stronger than a target's of the same name
     speed: SpeedRequest = field(default_factory=SpeedRequest)
     ram_budget: int | None = None
     device: str = "cpu"
@@ -66,7 +71,7 @@ class Order:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where everything lies, and the first gate that failed."""
+    """Where everything lies, and the gates that failed."""
 
     data: dict[str, Any]
     failure: GateError | None
@@ -77,6 +82,7 @@ class _Planned:
     target: str
     scheme: str
     format: str
+    gates: Limits  # of the target's file, those that the order has none of its own for
 
 
 def run(order: Order, progress: Progress = SILENT) -> Outcome:
@@ -87,12 +93,18 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
     """
     planned = _plan(order)
     artifacts = _make(order, planned, progress)
-    store = resolve_reference(
-        order.model, text=order.text, context=order.drift_context, chunks=order.chunks, progress=progress
+    stores = resolve_domains(
+        order.model,
+        texts=order.texts,
+        context=order.drift_context,
+        chunks=order.chunks,
+        top=order.store_top,
+        progress=progress,
     )
-    failure = None
-    for artifact in artifacts.values():
-        failure = _measure_drift(order, artifact, store, progress) or failure
+    gates: dict[Path, list[Gate]] = {}
+    for made, artifact in artifacts.items():
+        limits = [order.limits, *(plan.gates for plan in planned if (plan.scheme, plan.format) == made)]
+        gates[artifact.path] = _measure_drift(order, artifact, stores, limits, progress)
         if artifact.path.is_dir():
             fill_card(artifact.path, [order.out / "results"])
     measured = _measure_speed(order, planned, artifacts, progress)
@@ -110,15 +122,16 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
             }
             for plan in planned
         ],
+        "gates": [{"artifact": str(path)} | gate.as_dict() for path, found in gates.items() for gate in found],
         "report": {kind: str(path) for kind, path in files.items()},
         "summary": report.data["summary"],
     }
-    return Outcome(data, failure)
+    return Outcome(data, gate_error([gate for found in gates.values() for gate in found]))
 
 
 def plan(order: Order) -> list[dict[str, str]]:
     """What :func:`run` would make for each target; the same checks, nothing written."""
-    return [asdict(planned) for planned in _plan(order)]
+    return [{"target": p.target, "scheme": p.scheme, "format": p.format} for p in _plan(order)]
 
 
 def _plan(order: Order) -> list[_Planned]:
@@ -129,14 +142,35 @@ def _plan(order: Order) -> list[_Planned]:
     for target in dict.fromkeys(order.targets):
         profile = catalog.profile(target)
         if order.scheme_given:
-            planned.append(_fixed(order, profile, index.name, writable))
+            scheme, layout = _fixed(order, profile, index.name, writable)
         else:
             request = choose(index.name, index.config, profile, order.wish, writable).fit.request
-            planned.append(_Planned(target, request.scheme.name, request.format))
+            scheme, layout = request.scheme.name, request.format
+        planned.append(_Planned(target, scheme, layout, _target_limits(order.limits, profile)))
+    _check_tasks(order, planned)
     return planned
 
 
-def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) -> _Planned:
+def _target_limits(asked: Limits, profile: Profile) -> Limits:
+    own = {name: limit for name, limit in profile.gates.given().items() if getattr(asked, name) is None}
+    return Limits(**own, undecided=asked.undecided, target=profile.id)
+
+
+def _check_tasks(order: Order, planned: Sequence[_Planned]) -> None:
+    """Refuse questions that could not be asked, and limits that nothing would be held against."""
+    if order.tasks is not None:
+        check_tasks(order.tasks, str(resolve_model(order.model)))
+        return
+    for limits in (order.limits, *(plan.gates for plan in planned)):
+        if limits.asks_for_tasks:
+            raise UsageError(
+                f"{limits.target or 'the recipe'} limits what tasks may lose, and no task is asked",
+                "name them: tasks and task_data in the recipe's [drift], or --tasks and --task-data",
+            )
+
+
+def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) -> tuple[str, str]:
+    """The recipe's scheme and the format that it takes on a target."""
     config = open_index(resolve_model(order.model)).config
     scheme = parse_scheme(order.recipe.scheme)
     context = order.wish.context or min(profile.default_context, config.context_length)
@@ -149,7 +183,7 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
             fit = memory_needed(config, request, usable_bytes=profile.usable_bytes, process_bytes=process_bytes(option))
             if not fit.fits:
                 raise refusal(name, config, profile, option, fit)
-            return _Planned(profile.id, scheme.name, layout)
+            return scheme.name, layout
     raise TargetError(f"{profile.id}: phi4edge makes nothing yet that it runs", "see phi4edge plan")
 
 
@@ -184,10 +218,28 @@ def _document(order: Order, artifact: Artifact, kind: str, data: Mapping[str, An
     write_json(path, {"schema": f"phi4edge/{kind}/1", "ok": True, "data": data})
 
 
-def _measure_drift(order: Order, artifact: Artifact, store: ReferenceStore, progress: Progress) -> GateError | None:
-    data = measure_drift(artifact.path, store, chunks=order.chunks, limits=order.limits, progress=progress)
+def _measure_drift(
+    order: Order,
+    artifact: Artifact,
+    stores: Mapping[str, ReferenceStore],
+    limits: Sequence[Limits],
+    progress: Progress,
+) -> list[Gate]:
+    """Drift on the texts, then what else was asked for; written before the long questions and again behind them."""
+    path = artifact.path
+    data = measure_domains(path, stores, chunks=order.chunks, limits=limits, progress=progress)
+    if order.greedy is not None:
+        data["greedy"] = measure_greedy(
+            path, stores, order.model, order.greedy, count=order.greedy_tokens, chunks=order.chunks, progress=progress
+        )
     _document(order, artifact, "drift", data)
-    return gate_error([Gate(**gate) for gate in data["gates"]])
+    if order.tasks is not None:
+        answers = order.out / "results" / f"{path.name}.answers.jsonl"
+        data["tasks"] = measure_tasks(path, order.model, order.tasks, answers=answers, progress=progress)
+        gates = [gate for each in limits for gate in task_gates(data["tasks"]["results"], each)]
+        data["gates"] += [gate.as_dict() for gate in gates]
+        _document(order, artifact, "drift", data)
+    return [Gate(**gate) for gate in data["gates"]]
 
 
 def _measure_speed(

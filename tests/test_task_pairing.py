@@ -8,7 +8,7 @@ import math
 import pytest
 
 from phi4edge.core.errors import UsageError
-from phi4edge.measurement.gates import gate_error
+from phi4edge.measurement.gates import Limits, gate_error
 from phi4edge.measurement.tasks.pairing import Pairing, mcnemar, pair, paired_interval, wilson
 from phi4edge.measurement.tasks.run import task_gates
 
@@ -110,16 +110,16 @@ def results(cells: Pairing) -> dict[str, dict[str, object]]:
     ],
 )
 def test_gate_on_lost_accuracy_takes_its_error_into_account(cells: Pairing, limit: float, outcome: str) -> None:
-    (gate,) = task_gates(results(cells), limit, "fail")
+    (gate,) = task_gates(results(cells), Limits(max_task_drop=limit))
     assert gate.outcome == outcome
     assert gate.value == pytest.approx((cells.lost - cells.gained) / cells.n)
     assert gate.lower <= gate.value <= gate.upper
     assert (gate_error([gate]) is None) == (outcome == "pass")
     if outcome == "undecided":
-        assert task_gates(results(cells), limit, "pass")[0].passed
+        assert task_gates(results(cells), Limits(max_task_drop=limit, undecided="pass"))[0].passed
 
 
 def test_gate_is_refused_where_it_is_no_share_and_absent_where_none_is_asked() -> None:
-    assert task_gates(results(Pairing(1, 0, 0, 1)), None, "fail") == []
+    assert task_gates(results(Pairing(1, 0, 0, 1)), Limits()) == []
     with pytest.raises(UsageError, match=r"2\.0 is no share"):
-        task_gates({}, 2.0, "fail")
+        Limits(max_task_drop=2.0)

@@ -1,10 +1,10 @@
-"""``drift --tasks``: its options, and its table."""
+"""``--tasks``: its options, and its table."""
 
 from __future__ import annotations
 
 __all__ = ["task_options", "task_request", "task_table"]
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -49,12 +49,14 @@ _OPTIONS = (
         help="Where the full-precision model answers.  [default: llama_cpp where it is installed; torch_ref is slow]",
     ),
     click.option(
-        "--task-answers", type=click.Path(path_type=Path), metavar="FILE.jsonl",
-        help="Every question with both answers.  [default: beside --out, as NAME.answers.jsonl]",
+        "--shots", type=click.IntRange(min=0), metavar="N",
+        help="Show N worked examples before each question, from the front of --shots-file; in a chat as turns. A "
+        "prompt that does not fit the context is an error.  [default: 0]",
     ),
     click.option(
-        "--max-task-drop", type=float, metavar="X",
-        help="Gate: accuracy at most X below the reference's in every task, 0.02 for two points (exit 6).",
+        "--shots-file", "shots_files", multiple=True, metavar="[TASK=]PATH",
+        help="Where worked examples are, in the form of the task's own file (gsm8k=gsm8k_train.jsonl); for mgsm a "
+        "folder with a file for each language. Tasks without one are asked without examples.",
     ),
 )  # fmt: skip
 
@@ -72,17 +74,21 @@ def task_request(given: Mapping[str, Any]) -> TaskRequest | None:
     Raises:
         UsageError: no ``--task-data``, or an option of tasks without ``--tasks``.
     """
+    from phi4edge.measurement.tasks._api import Shots
     from phi4edge.measurement.tasks.run import TaskRequest
 
     if given["task_names"] is None:
-        for name in ("task_data", "task_limit", "max_task_drop", "task_answers"):
-            if given[name] is not None:
+        for name in ("task_data", "task_limit", "shots", "max_task_drop", "min_reference_share", "task_answers"):
+            if given.get(name) is not None:
                 raise UsageError(f"--{name.replace('task_limit', 'limit').replace('_', '-')} without --tasks")
+        if given["shots_files"]:
+            raise UsageError("--shots-file without --tasks")
         return None
     if given["task_data"] is None:
         raise UsageError("--tasks needs --task-data", "the folder with gsm8k_test.jsonl, HumanEval.jsonl.gz, …")
+    names = tuple(name.strip() for name in given["task_names"].split(",") if name.strip())
     return TaskRequest(
-        names=tuple(name.strip() for name in given["task_names"].split(",") if name.strip()),
+        names=names,
         folder=given["task_data"],
         limit=given["task_limit"],
         context=given["task_context"],
@@ -90,7 +96,23 @@ def task_request(given: Mapping[str, Any]) -> TaskRequest | None:
         chat=given["task_chat"],
         allow_code=given["allow_code_execution"],
         reference_runtime=given["reference_runtime"],
+        shots=Shots(given["shots"] or 0, _shots_files(given["shots_files"], names)),
     )
+
+
+def _shots_files(specs: Sequence[str], names: Sequence[str]) -> dict[str, Path]:
+    """Files of worked examples by task, from ``TASK=PATH``, or a path alone where one task is asked."""
+    found: dict[str, Path] = {}
+    for spec in specs:
+        name, sign, path = spec.partition("=")
+        if not sign or Path(spec).exists():
+            if len(names) != 1:
+                raise UsageError(f"--shots-file {spec}: of which task?", f"--shots-file {names[0]}={spec}")
+            name, path = names[0], spec
+        if name in found:
+            raise UsageError(f"--shots-file: {name} has two files", "keep one")
+        found[name] = Path(path)
+    return found
 
 
 def task_table(tasks: Mapping[str, Any]) -> str:
@@ -119,6 +141,9 @@ def task_table(tasks: Mapping[str, Any]) -> str:
             f"{found['artifact_refused']}; refused before and answered now {found['refused_now_answered']}, "
             f"the other way {found['answered_now_refused']}"
         )
+    shown = [f"{name} {r['shots']['count']}" for name, r in tasks["results"].items() if r["shots"]["count"]]
+    if shown:
+        lines.append(f"worked examples before each question: {', '.join(shown)}")
     base = tasks["reference"]
     lines.append(
         f"reference in {base['runtime']} {base['version']}; chat template {'on' if tasks['chat_template'] else 'off'}; "

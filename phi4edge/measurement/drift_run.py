@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "CHUNKS",
     "check_artifact",
     "measure_domains",
     "measure_drift",
@@ -168,7 +169,7 @@ def measure_drift(
     chunks: int | None = None,
     runtime: str | None = None,
     settings: Settings | None = None,
-    limits: Limits | None = None,
+    limits: Limits | Sequence[Limits] = (),
     source: WeightSource | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -192,7 +193,7 @@ def measure_domains(
     chunks: int | None = None,
     runtime: str | None = None,
     settings: Settings | None = None,
-    limits: Limits | None = None,
+    limits: Limits | Sequence[Limits] = (),
     source: WeightSource | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
@@ -210,7 +211,8 @@ def measure_domains(
     began, machine = time.perf_counter(), environment()  # its load average is the one that the measurement met
     description = describe(artifact)
     name = runtime or default_runtime(artifact)
-    settings, limits = settings or default_settings(name), limits or Limits()
+    settings = settings or default_settings(name)
+    asked = (limits,) if isinstance(limits, Limits) else limits
     counts = {domain: _count(store, chunks) for domain, store in stores.items()}
     one = next(iter(stores.values()))
     if any(_condition(store) != _condition(one) for store in stores.values()):
@@ -220,10 +222,10 @@ def measure_domains(
         details = dict(session.details)
     figures = PositionFigures.stack(list(found.values()))
     several = len(stores) > 1
-    whole, gates = _figures(figures, one.first, limits, None)
+    whole, gates = _figures(figures, one.first, asked, None)
     domains = []
     for domain, store in stores.items() if several else ():
-        own, own_gates = _figures(found[domain], one.first, limits, domain)
+        own, own_gates = _figures(found[domain], one.first, asked, domain)
         gates += own_gates
         noise = store.header["noise_floor_kld"]
         domains.append({"name": domain, "text": _text(store, counts[domain]), "noise_floor_kld": noise} | own)
@@ -261,7 +263,7 @@ def _condition(store: ReferenceStore) -> tuple[object, ...]:
 
 
 def _figures(
-    figures: PositionFigures, first: int, limits: Limits, domain: str | None
+    figures: PositionFigures, first: int, limits: Sequence[Limits], domain: str | None
 ) -> tuple[dict[str, Any], list[Gate]]:
     """What a document says of some positions, and the gates that they are held against."""
     metrics, spread = summarize(figures), between_chunks(figures)
@@ -276,7 +278,7 @@ def _figures(
         },
         "per_position": position_curve(figures, first),
     }
-    return data, evaluate(limits, metrics, spread, domain)
+    return data, [gate for each in limits for gate in evaluate(each, metrics, spread, domain)]
 
 
 def _text(store: ReferenceStore, count: int) -> dict[str, Any]:

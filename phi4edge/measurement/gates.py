@@ -6,7 +6,8 @@ A value with standard error se is compared at 95 % one-sided confidence, z = 1.6
     pass        the limit is kept even after z·se are counted against it
     undecided   the limit lies within z·se of the value: more text would tell; counts as failed unless it is allowed
 
-se is the larger of the one over positions and the one between chunks (see :mod:`phi4edge.measurement.drift`).
+se is the larger of the one over positions and the one between chunks (see :mod:`phi4edge.measurement.drift`). Limits on
+tasks are held against intervals over pairs in the same way (see :mod:`phi4edge.measurement.tasks.pairing`).
 """
 
 from __future__ import annotations
@@ -34,6 +35,9 @@ class Limits:
     max_ppl_ratio: float | None = None
     min_top1: float | None = None  # a fraction; values above 1 are per cent
     undecided: str = "fail"
+    max_task_drop: float | None = None  # accuracy, a fraction
+    min_reference_share: float | None = None  # of the reference's accuracy, a fraction
+    target: str | None = None  # whose file asks for this; None: the user does
 
     def __post_init__(self) -> None:
         """Refuse limits that nothing could keep, or that everything does."""
@@ -43,6 +47,13 @@ class Limits:
             raise UsageError(f"--max-ppl-ratio {self.max_ppl_ratio} is not positive", "1.01 allows 1 % above")
         if self.min_top1 is not None and not 0 <= self.min_top1 <= 100:
             raise UsageError(f"--min-top1 {self.min_top1} is no share", "write 0.95 or 95 for 95 %")
+        if self.max_task_drop is not None and not 0 <= self.max_task_drop <= 1:
+            raise UsageError(f"--max-task-drop {self.max_task_drop} is no share", "0.02 allows two points in a hundred")
+        if self.min_reference_share is not None and not 0 < self.min_reference_share <= 1:
+            raise UsageError(
+                f"--min-reference-share {self.min_reference_share} is no share",
+                "0.99 asks for 99 % of the full-precision model's accuracy",
+            )
         if self.undecided not in UNDECIDED:
             raise UsageError(f"--gate-undecided {self.undecided!r}", f"one of {', '.join(UNDECIDED)}")
 
@@ -50,6 +61,11 @@ class Limits:
     def asks_for_text(self) -> bool:
         """Whether any limit is on what only a text can tell."""
         return (self.max_kld, self.max_ppl_ratio, self.min_top1) != (None, None, None)
+
+    @property
+    def asks_for_tasks(self) -> bool:
+        """Whether any limit is on what only tasks can tell."""
+        return (self.max_task_drop, self.min_reference_share) != (None, None)
 
 
 @dataclass(frozen=True)
@@ -67,15 +83,19 @@ class Gate:
     passed: bool
     confidence: float = CONFIDENCE
     domain: str | None = None  # the text it was held against, where there are several
+    task: str | None = None  # the task it was held against
+    share: float | None = None  # of the reference's accuracy that was asked for; ``limit`` is 0 then
+    target: str | None = None  # whose file asks for it; None: the user does
 
     def as_dict(self) -> dict[str, Any]:
         """The gate as a JSON object."""
-        return {key: value for key, value in asdict(self).items() if key != "domain" or value is not None}
+        optional = ("domain", "task", "share", "target")
+        return {key: value for key, value in asdict(self).items() if key not in optional or value is not None}
 
     def sentence(self) -> str:
         """The gate in words."""
         sign = "≥" if self.name.startswith("min") else "≤"
-        where = f"{self.domain}: " if self.domain is not None else ""
+        where = "".join(f"{place}: " for place in (self.target, self.domain) if place is not None)
         return (
             f"{where}{self.metric} {self.value:.6g} ± {self.se:.2g} {sign} {self.limit:g}: {self.outcome} "
             f"(95 % bounds {self.lower:.6g} … {self.upper:.6g})"
@@ -101,7 +121,7 @@ def evaluate(
     if limits.min_top1 is not None:
         share = limits.min_top1 / 100 if limits.min_top1 > 1 else limits.min_top1
         gates.append(_gate("min_top1", metrics["same_top_p"], between_chunks["same_top_p"], share, limits))
-    return [replace(gate, domain=domain) for gate in gates]
+    return [replace(gate, domain=domain, target=limits.target) for gate in gates]
 
 
 def _gate(name: str, metric: Measurement, clustered: float | None, limit: float, limits: Limits) -> Gate:

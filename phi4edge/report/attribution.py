@@ -9,7 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
-from phi4edge.report.documents import Drift
+from phi4edge.report.documents import Drift, GreedyText
 from phi4edge.report.drift_parts import Attribution, Greedy, PositionBin
 from phi4edge.report.drift_plots import OutputErrorPlot, PositionLine, PositionPlot, TensorPlot
 from phi4edge.report.fields import Metric
@@ -49,19 +49,21 @@ def drift_part_data(drifts: Sequence[Drift], labels: Labels) -> list[dict[str, A
     ]
 
 
-def parts_section(drifts: Sequence[Drift], labels: Labels) -> Section | None:
+def parts_section(drifts: Sequence[Drift], greedy: Sequence[GreedyText], labels: Labels) -> Section | None:
     """Domains, greedy text and positions; None where no result has any of them."""
     blocks: list[Block] = []
     divided = [drift for drift in drifts if drift.domains]
     if divided:
         blocks.append(_domains(divided, labels))
     written = [(labels.full[d.artifact.sha256], d.greedy) for d in drifts if d.greedy is not None]
+    written += [(labels.full[text.artifact.sha256], text.greedy) for text in greedy]
     if written:
         blocks.append(_greedy(written))
     plots = tuple(_positions(drifts, labels))
     if plots:
         blocks.append(Plots(plots))
-    return Section("Domains, positions, greedy text", tuple(blocks)) if blocks else None
+    title = "Domains, positions, greedy text" if divided or plots else "Greedy text"
+    return Section(title, tuple(blocks)) if blocks else None
 
 
 def _domains(drifts: Sequence[Drift], labels: Labels) -> Table:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["Report", "build_report", "write_report"]
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.report.attribution import attribution_section, drift_part_data, parts_section
 from phi4edge.report.compare import Comparison, SpeedGroup, compare_drift, compare_speed
 from phi4edge.report.details import condition_text, detail_section, gate_section
-from phi4edge.report.documents import Bench, Drift, Export, Failure, Quantization, TaskScore
+from phi4edge.report.documents import Bench, Drift, Export, Failure, GreedyText, Quantization, TaskScore
 from phi4edge.report.html import render_html
 from phi4edge.report.labels import find_baseline, label_artifacts
 from phi4edge.report.markdown import render_markdown
@@ -67,7 +67,8 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
     exports = [d for d in found.documents if isinstance(d, Export)]
     failures = [d for d in found.documents if isinstance(d, Failure)]
     scores = [d for d in found.documents if isinstance(d, TaskScore)]
-    labels = label_artifacts(result.artifact for result in (*measured, *scores))
+    greedy = [d for d in found.documents if isinstance(d, GreedyText)]
+    labels = label_artifacts(result.artifact for result in (*measured, *scores, *greedy))
     base = find_baseline(baseline, labels) if baseline is not None else None
     comparisons = compare_drift(drifts, labels, base)
     speeds = compare_speed(benches, labels)
@@ -76,7 +77,7 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         result_section(comparisons, speeds),
         score_section(scores, labels),
         detail_section(comparisons),
-        parts_section(drifts, labels),
+        parts_section(drifts, greedy, labels),
         attribution_section(drifts, labels),
         speed_section(speeds, comparisons),
         estimate_section(benches, labels),
@@ -85,8 +86,12 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         provenance_section(found, labels),
         method,
     )
-    summary = summarize(comparisons, speeds, runs, failures)
-    page = Page(title or _title(drifts, runs), summary, tuple(section for section in sections if section is not None))
+    summary = summarize(comparisons, speeds, runs, failures, scores, greedy)
+    page = Page(
+        title or _title(drifts, runs, scores, greedy, benches),
+        summary,
+        tuple(section for section in sections if section is not None),
+    )
     data = {
         "title": page.title,
         "summary": page.summary,
@@ -96,6 +101,7 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
         "drift_parts": drift_part_data(drifts, labels),
         "speeds": [asdict(group) for group in speeds],
         "tasks": [asdict(score) | {"label": labels.full[score.artifact.sha256]} for score in scores],
+        "greedy": [asdict(text) | {"label": labels.full[text.artifact.sha256]} for text in greedy],
         "estimates": [
             {
                 "label": labels.full[b.artifact.sha256],
@@ -126,9 +132,21 @@ def build_report(paths: Iterable[Path], *, title: str | None = None, baseline: s
     return Report(data, page, found, comparisons, speeds)
 
 
-def _title(drifts: list[Drift], runs: list[Quantization]) -> str:
-    models = dict.fromkeys([drift.reference.model for drift in drifts] or [run.model for run in runs])
-    return f"{' and '.join(models)}: drift and speed" if models else "Speed"
+def _title(
+    drifts: Sequence[Drift],
+    runs: Sequence[Quantization],
+    scores: Sequence[TaskScore],
+    greedy: Sequence[GreedyText],
+    benches: Sequence[Bench],
+) -> str:
+    """The models, and what was measured; nothing that was not."""
+    models = [drift.reference.model for drift in drifts] or [run.model for run in runs]
+    models = models or [text.reference for text in greedy]
+    models = models or [score.reference.rpartition(" in ")[0] for score in scores]
+    parts = [("drift", drifts), ("tasks", scores), ("greedy text", greedy), ("speed", benches)]
+    said = [name for name, found in parts if found] or ["quantization"]
+    measured = f"{', '.join(said[:-1])} and {said[-1]}" if len(said) > 1 else said[0]
+    return f"{' and '.join(dict.fromkeys(models))}: {measured}" if models else measured.capitalize()
 
 
 def _metrics(metrics: dict[str, Any]) -> dict[str, Any]:

@@ -9,6 +9,7 @@ __all__ = [
     "Drift",
     "Export",
     "Failure",
+    "GreedyText",
     "HeldOut",
     "HeldOutKld",
     "Linear",
@@ -106,6 +107,17 @@ class Drift:
 
 
 @dataclass(frozen=True)
+class GreedyText:
+    """After how many tokens greedy texts part, where nothing was measured on a text beside it."""
+
+    file: str
+    artifact: Artifact
+    runtime: Runtime
+    reference: str  # the full-precision model
+    greedy: Greedy
+
+
+@dataclass(frozen=True)
 class TaskScore:
     """Answers of an artifact and of the full-precision model to the same questions."""
 
@@ -124,7 +136,7 @@ class TaskScore:
     gained: int
     mcnemar_p: float
     conditions: dict[str, Any]  # how it was asked
-    gate: str | None  # the outcome of max_task_drop, where it was asked for
+    gates: tuple[dict[str, Any], ...]  # that the task was held against
 
 
 @dataclass(frozen=True)
@@ -236,4 +248,4 @@ class Failure:
     hint: str | None
 
 
-Document = Drift | Bench | Quantization | Export | Failure | TaskScore
+Document = Drift | GreedyText | Bench | Quantization | Export | Failure | TaskScore

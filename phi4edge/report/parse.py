@@ -21,6 +21,7 @@ from phi4edge.report.documents import (
     Drift,
     Export,
     Failure,
+    GreedyText,
     HeldOut,
     HeldOutKld,
     Linear,
@@ -60,9 +61,13 @@ def parse_document(document: Any, file: str, run: str, performance: dict[str, An
     data = root["data"]
     if schema == "phi4edge/quantize/1":
         return [_quantization(data, file, run, performance), *found]
-    if schema == "phi4edge/drift/1" and data.get("tasks") is not None:
-        measured = [_drift(data, file)] if data.get("text") is not None else []
-        return [*measured, *_scores(data, file), *found]
+    if schema == "phi4edge/drift/1" and (data.get("tasks") or data.get("greedy")):
+        measured: list[Document] = []
+        if data.get("text") is not None:
+            measured.append(_drift(data, file))
+        elif data.get("greedy") is not None:
+            measured.append(_greedy_text(data, file))
+        return [*measured, *(_scores(data, file) if data.get("tasks") else ()), *found]
     return [_READERS[schema](data, file), *found]
 
 
@@ -138,7 +143,7 @@ def _drift(data: Field, file: str) -> Drift:
         ),
         metrics=metrics,
         per_chunk_kld=tuple(item.number() for item in per_chunk.items()) if per_chunk else (),
-        gates=tuple(gate.object() for gate in gates.items()) if gates else (),
+        gates=tuple(held for gate in gates.items() if "task" not in (held := gate.object())) if gates else (),
         environment=_object(data.get("environment")),
         domains=read_domains(data.get("domains")),
         per_position=read_positions(data.get("per_position")),
@@ -147,12 +152,17 @@ def _drift(data: Field, file: str) -> Drift:
     )
 
 
+def _greedy_text(data: Field, file: str) -> GreedyText:
+    runtime, greedy = _runtime(data), read_greedy(data["greedy"])
+    assert greedy is not None, "looked at before"
+    return GreedyText(file, _artifact(data["artifact"], runtime), runtime, data["reference"]["model"].text(), greedy)
+
+
 def _scores(data: Field, file: str) -> list[TaskScore]:
     """One score a task; a language of mgsm is a task of its own, behind the whole."""
     tasks, runtime, scores = data["tasks"], _runtime(data), list[TaskScore]()
     reference, gates = tasks["reference"], data.get("gates")
     held = [gate.object() for gate in gates.items()] if gates else []
-    outcomes = {gate.get("metric"): gate.get("outcome") for gate in held}
     asked = ("harness", "chat_template", "context", "limit", "code_isolation")
     conditions = {key: tasks.object().get(key) for key in asked}
 
@@ -173,8 +183,8 @@ def _scores(data: Field, file: str) -> list[TaskScore]:
             lost=flips["lost"].integer(),
             gained=flips["gained"].integer(),
             mcnemar_p=result["mcnemar_p"].number(0),
-            conditions=conditions,
-            gate=outcomes.get(f"accuracy lost in {name}"),
+            conditions=conditions | {"worked_examples": _shots(result, data, name)},
+            gates=tuple(gate for gate in held if gate.get("task") == name),
         )
 
     for name, result in tasks["results"].entries():
@@ -183,6 +193,12 @@ def _scores(data: Field, file: str) -> list[TaskScore]:
         for part, found in parts.entries() if parts else ():
             scores.append(read(f"{name} {part}", found))
     return scores
+
+
+def _shots(result: Field, data: Field, name: str) -> int:
+    """Worked examples before a question; a part has those of its task, and earlier versions had none."""
+    given = result.get("shots") or data["tasks"]["results"][name.split(" ")[0]].get("shots")
+    return given["count"].integer() if given else 0
 
 
 def _bench(data: Field, file: str) -> Bench:

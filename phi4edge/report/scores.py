@@ -4,7 +4,8 @@ from __future__ import annotations
 
 __all__ = ["score_section"]
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
 
 from phi4edge.report.documents import TaskScore
 from phi4edge.report.labels import Labels
@@ -39,17 +40,37 @@ def _asked(score: TaskScore) -> Iterable[str]:
 
 
 def _table(scores: Sequence[TaskScore], labels: Labels) -> Table:
-    gated = any(score.gate is not None for score in scores)
+    gated = any(score.gates for score in scores)
     columns = (*_COLUMNS, *([Column("Gate", numeric=False)] if gated else []))
-    rows = tuple(
-        (*_row(score, labels), *([Cell(score.gate) if score.gate else ABSENT] if gated else [])) for score in scores
-    )
+    rows = tuple((*_row(score, labels), *([_gates(score)] if gated else [])) for score in scores)
     notes = (
         f"Reference: {scores[0].reference}; {', '.join(_asked(scores[0]))}.",
         "Lost: right in full precision alone; gained: right in the artifact alone. The interval of the difference is "
         "Newcombe's for pairs, p is McNemar's exact one of lost against gained.",
+        *_gate_notes(scores),
     )
     return Table(columns, rows, "Answers of both models to the same questions.", notes)
+
+
+def _gates(score: TaskScore) -> Cell:
+    """The outcome, with the gate's name where there are several."""
+    if len(score.gates) < 2:
+        return Cell(str(score.gates[0]["outcome"])) if score.gates else ABSENT
+    return Cell("; ".join(f"{_named(gate)}: {gate['outcome']}" for gate in score.gates))
+
+
+def _named(gate: Mapping[str, Any]) -> str:
+    asked = f" of {gate['target']}" if "target" in gate else ""
+    return f"{gate['name']} {gate.get('share', gate['limit']):g}{asked}"
+
+
+def _gate_notes(scores: Sequence[TaskScore]) -> Iterable[str]:
+    named = list(dict.fromkeys(_named(gate) for score in scores for gate in score.gates))
+    if named:
+        yield (
+            f"Gates: {', '.join(named)}; decided at 95 % confidence over pairs. min_reference_share asks for that "
+            "share of full precision's accuracy."
+        )
 
 
 def _row(score: TaskScore, labels: Labels) -> tuple[Cell, ...]:

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Sequence
 
 from phi4edge.core.errors import GateError
 from phi4edge.report.compare import Comparison, Row, SpeedGroup
-from phi4edge.report.documents import Failure, Quantization
+from phi4edge.report.documents import Failure, GreedyText, Quantization, TaskScore
 from phi4edge.report.fields import Metric
 from phi4edge.report.numbers import mebibytes, with_error
 
@@ -30,11 +30,17 @@ def summarize(
     speeds: Sequence[SpeedGroup],
     quantizations: Sequence[Quantization],
     failures: Sequence[Failure],
+    scores: Sequence[TaskScore] = (),
+    greedy: Sequence[GreedyText] = (),
 ) -> str:
-    """The summary paragraph."""
+    """The summary paragraph; of what was not measured it says so or nothing."""
     sentences: list[str] = []
     if comparisons:
         sentences += _drift_sentences(comparisons)
+    sentences += _task_sentences(scores)
+    sentences += _greedy_sentences(greedy)
+    if (scores or greedy) and not comparisons:
+        sentences.append("Perplexity and KLD were not measured.")
     sentences += _speed_sentences(comparisons, speeds)
     for run in quantizations:
         fallen = sum(linear.method != run.method for linear in run.linears)
@@ -44,6 +50,7 @@ def summarize(
                 "(see Quantization)."
             )
     gates = [gate for comparison in comparisons for row in comparison.rows for gate in row.gates]
+    gates += [gate for score in scores for gate in score.gates]
     verdicts = [verdict for gate in gates if isinstance(verdict := gate.get("passed", gate.get("ok")), bool)]
     if verdicts:
         failed, plural = verdicts.count(False), "s" if len(verdicts) > 1 else ""
@@ -53,7 +60,7 @@ def summarize(
     if failures:
         commands = ", ".join(f"{failure.command} ({failure.file})" for failure in failures)
         sentences.append(f"{len(failures)} command{'s' if len(failures) > 1 else ''} ended in an error: {commands}.")
-    return " ".join(sentences) or "The results hold no drift and no speed."
+    return " ".join(sentences) or "The results hold no measurement."
 
 
 def _value(metric: Metric, unit: str = "") -> str:
@@ -98,6 +105,32 @@ def _drift_sentences(comparisons: Sequence[Comparison]) -> Iterable[str]:
         f"({_value(base.metrics['kld'], 'nat')}; error of the ratio {row.ratio.method}){size}{against}"
         f"{_agreement(row, base)}."
     )
+
+
+def _task_sentences(scores: Sequence[TaskScore]) -> Iterable[str]:
+    """How many answers changed, over whole tasks; their parts are in these."""
+    whole = [score for score in scores if " " not in score.task]
+    if not whole:
+        return
+    count = len({score.artifact.sha256 for score in whole})
+    tasks = ", ".join(dict.fromkeys(score.task for score in whole))
+    lost, gained, asked = (sum(values) for values in zip(*((s.lost, s.gained, s.n) for s in whole), strict=True))
+    answered = f"{count} artifact{'s' if count > 1 else ''} and full precision answered the same questions of {tasks}"
+    yield f"{answered}: of {asked:,} pairs {lost} were right in full precision alone, {gained} in the artifact alone."
+    worst = min(whole, key=lambda score: score.difference)
+    points = f"{100 * worst.difference:+.1f} [{100 * worst.low:+.1f}, {100 * worst.high:+.1f}]".replace("-", "\u2212")
+    yield f"The {'lowest' if len(whole) > 1 else 'only'} difference in accuracy is {points} points, in {worst.task}."
+
+
+def _greedy_sentences(greedy: Sequence[GreedyText]) -> Iterable[str]:
+    for text in greedy:
+        found, least = text.greedy, "at least " if text.greedy.at_least else ""
+        low, high = found.median_interval
+        yield (
+            f"Greedy texts of {text.artifact.name} part from full precision's after {least}{found.median:g} "
+            f"tokens (median of {found.prompts} prompts, 95 % {low:g} to {high:g}); {100 * found.identical:.0f} % of "
+            f"them keep all {found.tokens} tokens."
+        )
 
 
 def _agreement(row: Row, base: Row | None) -> str:

@@ -24,6 +24,7 @@ __all__ = [
     "Anchor",
     "Efficiency",
     "Figure",
+    "Gates",
     "Profile",
     "RuntimeOption",
 ]
@@ -127,6 +128,21 @@ class Anchor:
 
 
 @dataclass(frozen=True)
+class Gates:
+    """What an artifact for the device must keep, by the names of ``phi4edge drift``; None: nothing is asked."""
+
+    max_kld: float | None = None  # nat
+    max_ppl_ratio: float | None = None
+    min_top1: float | None = None  # a fraction
+    max_task_drop: float | None = None  # accuracy, a fraction
+    min_reference_share: float | None = None  # of the full-precision model's accuracy; MLPerf asks for 0.99
+
+    def given(self) -> dict[str, float]:
+        """The limits that are asked for, by name."""
+        return {key: value for key, value in asdict(self).items() if value is not None}
+
+
+@dataclass(frozen=True)
 class Profile:
     """One device."""
 
@@ -151,6 +167,7 @@ class Profile:
     runtimes: tuple[RuntimeOption, ...]  # preferred first
     efficiency: tuple[Efficiency, ...]
     anchors: tuple[Anchor, ...]
+    gates: Gates = Gates()
 
     @property
     def usable_bytes(self) -> int:

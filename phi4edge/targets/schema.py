@@ -9,8 +9,10 @@ from __future__ import annotations
 
 __all__ = ["parse_profile", "read_profile"]
 
+import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +36,7 @@ from phi4edge.targets.profile import (
     Anchor,
     Efficiency,
     Figure,
+    Gates,
     Profile,
     RuntimeOption,
 )
@@ -61,9 +64,11 @@ KEYS = (
     "runtimes",
     "efficiency",
     "anchors",
+    "gates",
 )
 RUNTIME_KEYS = ("name", "backend", "formats", "schemes", "kv_types", "overhead_gb")
 EFFICIENCY_KEYS = ("runtime", "backend", "bits", *FIGURE_KEYS)
+GATE_KEYS = tuple(field.name for field in fields(Gates))
 ACCELERATOR_KEYS = ("kind", "name", "api")
 ANCHOR_KEYS = ("model", "decode_tps", "runtime", "precision", "source")
 
@@ -117,6 +122,7 @@ def parse_profile(data: dict[str, Any], name: str, file: str) -> Profile:
             _efficiency(entry, runtimes, sources) for entry in table.tables("efficiency", EFFICIENCY_KEYS)
         ),
         anchors=tuple(_anchor(entry) for entry in table.tables("anchors", ANCHOR_KEYS)),
+        gates=_gates(table.table("gates", GATE_KEYS)) if "gates" in table else Gates(),
     )
     _check(profile, table)
     return profile
@@ -196,6 +202,19 @@ def _anchor(table: Table) -> Anchor:
         precision=table.string("precision", default="unknown"),
         source=table.string("source"),
     )
+
+
+def _gates(table: Table) -> Gates:
+    """Shares are fractions here, so that 99 is not taken for 0.99; a divergence or a loss of 0 may be asked for."""
+    found = {}
+    for key in table.data:
+        least = -1.0 if key in ("max_kld", "max_task_drop") else 0.0
+        found[key] = table.number(key, least=least, most=math.inf if key in ("max_kld", "max_ppl_ratio") else 1.0)
+        if found[key] < 0:
+            raise InputError(f"{table.where(key)}: is {found[key]:g}, expected 0 or more")
+    if not found:
+        raise InputError(f"{table.where()}: is empty", f"it may hold {', '.join(GATE_KEYS)}")
+    return Gates(**found)
 
 
 def _check(profile: Profile, table: Table) -> None:

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
+from phi4edge.cli.gate_options import gate_line, gate_options
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
@@ -40,8 +41,11 @@ _ROWS = (
 def _text(data: dict[str, Any]) -> str:
     artifact, text, reference, runtime = data["artifact"], data["text"], data["reference"], data["runtime"]
     if text is None:
-        lines = [f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, in {runtime['name']}", ""]
-        return "\n".join([*lines, task_table(data["tasks"]), *_gate_lines(data)])
+        lines = [f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, in {runtime['name']}"]
+        lines += [f"against {reference['model']} at full precision; PPL and KLD were not measured (no --text)"]
+        lines += greedy_text(data["greedy"]) if "greedy" in data else []
+        lines += ["", task_table(data["tasks"])] if "tasks" in data else []
+        return "\n".join([*lines, *_gate_lines(data)])
     lines = [
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
@@ -64,7 +68,7 @@ def _text(data: dict[str, Any]) -> str:
 
 
 def _gate_lines(data: dict[str, Any]) -> list[str]:
-    lines = [_gate_line(gate) for gate in data["gates"]]
+    lines = [gate_line(gate) for gate in data["gates"]]
     return ["", *lines] if lines else []
 
 
@@ -91,11 +95,6 @@ def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
     return ["", *table(["domain", "chunks", *(title for title, *_ in metrics)], rows)]
 
 
-def _gate_line(gate: dict[str, Any]) -> str:
-    where = f" on {gate['domain']}" if "domain" in gate else ""
-    return f"gate {gate['name']} {gate['limit']:g}{where}: {gate['outcome']}"
-
-
 @click.command("drift")
 @click.argument("artifact", type=click.Path(path_type=Path))
 @click.option("--reference", required=True, metavar="MODEL|STORE", help="Full-precision checkpoint, or its store.")
@@ -117,16 +116,6 @@ def _gate_line(gate: dict[str, Any]) -> str:
     help="Keep only the K most likely tokens a position and the sum of the others: a smaller store, and a KLD that is "
     "a lower bound.  [default: the whole vocabulary]",
 )
-@click.option("--max-kld", type=float, metavar="X", help="Gate: mean KLD at most X nat (exit 6).")
-@click.option("--max-ppl-ratio", type=float, metavar="Y", help="Gate: PPL at most Y times the reference's.")
-@click.option("--min-top1", type=float, metavar="P", help="Gate: same top token in at least P, 0.95 or 95.")
-@click.option(
-    "--gate-undecided",
-    type=click.Choice(["fail", "pass"]),
-    default="fail",
-    show_default=True,
-    help="A limit that lies within the error of the value.",
-)
 @click.option(
     "--activations",
     type=click.Choice(ACTIVATIONS),
@@ -134,9 +123,16 @@ def _gate_line(gate: dict[str, Any]) -> str:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@gate_options
 @greedy_options
 @attribution_options
 @task_options
+@click.option(
+    "--task-answers",
+    type=click.Path(path_type=Path),
+    metavar="FILE.jsonl",
+    help="Every question with both answers.  [default: beside --out, as NAME.answers.jsonl]",
+)
 @runtime_options
 @common
 def command(
@@ -150,7 +146,9 @@ def command(
     max_kld: float | None,
     max_ppl_ratio: float | None,
     min_top1: float | None,
-    gate_undecided: str,
+    max_task_drop: float | None,
+    min_reference_share: float | None,
+    gate_undecided: str | None,
     activations: str,
     greedy: str | None,
     greedy_tokens: int,
@@ -182,10 +180,11 @@ def command(
 
     With --tasks both models also answer questions from local files: accuracies with their intervals, the difference
     over pairs, McNemar's test and every flip. Answers are kept, so a run that was interrupted goes on. Without --text
-    only the tasks are measured.
+    tasks, and --greedy FILE, are measured alone.
     """
     from phi4edge.core.workdir import RUN_FILE
     from phi4edge.measurement.drift_run import (
+        CHUNKS,
         check_artifact,
         measure_domains,
         measure_greedy,
@@ -193,11 +192,11 @@ def command(
         without_text,
     )
     from phi4edge.measurement.gates import Gate, Limits, gate_error
-    from phi4edge.measurement.reference import is_store
+    from phi4edge.measurement.reference import ReferenceStore, is_store
     from phi4edge.measurement.tasks.run import check_tasks, measure_tasks, task_gates
     from phi4edge.runtimes._api import Settings
 
-    limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided)
+    limits = Limits(max_kld, max_ppl_ratio, min_top1, gate_undecided or "fail", max_task_drop, min_reference_share)
     settings = Settings(
         threads=threads,
         flash_attention=flash_attention,
@@ -214,18 +213,18 @@ def command(
         source = open_run(artifact) if (artifact / RUN_FILE).is_file() else None
         written_from = open_run(against) if against is not None else None
     progress = progress_for(quiet)
-    asked, max_drop = task_request(tasks), tasks["max_task_drop"]
+    asked = task_request(tasks | {"max_task_drop": max_task_drop, "min_reference_share": min_reference_share})
     if asked is not None:
-        task_gates({}, max_drop, gate_undecided)
         check_tasks(asked, reference)
     if not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
     if attribute and len(texts) > 1:
         raise UsageError("--attribute takes one --text", "attribute each domain by itself")
-    if asked is not None and not texts:
-        if limits.asks_for_text or attribute or greedy is not None:
+    found: dict[str, ReferenceStore] = {}
+    if not texts and (asked is not None or greedy not in (None, CHUNKS)) and not is_store(Path(reference)):
+        if limits.asks_for_text or attribute or greedy == CHUNKS:
             raise UsageError(
-                "--max-kld, --max-ppl-ratio, --min-top1, --attribute and --greedy need a --text",
+                "--max-kld, --max-ppl-ratio, --min-top1, --attribute and --greedy chunks need a --text",
                 "give a text file, or leave them out",
             )
         data = without_text(artifact, reference, runtime=runtime, settings=settings)
@@ -243,19 +242,6 @@ def command(
             source=source,
             progress=progress,
         )
-        if greedy is not None:
-            data["greedy"] = measure_greedy(
-                artifact,
-                found,
-                reference,
-                greedy,
-                count=greedy_tokens,
-                chunks=chunks,
-                runtime=runtime,
-                settings=settings,
-                source=source,
-                progress=progress,
-            )
         if attribute:
             from phi4edge.measurement.attribution_run import attribute as attribute_drift
 
@@ -272,6 +258,19 @@ def command(
                 tensor_chunks=attribute_chunks,
                 progress=progress,
             )
+    if greedy is not None:
+        data["greedy"] = measure_greedy(
+            artifact,
+            found,
+            reference,
+            greedy,
+            count=greedy_tokens,
+            chunks=chunks,
+            runtime=runtime,
+            settings=settings,
+            source=source,
+            progress=progress,
+        )
     if asked is not None:
         answers = tasks["task_answers"] or (out.with_suffix(".answers.jsonl") if out is not None else None)
         measured = measure_tasks(
@@ -284,7 +283,7 @@ def command(
             answers=answers,
             progress=progress,
         )
-        gates = task_gates(measured["results"], max_drop, gate_undecided)
+        gates = task_gates(measured["results"], limits)
         data |= {"tasks": measured, "gates": [*data["gates"], *(gate.as_dict() for gate in gates)]}
     failure = gate_error([Gate(**gate) for gate in data["gates"]])
     if out is not None:

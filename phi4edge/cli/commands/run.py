@@ -7,9 +7,12 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.drift_recipe import DRIFT_KEYS, read_drift
+from phi4edge.cli.gate_options import GATES, gate_line, gate_options
 from phi4edge.cli.options import common, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure
+from phi4edge.cli.task_options import task_options, task_request
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.recipe import EFFORTS
@@ -42,7 +45,7 @@ _SECTIONS = {
     ),
     "calibration": ("corpus", "samples", "sequence_length", "seed", "chat_template"),
     "export": ("context", "head", "embedding"),
-    "drift": ("text", "context", "chunks", "max_kld", "max_ppl_ratio", "min_top1"),
+    "drift": DRIFT_KEYS,
     "bench": ("prompt_tokens", "gen_tokens", "repetitions"),
 }
 
@@ -58,8 +61,9 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
         table = whole.get(section, {})
         if not isinstance(table, dict):
             raise InputError(f"{path}: {section}: expected a table, [{section}]")
-        found[section] = dict(Table(table, keys, str(path), section).data)
-    for section, key in (("", "model"), ("calibration", "corpus"), ("drift", "text")):
+        known = Table(table, keys, str(path), section)
+        found[section] = read_drift(known, path.parent) if section == "drift" else dict(known.data)
+    for section, key in (("", "model"), ("calibration", "corpus")):
         value = found[section].get(key)
         if isinstance(value, str) and (path.parent / value).exists():
             found[section][key] = str(path.parent / value)
@@ -81,10 +85,18 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
 @click.option("--scheme", help="One scheme for all targets.  [default: what suits each]")
 @click.option("--corpus", metavar="PATH|NAME|MIX", help="Calibration text, as quantize takes it.  [default: builtin]")
 @click.option("--samples", type=int, help="Calibration samples.  [default: 128]")
-@click.option("--text", metavar="PATH|NAME", help="Evaluation text.  [default: builtin:eval]")
+@click.option(
+    "--text",
+    "texts",
+    multiple=True,
+    metavar="[NAME=]PATH",
+    help="Evaluation text; several are domains.  [default: builtin:eval]",
+)
 @click.option("--chunks", type=int, help="Chunks of it.  [default: all of a file, 32 of a corpus]")
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option("--resume/--restart", default=True, help="Go on with a run, or begin it anew.  [default: resume]")
+@gate_options
+@task_options
 @dry_run_option
 @common
 def command(
@@ -96,7 +108,7 @@ def command(
     scheme: str | None,
     corpus: str | None,
     samples: int | None,
-    text: str | None,
+    texts: tuple[str, ...],
     chunks: int | None,
     ram_budget: str | None,
     resume: bool,
@@ -104,12 +116,18 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **asked: Any,
 ) -> None:
     """The whole pipeline: plan, quantize, export, verify, drift, bench and report, into folder --out.
 
     Takes a MODEL (folder or hub id) with --target, or a RECIPE.toml; a flag given here is stronger than the recipe.
     Each target gets the scheme and format that its profile calls for. What cannot be measured here is said to be
-    not measured. Exit code 6 when a gate of the recipe fails, with all results written.
+    not measured. [drift] of a recipe takes what `phi4edge drift` takes, tasks and domains too, by the same names with _
+    for -. Questions that were answered are not asked again when a run is started again.
+
+    Exit code 6 when a gate fails, with all results written. Gates come from the targets' files, the recipe, or the
+    options here; of the same name the recipe's is stronger than a target's, and the option's than both. A gate fails
+    where the limit is missed beyond the error of the value, 95 % one-sided; see --gate-undecided.
     """
     from phi4edge.core.recipe import CorpusRecipe, solving_recipe
     from phi4edge.measurement.gates import Limits
@@ -120,18 +138,20 @@ def command(
     settings: dict[str, dict[str, Any]] = {"": {"model": what}} | {section: {} for section in _SECTIONS}
     if what.endswith(".toml"):
         settings = _read(Path(what))
+    asked |= {key: asked[key] or None for key in ("allow_code_execution", "shots_files")}  # absent: overrules nothing
     flags: dict[str, dict[str, Any]] = {
         "": {"targets": list(targets) or None},
         "quantize": {"method": method, "effort": effort, "scheme": scheme, "ram_budget": ram_budget},
         "calibration": {"corpus": corpus, "samples": samples},
-        "drift": {"text": text, "chunks": chunks},
+        "drift": {"texts": texts or None, "chunks": chunks, **asked},
     }
     for section, values in flags.items():
         settings[section] |= {key: value for key, value in values.items() if value is not None}
-    solving, drift = dict(settings["quantize"]), dict(settings["drift"])
+    solving, drift = dict(settings["quantize"]), settings["drift"]
+    tasks = dict.fromkeys(asked) | {"allow_code_execution": False, "shots_files": ()} | drift
     budget, device = solving.pop("ram_budget", None), solving.pop("device", "cpu")
     try:
-        limits = Limits(*(drift.pop(key, None) for key in ("max_kld", "max_ppl_ratio", "min_top1")))
+        limits = Limits(**{key: drift.get(key) for key in GATES}, undecided=drift.get("gate_undecided", "fail"))
         calibrated = solving.get("method") != "rtn" or solving.get("awq") or settings["calibration"]
         order = Order(
             model=str(settings[""]["model"]),
@@ -140,9 +160,13 @@ def command(
             recipe=solving_recipe(solving, CorpusRecipe(**settings["calibration"]) if calibrated else None),
             scheme_given="scheme" in solving,
             wish=Wish(**settings["export"]),
-            text=drift.get("text", "builtin:eval"),
+            texts=drift.get("texts", ("builtin:eval",)),
             drift_context=drift.get("context", 512),
             chunks=drift.get("chunks"),
+            store_top=drift.get("store_top"),
+            greedy=drift.get("greedy"),
+            greedy_tokens=drift.get("greedy_tokens", 64),
+            tasks=task_request(tasks),
             limits=limits,
             speed=SpeedRequest(**settings["bench"]),
             ram_budget=parse_bytes(budget) if budget else None,
@@ -162,6 +186,7 @@ def command(
         + ("" if row["speed"]["measured"] else f" (speed not measured: {row['speed']['reason']})")
         for row in outcome.data["targets"]
     ]
+    lines += [f"{Path(row['artifact']).name}: {gate_line(row)}" for row in outcome.data["gates"]]
     shown = "\n".join([*lines, "", outcome.data["summary"], f"report: {outcome.data['report']['html']}"])
     if outcome.failure is not None:
         emit_failure("run", outcome.data, shown, outcome.failure, as_json=as_json)

@@ -118,6 +118,7 @@ def _describe(profile: Profile, path: Path | None) -> str:
         ("default context", f"{profile.default_context:,} tokens"),
         ("decode to keep", f"{profile.min_decode_tps:g} tok/s" if profile.min_decode_tps else ""),
     ]
+    rows += [("gate", f"{name} {limit:g}") for name, limit in profile.gates.given().items()]
     for number, option in enumerate(profile.runtimes, 1):
         formats, schemes, kv = (", ".join(v) for v in (option.formats, option.schemes, option.kv_types))
         rows.append(

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["Answer", "Judge", "Question", "Task", "Verdict"]
+__all__ = ["Answer", "Judge", "Question", "Shots", "Task", "Verdict"]
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 
@@ -18,6 +19,7 @@ class Question:
     target: str  # the right answer, as it is compared
     choices: tuple[str, ...] = ()  # among which the most likely one is the answer; none: the answer is written
     part: str = ""  # of the task: a language, harmful or harmless
+    worked: str = ""  # the answer as a worked example shows it, where the file has one
     data: Mapping[str, Any] = field(default_factory=dict, repr=False)  # more that the judge needs
 
 
@@ -27,6 +29,18 @@ class Verdict:
 
     extracted: str | None  # None: nothing that could be an answer
     correct: bool
+
+
+@dataclass(frozen=True)
+class Shots:
+    """Worked examples that are shown before a question."""
+
+    count: int  # taken from the front of the file, in its order
+    files: Mapping[str, Path]  # by task; a task that is not in here is asked without. Of mgsm a folder, or one file
+
+    def of(self, task: str) -> Path | None:
+        """The file for ``task``; None: it gets none."""
+        return self.files.get(task) if self.count else None
 
 
 Judge = Callable[[Question, str], Verdict]
@@ -42,6 +56,20 @@ class Task:
     stop: tuple[str, ...] = ()  # strings that end an answer; they are no part of it
     max_tokens: int = 512  # of an answer
     sources: Mapping[str, str] = field(default_factory=dict)  # SHA-256 by the name of the file
+    delimiter: str = " "  # between a question and its answer, where both are shown or an answer is weighed
+    shots: tuple[Question, ...] = ()  # worked examples, of every part so many
+    shot_sources: Mapping[str, str] = field(default_factory=dict)  # as ``sources``
+
+    def shots_for(self, question: Question) -> tuple[Question, ...]:
+        """What is shown before ``question``: examples of its part, or those that are of none."""
+        return tuple(shot for shot in self.shots if shot.part in ("", question.part))
+
+    @property
+    def shot_key(self) -> dict[str, Any]:
+        """The number of examples and the files they are from; empty without any."""
+        if not self.shots:
+            return {}
+        return {"count": len(self.shots_for(self.questions[0])), "files": dict(self.shot_sources)}
 
     @property
     def by_choice(self) -> bool:

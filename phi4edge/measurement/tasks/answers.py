@@ -3,7 +3,8 @@
     CACHE/answers/<key>/    a run directory (core/workdir.py): a journal line an answer, on disk before the next one
 
 The key hashes what decides an answer beside the question: the model's hash, the runtime with its version and settings,
-and the context that it was opened with. An answer is found again by the hash of its tokens and of what ends it.
+and the context that it was opened with. An answer is found again by the hash of its tokens, of what ends it, and of the
+number and the file of worked examples before it.
 """
 
 from __future__ import annotations

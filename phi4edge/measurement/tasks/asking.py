@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Answering", "AskedModel", "until_stop"]
+__all__ = ["Answering", "AskedModel", "DoesNotFitError", "until_stop"]
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 from types import TracebackType
 from typing import Any, Protocol, Self
@@ -18,6 +18,17 @@ from phi4edge.model.tokenizer import Tokenizer
 from phi4edge.runtimes._api import Session
 
 _ENDS = ("<|endoftext|>", "<|end|>", "<|im_end|>", "<|eot_id|>")
+
+
+_SHORTER = "give a larger --task-context, if the model has it, or fewer --shots"
+
+
+class DoesNotFitError(InputError):
+    """A prompt is longer than the context; nothing is ever cut off it."""
+
+    def __init__(self, place: int, message: str) -> None:
+        super().__init__(message, _SHORTER)
+        self.place = place  # of the prompt among those that were given
 
 
 class Answering(Protocol):
@@ -68,8 +79,15 @@ class AskedModel:
         self._open, self._tokenizer, self._store = open_session, tokenizer, store
         self._context, self._title, self._progress = context, title, progress
         self._session: Session | None = None
+        self._about: dict[str, Any] = {}
+        self.ended_by_context = 0  # answers that had less room than they were allowed, and used it up
         named = [tokenizer.ids[word] for word in _ENDS if word in tokenizer.ids]
         self._ends = sorted({*named, *(i for i in (tokenizer.eos_id, tokenizer.eot_id) if i is not None)})
+
+    def about(self, shots: Mapping[str, Any]) -> Self:
+        """This model, for questions behind the worked examples ``shots``; answers are kept under them too."""
+        self._about = {"shots": dict(shots)} if shots else {}
+        return self
 
     def chat(self, messages: Sequence[dict[str, Any]], *, generation: bool) -> str:
         """See :class:`Answering`.
@@ -83,26 +101,26 @@ class AskedModel:
         """See :class:`Answering`; an answer also ends at an ending token, and where the context is full.
 
         Raises:
-            InputError: a prompt that leaves no room for an answer.
+            DoesNotFitError: a prompt that leaves no room for an answer; nothing was asked then.
             TargetError, MissingToolError: the runtime.
         """
-        answers = []
-        self._progress.start(self._title, len(prompts), "answer")
-        for prompt in prompts:
-            tokens = self._tokens(prompt)
-            count = min(max_tokens, self._context - len(tokens))
-            if count < 1:
-                raise InputError(
-                    f"{len(tokens)} tokens of a prompt leave no room in a context of {self._context}: {prompt[:60]!r}",
-                    "give a larger --task-context, if the model has it",
+        answers, read = [], [self._tokens(prompt) for prompt in prompts]
+        for place, tokens in enumerate(read):
+            if len(tokens) >= self._context:
+                raise DoesNotFitError(
+                    place, f"{len(tokens)} tokens of a prompt leave no room in a context of {self._context}"
                 )
-            request = {"tokens": tokens, "stop": list(stop), "ends": self._ends, "count": count}
+        self._progress.start(self._title, len(prompts), "answer")
+        for tokens in read:
+            count = min(max_tokens, self._context - len(tokens))
+            request = {"tokens": tokens, "stop": list(stop), "ends": self._ends, "count": count} | self._about
             kept = self._store.find(request)
             if kept is None:
                 taken = islice(self._running().generate(tokens), count)
                 text, length = until_stop(taken, self._tokenizer.decode, self._ends, stop)
                 kept = {"text": text, "tokens": length}
                 self._store.keep(request, kept)
+            self.ended_by_context += kept["tokens"] == count < max_tokens
             answers.append(str(kept["text"]))
             self._progress.advance()
         self._progress.finish()
@@ -112,21 +130,22 @@ class AskedModel:
         """See :class:`Answering`; spaces at the end of a context are counted to the continuation.
 
         Raises:
-            InputError: a pair that does not fit the context, or a continuation of no token.
+            DoesNotFitError: a pair that does not fit the context.
+            InputError: a continuation of no token.
             TargetError, MissingToolError: the runtime.
         """
         found = []
         self._progress.start(self._title, len(pairs), "choice")
-        for context, continuation in pairs:
+        for place, (context, continuation) in enumerate(pairs):
             before, tokens = self._tokens(context.rstrip()), self._tokens(context + continuation)
             first = len(before) or 1  # of the tokens that are weighed; the very first one has nothing before it
-            if first >= len(tokens) or len(tokens) > self._context:
-                raise InputError(
-                    f"{len(tokens)} tokens, {len(before)} of them the question's, in a context of {self._context}: "
-                    f"{continuation[:60]!r}",
-                    "give a larger --task-context, if the model has it",
+            if len(tokens) > self._context:
+                raise DoesNotFitError(
+                    place, f"{len(tokens)} tokens, {len(before)} of them the prompt's, in a context of {self._context}"
                 )
-            request = {"tokens": tokens, "first": first}
+            if first >= len(tokens):
+                raise InputError(f"a choice of no token: {continuation[:60]!r}", "choices are texts that add something")
+            request = {"tokens": tokens, "first": first} | self._about
             kept = self._store.find(request)
             if kept is None:
                 row = np.array([tokens[:-1]], dtype=np.int64)

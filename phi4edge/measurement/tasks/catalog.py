@@ -7,8 +7,10 @@
     refusal     whether the answer declines, held against ``harmful``
     any other   NAME.jsonl of questions with choices: the one with the largest log-likelihood is the answer
 
-Questions are put without worked examples. A chat model is asked for the form that is read; a base model gets the
-question alone, and for humaneval the beginning of the function.
+Without worked examples a chat model is asked for the form that is read, and a base model gets the question alone, for
+humaneval the beginning of the function. With them (``Shots``) nothing is asked for: the examples show the form. They
+stand as their file has them, behind "Question: " and "Answer:", which for gsm8k is what lm-evaluation-harness's own
+task says; in a chat they are turns.
 """
 
 from __future__ import annotations
@@ -17,13 +19,13 @@ __all__ = ["CODE", "TASKS", "Means", "load_task"]
 
 import string
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NoReturn
 
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import sha256_file
-from phi4edge.measurement.tasks._api import Judge, Question, Task, Verdict
+from phi4edge.measurement.tasks._api import Judge, Question, Shots, Task, Verdict
 from phi4edge.measurement.tasks.code import STOP_CODE, program_of, solution_of
 from phi4edge.measurement.tasks.files import TaskFile, find_file, find_files, read_rows
 from phi4edge.measurement.tasks.mathematics import MathJudge, last_boxed, stated_answer
@@ -45,17 +47,47 @@ class Means:
     chat: bool
     run: Callable[[str], bool] | None  # a program: whether it ended well; None: nothing may be run
     equal: MathJudge
+    shown: bool = False  # worked examples stand before the question
 
 
-def load_task(name: str, folder: Path, limit: int | None, means: Means) -> Task:
+def load_task(name: str, folder: Path, limit: int | None, means: Means, shots: Shots | None = None) -> Task:
     """The first ``limit`` questions (of every part) of task ``name`` from its file in ``folder``.
 
     Raises:
-        InputError: no such file, or one that does not have what the task needs; the line is named.
+        InputError: no such file, or one that does not have what the task needs; the line is named. Or too few worked
+            examples, or one that is a question of the task too.
     """
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder", "--task-data is where the tasks' files are")
-    return TASKS.get(name, _choices)(name, folder, limit, means)
+    load, path = TASKS.get(name, _choices), shots.of(name) if shots is not None else None
+    if shots is None or path is None:
+        return load(name, folder, limit, means)
+    if not path.exists():
+        raise InputError(f"{path}: no such file or folder", "--shots-file names worked examples for a task")
+    means = replace(means, shown=True)
+    task, shown = load(name, folder, limit, means), load(name, path, shots.count, means)
+    for shot in shown.questions:
+        if not shot.worked.strip():
+            _refuse(f"{path}: {shot.name}", "has no worked answer to show")
+    task = replace(task, shots=shown.questions, shot_sources=shown.sources)
+    for question in task.questions:
+        examples = task.shots_for(question)
+        if len(examples) != shots.count:
+            part = f" of part {question.part!r}" if question.part else ""
+            raise InputError(
+                f"{path}: has {len(examples)} examples{part}, --shots is {shots.count}",
+                "give fewer --shots, or a longer file",
+            )
+        if question.prompt in {shot.prompt for shot in examples}:
+            raise InputError(
+                f"{path}: {question.name} of {name} is among its own worked examples", "take them from the train file"
+            )
+    return task
+
+
+def _file(place: Path, name: str) -> TaskFile:
+    """``place`` itself, or the file of task ``name`` in that folder."""
+    return find_file(place, name) if place.is_dir() else TaskFile(place, "")
 
 
 def _rows(file: TaskFile, limit: int | None, columns: tuple[str, ...] = ()) -> Iterable[tuple[str, dict[str, Any]]]:
@@ -83,18 +115,19 @@ def _task(name: str, questions: list[Question], judge: Judge, files: list[TaskFi
 
 
 def _gsm8k(name: str, folder: Path, limit: int | None, means: Means) -> Task:
-    file, questions = find_file(folder, name), []
+    file, questions = _file(folder, name), []
     for place, row in _rows(file, limit):
         target = last_number(_text(row, place, "answer").rpartition("####")[2])
         if target is None:
             _refuse(place, "has no number behind ####")
-        prompt = _asked(_text(row, place, "question"), _STEP_BY_STEP, means.chat)
-        questions.append(Question(place, prompt, target))
+        prompt = _asked(_text(row, place, "question"), _STEP_BY_STEP, means)
+        questions.append(Question(place, prompt, target, worked=_text(row, place, "answer")))
     return _task(name, questions, _number_judge, [file], stop=() if means.chat else _STOP_PLAIN, max_tokens=512)
 
 
 def _mgsm(name: str, folder: Path, limit: int | None, means: Means) -> Task:
-    files = [file for file in find_files(folder, name) if file.split in _LANGUAGES]
+    found = find_files(folder, name) if folder.is_dir() else []
+    files = [file for file in found if file.split in _LANGUAGES] if folder.is_dir() else [TaskFile(folder, "")]
     if not files:
         raise InputError(f"{folder}: no file of task {name!r} in it", "MGSM has mgsm_en.tsv, mgsm_de.tsv, …")
     questions = []
@@ -104,13 +137,15 @@ def _mgsm(name: str, folder: Path, limit: int | None, means: Means) -> Task:
             target = last_number(str(said if said is not None else row.get("answer", "")))
             if target is None:
                 _refuse(place, "has no number for an answer")
-            prompt = _asked(_text(row, place, "question"), _STEP_BY_STEP, means.chat)
-            questions.append(Question(place, prompt, target, part=file.split))
+            prompt = _asked(_text(row, place, "question"), _STEP_BY_STEP, means)
+            worked = row.get("answer")
+            worked = worked if isinstance(worked, str) else str(said)
+            questions.append(Question(place, prompt, target, part=file.split, worked=worked))
     return _task(name, questions, _number_judge, files, stop=() if means.chat else _STOP_PLAIN, max_tokens=512)
 
 
-def _asked(question: str, wish: str, chat: bool) -> str:
-    return question + wish if chat else f"Question: {question}\nAnswer:"
+def _asked(question: str, wish: str, means: Means) -> str:
+    return question + wish if means.chat and not means.shown else f"Question: {question}\nAnswer:"
 
 
 def _number_judge(question: Question, answer: str) -> Verdict:
@@ -122,12 +157,13 @@ def _number_judge(question: Question, answer: str) -> Verdict:
 
 
 def _math500(name: str, folder: Path, limit: int | None, means: Means) -> Task:
-    file, questions = find_file(folder, name), []
+    file, questions = _file(folder, name), []
     for place, row in _rows(file, limit):
-        said = _text(row, place, "answer")
+        said = _text(row, place, "answer", "solution")  # MATH itself has the solution alone
         target = last_boxed(said) or said
-        prompt = _asked(_text(row, place, "problem", "question"), _BOXED, means.chat)
-        questions.append(Question(str(row.get("unique_id", place)), prompt, target.strip()))
+        prompt = _asked(_text(row, place, "problem", "question"), _BOXED, means)
+        worked = str(row.get("solution") or "")
+        questions.append(Question(str(row.get("unique_id", place)), prompt, target.strip(), worked=worked))
 
     def judge(question: Question, answer: str) -> Verdict:
         found = stated_answer(answer)
@@ -139,22 +175,25 @@ def _math500(name: str, folder: Path, limit: int | None, means: Means) -> Task:
 def _humaneval(name: str, folder: Path, limit: int | None, means: Means) -> Task:
     run = means.run
     assert run is not None, "the command refuses code that it may not run"
-    file, questions = find_file(folder, name), []
+    file, questions = _file(folder, name), []
     for place, row in _rows(file, limit):
         beginning = _text(row, place, "prompt")
         data = {key: _text(row, place, key) for key in ("prompt", "test", "entry_point")}
         prompt = f"{_WRITE_CODE}```python\n{beginning}```" if means.chat else beginning
-        questions.append(Question(str(row.get("task_id", place)), prompt, "the tests pass", data=data))
+        worked = str(row.get("canonical_solution") or "").rstrip()
+        worked = f"```python\n{beginning}{worked}\n```" if means.chat and worked else worked
+        questions.append(Question(str(row.get("task_id", place)), prompt, "the tests pass", data=data, worked=worked))
 
     def judge(question: Question, answer: str) -> Verdict:
         code = solution_of(answer, question.data["prompt"], question.data["entry_point"])
         return Verdict(code, run(program_of(code, question.data["test"], question.data["entry_point"])))
 
-    return _task(name, questions, judge, [file], stop=() if means.chat else STOP_CODE, max_tokens=512)
+    stop = () if means.chat else STOP_CODE
+    return _task(name, questions, judge, [file], stop=stop, max_tokens=512, delimiter="")
 
 
 def _refusal(name: str, folder: Path, limit: int | None, means: Means) -> Task:
-    file, questions = find_file(folder, name), []
+    file, questions = _file(folder, name), []
     for place, row in _rows(file, limit):
         harmful = row.get("harmful")
         if not isinstance(harmful, bool):
@@ -173,10 +212,11 @@ def _refusal(name: str, folder: Path, limit: int | None, means: Means) -> Task:
 
 
 def _choices(name: str, folder: Path, limit: int | None, means: Means) -> Task:
-    file, questions = find_file(folder, name), []
+    file, questions = _file(folder, name), []
     for place, row in _rows(file, limit):
         prompt, choices, right = _choice_row(row, place)
-        questions.append(Question(place, f"Question: {prompt}\nAnswer:", choices[right], tuple(choices)))
+        text, answer = f"Question: {prompt}\nAnswer:", choices[right]
+        questions.append(Question(place, text, answer, tuple(choices), worked=answer))
     return _task(name, questions, lambda q, answer: Verdict(answer, answer == q.target), [file])
 
 

@@ -15,12 +15,12 @@ import importlib.util
 import io
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
-from phi4edge.core.errors import MissingToolError
+from phi4edge.core.errors import InputError, MissingToolError
 from phi4edge.measurement.tasks._api import Answer, Task, Verdict
-from phi4edge.measurement.tasks.asking import Answering
+from phi4edge.measurement.tasks.asking import Answering, DoesNotFitError
 
 INSTALL = 'pip install "phi4edge[tasks]"'
 
@@ -45,7 +45,8 @@ def ask(model: Answering, task: Task, *, chat: bool) -> list[Answer]:
 
     Raises:
         MissingToolError: lm-evaluation-harness is not installed.
-        InputError, TargetError: as the model's methods.
+        InputError: a prompt that does not fit the context, with its question's name; and as the model's methods.
+        TargetError: as the model's methods.
     """
     check_harness()
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -55,7 +56,7 @@ def ask(model: Answering, task: Task, *, chat: bool) -> list[Answer]:
 
         made, verdicts = _harness_task(task)
     found = evaluate(
-        _harness_model(model),
+        _harness_model(model, task),
         {"tasks": {task.name: made}},
         bootstrap_iters=0,
         log_samples=True,
@@ -86,6 +87,12 @@ def _harness_task(task: Task) -> tuple[Any, dict[int, tuple[Verdict, str]]]:
             with contextlib.redirect_stderr(io.StringIO()):
                 super().build_all_requests(**options)
 
+        def fewshot_context(self, doc: dict[str, Any], *given: Any, **options: Any) -> Any:
+            if task.shots:
+                part = questions[doc["index"]].part
+                self.sampler.replace_df([{"index": i} for i, s in enumerate(task.shots) if s.part in ("", part)])
+            return super().fewshot_context(doc, *given, **options)
+
     def judged(doc: dict[str, Any], results: Sequence[Any]) -> dict[str, float]:
         question = questions[doc["index"]]
         if task.by_choice:
@@ -105,8 +112,17 @@ def _harness_task(task: Task) -> tuple[Any, dict[int, tuple[Verdict, str]]]:
         "doc_to_target": lambda doc: questions[doc["index"]].target,
         "process_results": judged,
         "metric_list": [{"metric": "correct", "aggregation": "mean", "higher_is_better": True}],
-        "num_fewshot": 0,
+        "num_fewshot": task.shot_key.get("count", 0),
+        "target_delimiter": task.delimiter,
     }
+    if task.shots:
+        config["fewshot_config"] = {
+            "sampler": "first_n",
+            "samples": [{"index": i} for i in range(len(task.shots))],
+            "doc_to_text": lambda doc: task.shots[doc["index"]].prompt,
+            "doc_to_target": lambda doc: task.shots[doc["index"]].worked,
+            "doc_to_choice": (lambda doc: list(task.shots[doc["index"]].choices)) if task.by_choice else None,
+        }
     if task.by_choice:
         config |= {"output_type": "multiple_choice", "doc_to_choice": lambda doc: list(questions[doc["index"]].choices)}
     else:
@@ -115,9 +131,17 @@ def _harness_task(task: Task) -> tuple[Any, dict[int, tuple[Verdict, str]]]:
     return Quiet(config=config), verdicts
 
 
-def _harness_model(model: Answering) -> Any:
+def _harness_model(model: Answering, task: Task) -> Any:
     """``model`` as the harness asks for one."""
     from lm_eval.api.model import LM
+
+    @contextlib.contextmanager
+    def naming(requests: Sequence[Any]) -> Iterator[None]:
+        try:
+            yield
+        except DoesNotFitError as error:
+            question = task.questions[requests[error.place].doc["index"]]
+            raise InputError(f"{task.name}, question {question.name}: {error.message}", error.hint) from error
 
     class Model(LM):  # type: ignore[misc]
         tokenizer_name = ""
@@ -127,10 +151,12 @@ def _harness_model(model: Answering) -> Any:
 
         def generate_until(self, requests: list[Any]) -> list[str]:
             settings = requests[0].args[1]  # a task's requests have all the same
-            return model.write([r.args[0] for r in requests], settings["until"], settings["max_gen_toks"])
+            with naming(requests):
+                return model.write([r.args[0] for r in requests], settings["until"], settings["max_gen_toks"])
 
         def loglikelihood(self, requests: list[Any]) -> list[tuple[float, bool]]:
-            return model.weigh([request.args for request in requests])
+            with naming(requests):
+                return model.weigh([request.args for request in requests])
 
         def loglikelihood_rolling(self, requests: list[Any]) -> list[float]:
             return [weight for weight, _ in model.weigh([("", request.args[0]) for request in requests])]

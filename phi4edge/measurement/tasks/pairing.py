@@ -7,6 +7,8 @@
     accuracy        Wilson's interval: (p + z²/2n ± z √(p(1 − p)/n + z²/4n²)) / (1 + z²/n)
     q − p           Newcombe's square-and-add interval for pairs (Statist. Med. 17, 2635 (1998), method 10): it joins
                     the two Wilson intervals and takes φ, the correlation of the two columns, into account
+    q − s p         the same construction with s times the reference's column, for "at least s of the reference's
+                    accuracy": q/p itself has no bounds where few answers are right
     se of q − p     √(b + c − (b − c)²/n) / n, which is 0 where nothing flipped; so gates use the interval
     McNemar         of b + c flips, min(b, c) or fewer one way: exact binomial(b + c, ½), two-sided
 
@@ -50,6 +52,16 @@ class Pairing:
         flips, net = self.lost + self.gained, self.gained - self.lost
         return math.sqrt(flips - net * net / self.n) / self.n
 
+    def surplus(self, share: float) -> float:
+        """Accuracy of the artifact less ``share`` of the reference's."""
+        return ((self.both + self.gained) - share * (self.both + self.lost)) / self.n
+
+    def surplus_se(self, share: float) -> float:
+        """Standard error of :meth:`surplus`."""
+        one = 1 - share
+        squares = self.both * one * one + self.gained + self.lost * share * share
+        return math.sqrt(max(squares / self.n - self.surplus(share) ** 2, 0.0) / self.n)
+
     def as_dict(self) -> dict[str, Any]:
         """Everything that is reported of it."""
         low, high = paired_interval(self)
@@ -85,8 +97,8 @@ def wilson(correct: int, n: int, z: float = Z) -> tuple[float, float]:
     return 0.0 if correct == 0 else low, 1.0 if correct == n else high  # exact there, but for rounding
 
 
-def paired_interval(cells: Pairing, z: float = Z) -> tuple[float, float]:
-    """Bounds of :attr:`Pairing.difference`, Newcombe's method 10."""
+def paired_interval(cells: Pairing, z: float = Z, share: float = 1.0) -> tuple[float, float]:
+    """Bounds of :meth:`Pairing.surplus` over ``share``; with 1, of the difference: Newcombe's method 10."""
     a, b, c, d, n = cells.both, cells.lost, cells.gained, cells.neither, cells.n
     margins = (a + b) * (c + d) * (a + c) * (b + d)
     cross = a * d - b * c
@@ -98,9 +110,9 @@ def paired_interval(cells: Pairing, z: float = Z) -> tuple[float, float]:
     def reach(x: float, y: float) -> float:
         return math.sqrt(max(x * x - 2 * phi * x * y + y * y, 0.0))
 
-    low = cells.difference - reach(q - q_low, p_high - p)
-    high = cells.difference + reach(q_high - q, p - p_low)
-    return max(low, -1.0), min(high, 1.0)
+    low = cells.surplus(share) - reach(q - q_low, share * (p_high - p))
+    high = cells.surplus(share) + reach(q_high - q, share * (p - p_low))
+    return max(low, -share), min(high, 1.0)
 
 
 def mcnemar(lost: int, gained: int) -> float:
