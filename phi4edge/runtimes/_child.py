@@ -16,6 +16,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator, Mapping
+from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -43,11 +44,19 @@ class Child:
     last_words: tuple[str, ...] = ()  # in what a line of stderr that tells more than the last one has
 
 
+@dataclass(frozen=True, eq=False)
+class _Ahead:
+    """Logits that the child was asked for before anybody waits for them."""
+
+    shape: tuple[int, int]
+
+
 class ChildSession:
     """An artifact loaded in a child process; use as a context manager."""
 
     def __init__(self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any]) -> None:
         self.artifact, self._kind = artifact, child
+        self._ahead: _Ahead | None = None
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  the child's stderr, read when it dies
         self._child = subprocess.Popen(
             [sys.executable, "-m", child.module],
@@ -81,19 +90,42 @@ class ChildSession:
         self._details |= more
 
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = SILENT) -> Iterator[Logits]:
-        """See :class:`phi4edge.runtimes._api.Session`; the KV cache is cleared before every row."""
+        """See :class:`phi4edge.runtimes._api.Session`; the KV cache is cleared before every row.
+
+        The child is asked for a row ahead, so it computes while the caller is busy with what it got.
+        """
         progress.start(self._kind.title, tokens.shape[0], "chunk")
-        for row in tokens:
-            self._send({"op": "logits", "tokens": row.tolist(), "first": first})
-            out = np.empty((len(row) - first, self._vocab_size), dtype="<f4")
-            view, done = out.reshape(-1).view(np.uint8).data, 0
-            while done < len(view):
-                nbytes = self._receive()["nbytes"]
-                self._fill(view[done : done + nbytes])
-                done += nbytes
+        requests = [{"op": "logits", "tokens": row, "first": first} for row in tokens.tolist()]
+        shape = (tokens.shape[1] - first, self._vocab_size)
+        mine: _Ahead | None = None
+        for number, request in enumerate(requests):
+            if mine is None or mine is not self._ahead:  # nothing was asked for yet, or another call came between
+                self._settle()
+                self._send(request)
+            self._ahead = None
+            out = self._receive_logits(shape)
+            if number + 1 < len(requests):
+                self._send(requests[number + 1])
+                self._ahead = mine = _Ahead(shape)
             yield out
             progress.advance()
         progress.finish()
+
+    def _receive_logits(self, shape: tuple[int, int]) -> Logits:
+        out = np.empty(shape, dtype="<f4")
+        view, done = out.reshape(-1).view(np.uint8).data, 0
+        while done < len(view):
+            nbytes = self._receive()["nbytes"]
+            self._fill(view[done : done + nbytes])
+            done += nbytes
+        return out
+
+    def _settle(self) -> None:
+        """Take the answer to what was asked for ahead and is not wanted any more; what went wrong there shows again."""
+        if self._ahead is not None:
+            shape, self._ahead = self._ahead.shape, None
+            with suppress(Phi4EdgeError):
+                self._receive_logits(shape)
 
     def generate(self, tokens: list[int]) -> Iterator[int]:
         """See :class:`phi4edge.runtimes._api.Session`; a token is one request, a small share of what it costs."""
@@ -117,6 +149,7 @@ class ChildSession:
 
     def call(self, request: dict[str, Any]) -> dict[str, Any]:
         """Send one request and wait for its answer."""
+        self._settle()
         self._send(request)
         return self._receive()
 
