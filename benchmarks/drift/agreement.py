@@ -34,7 +34,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from record import record, update_readme  # noqa: E402
 
-from phi4edge.core.recipe import Recipe  # noqa: E402
+from phi4edge.cli.main import main as phi4edge  # noqa: E402
 from phi4edge.measurement.drift import PositionFigures, compare_chunk, summarize  # noqa: E402
 from phi4edge.measurement.drift_run import measure_drift, resolve_reference  # noqa: E402
 from phi4edge.measurement.encoding import encode  # noqa: E402
@@ -42,7 +42,6 @@ from phi4edge.measurement.reference import ReferenceStore  # noqa: E402
 from phi4edge.runtimes import llama_cpp  # noqa: E402
 from phi4edge.runtimes._api import Settings  # noqa: E402
 from phi4edge.stages.export import export  # noqa: E402
-from phi4edge.stages.quantize import quantize  # noqa: E402
 from phi4edge.writers._api import WriteOptions  # noqa: E402
 
 CONTEXT = 512
@@ -56,7 +55,10 @@ def artifacts(model: Path, work: Path) -> tuple[Path, Path]:
     if not f16.is_file():
         export(model, "gguf", f16, WriteOptions(head="f16", embedding="f16"))
     if not q4.is_file():
-        export(quantize(model, Recipe(method="rtn", scheme="q4_0"), work / "run").path, "gguf", q4, WriteOptions())
+        command = ["quantize", str(model), "--out", str(work / "run"), "--method", "rtn", "--scheme", "q4_0", "-q"]
+        if phi4edge(command):
+            sys.exit("phi4edge quantize failed")
+        export(work / "run", "gguf", q4, WriteOptions())
     return f16, q4
 
 
@@ -93,7 +95,9 @@ def on_the_same_base(f16: Path, q4: Path, store: ReferenceStore, settings: Setti
             found["itself"].append(compare_chunk(reference, stored, following))
             found["Q4_0"].append(compare_chunk(torch.from_numpy(ours[:-1]), stored, following))
     return {
-        name: {key: (m.value, m.se) for key, m in summarize(PositionFigures.stack(parts)).items() if m.value is not None}
+        name: {
+            key: (m.value, m.se) for key, m in summarize(PositionFigures.stack(parts)).items() if m.value is not None
+        }
         for name, parts in found.items()
     }
 
