@@ -5,6 +5,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import select
 import signal
 import struct
 import subprocess
@@ -154,6 +155,29 @@ def test_chunks_do_not_see_each_other(f16: Path) -> None:
     np.testing.assert_array_equal(together[2], alone)
 
 
+def test_the_next_row_is_computed_while_the_caller_has_the_last_one(f16: Path) -> None:
+    with runtime.open(f16, CONTEXT, ONE) as session:
+        rows = session.logits(tokens(count=2))
+        next(rows)
+        assert select.select([session._child.stdout], [], [], 60)[0], "nobody asked for the second row"
+        next(rows)
+        assert not select.select([session._child.stdout], [], [], 0.2)[0], "there is no third row to ask for"
+
+
+def test_what_was_asked_for_ahead_never_answers_another_request(f16: Path) -> None:
+    ids = tokens(count=3)
+    with runtime.open(f16, CONTEXT, ONE) as session:
+        expected = [list(session.logits(part, first=60)) for part in (ids, ids[::-1])]
+        token = next(session.generate([5, 6, 7]))
+        left = session.logits(ids)  # of more positions than the others
+        next(left)
+        assert next(session.generate([5, 6, 7])) == token
+        pair = [session.logits(part, first=60) for part in (ids, ids[::-1])]
+        for one, other, *rows in zip(*expected, *pair, strict=True):
+            np.testing.assert_array_equal(np.stack(rows), np.stack([one, other]))
+        np.testing.assert_array_equal(next(left)[60:], expected[0][1])
+
+
 @pytest.mark.parametrize("first", [0, 31, 32, 45, 63])
 def test_a_context_longer_than_a_batch_is_whole(f32: Path, first: int) -> None:
     ids = tokens(count=2)
@@ -281,23 +305,6 @@ def test_a_process_that_dies_between_chunks_is_reported_and_no_child_stays(f16: 
     with pytest.raises(ZeroDivisionError), runtime.open(f16, CONTEXT, ONE) as session:
         _ = 1 / 0
     assert session._child.poll() is not None
-
-
-def test_rows_that_nobody_took_are_not_taken_for_another_answer(f16: Path) -> None:
-    """The child is a chunk ahead of who asked, who may lose interest, or ask for something else meanwhile."""
-    with runtime.open(f16, CONTEXT, ONE) as session:
-        whole, other = (list(session.logits(tokens(seed), first=7)) for seed in (0, 1))
-        left = session.logits(tokens(), first=7)
-        assert np.array_equal(next(left), whole[0])
-        token = next(session.generate(tokens()[0].tolist()[:9]))
-        assert token == int(whole[0][8 - 7].argmax())
-        turns = zip(left, session.logits(tokens(seed=1), first=7), strict=False)
-        for number, (a, b) in enumerate(turns):
-            assert np.array_equal(a, whole[number + 1])
-            assert np.array_equal(b, other[number])
-        assert number == COUNT - 2
-        left = session.logits(tokens(), first=7)
-        next(left)
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the kernel's parent-death signal is Linux's")

@@ -191,7 +191,8 @@ def _stages(
     module = load_runtime(runtime)
     for kv_type in dict.fromkeys(("f32", settings.kv_type)):
         session = module.open(artifact, store.context, replace(settings, kv_type=kv_type))
-        name, title = ("runtime", f"{runtime}: kernels, activations")
+        rounded = session.details.get("activations")  # where the runtime says so, as ONNX Runtime's graphs do
+        name, title = "runtime", f"{runtime}: kernels, activations{f' in {rounded}' if rounded else ''}"
         if kv_type != "f32":
             name, title = "kv_cache", f"KV cache in {kv_type}"
         found.append(_Stage(name, title, stack.enter_context(session)))

@@ -5,6 +5,7 @@ from __future__ import annotations
 __all__ = [
     "CHUNKS",
     "check_artifact",
+    "compare_session",
     "measure_domains",
     "measure_drift",
     "measure_greedy",
@@ -218,7 +219,7 @@ def measure_domains(
     if any(_condition(store) != _condition(one) for store in stores.values()):
         raise UsageError("the domains' references differ in model, encoding or context", "compute them together")
     with _open(artifact, one.context, runtime, settings, source) as session:
-        found = {d: _compare(artifact, session, store, counts[d], progress) for d, store in stores.items()}
+        found = {d: compare_session(artifact, session, store, counts[d], progress) for d, store in stores.items()}
         details = dict(session.details)
     figures = PositionFigures.stack(list(found.values()))
     several = len(stores) > 1
@@ -368,9 +369,15 @@ def _open(
     return TorchSession(source, context, settings)
 
 
-def _compare(
-    artifact: Path, session: Session, store: ReferenceStore, count: int, progress: Progress
+def compare_session(
+    artifact: Path, session: Session, store: ReferenceStore, count: int, progress: Progress = SILENT
 ) -> PositionFigures:
+    """Figures of the first ``count`` chunks of ``store``, run through ``session``; ``artifact`` is for messages.
+
+    Raises:
+        InputError: another vocabulary, or logits that are not finite.
+        TargetError: the runtime died.
+    """
     if session.vocab_size != store.vocab_size:
         raise InputError(
             f"{artifact}: has a vocabulary of {session.vocab_size}, the reference one of {store.vocab_size}",

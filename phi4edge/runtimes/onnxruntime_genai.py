@@ -36,6 +36,8 @@ _SIGNALS = {
     signal.SIGKILL: "most likely out of memory; take a smaller artifact or a shorter context",
 }
 
+_ACTIVATIONS = {0: "float32", 1: "float32", 2: "float16", 3: "bfloat16", 4: "int8"}  # by MatMulNBits' accuracy_level
+
 
 def available() -> str | None:
     """Why ONNX Runtime GenAI cannot be used here, or None when it can (its library is not loaded to find out)."""
@@ -76,8 +78,9 @@ def open(artifact: Path, context: int, settings: Settings) -> ChildSession:
         raise InputError(f"a context of {context} exceeds the model's {limit}", f"give --context {limit} or less")
     child = Child("phi4edge.runtimes._onnx_worker", "ONNX Runtime", f"{PACKAGE} {version()}", INSTALL, _SIGNALS)
     session = ChildSession(child, artifact, settings, {"context": context, "whole_beyond": _whole_beyond(file)})
-    levels = {int(node.get("accuracy_level", 0)) for node in file.attributes.values()}
-    session.add_details({"kv_type": KV_TYPE, "accuracy_levels": sorted(levels)})
+    levels = sorted({int(node.get("accuracy_level", 0)) for node in file.attributes.values()})
+    activations = " and ".join(dict.fromkeys(_ACTIVATIONS.get(level, f"level {level}") for level in levels or (0,)))
+    session.add_details({"kv_type": KV_TYPE, "accuracy_levels": levels, "activations": activations})
     return session
 
 
