@@ -12,7 +12,7 @@ All are taken in turn, in the same processes, again and again; ratios are median
 seconds are of all threads and processes that take part, so they are what a machine with other work to do can tell.
 
     python benchmarks/drift/speed.py NAME=MODEL … --text FILE [--chunks 2] [--turns 3] [--threads 1]
-    python benchmarks/drift/speed.py --wide WORK    makes a random wide checkpoint in WORK and measures that
+    python benchmarks/drift/speed.py --wide --text FILE     a random checkpoint with wider blocks
 
 The demo's stand-in (163 M parameters, 28 M of them the head) is the worst case: the fewer multiplications a logit
 costs, the more its handling weighs. ``--wide`` has eight blocks of hidden 1536, 198 M in them, as larger models have
@@ -94,7 +94,7 @@ def drift_speed(artifact: Path, store: ReferenceStore, turns: int, threads: int,
     """Part (a) on the chunks of ``store``."""
     tokens = scratch / "tokens.npy"
     np.save(tokens, store.tokens)
-    command = [sys.executable, HERE / "bare_prefill.py", artifact, tokens, str(threads)]
+    command: list[str | Path] = [sys.executable, HERE / "bare_prefill.py", artifact, tokens, str(threads)]
     bare = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
     assert bare.stdin is not None
     assert bare.stdout is not None
@@ -119,7 +119,7 @@ def drift_speed(artifact: Path, store: ReferenceStore, turns: int, threads: int,
     return compared("drift", samples, store.chunks * store.context)
 
 
-def reference_speed(folder: Path, store: ReferenceStore, turns: int, scratch: Path) -> dict[str, Any]:
+def reference_speed(folder: Path, store: ReferenceStore, turns: int, work: Path) -> dict[str, Any]:
     """Part (b) on the chunks of ``store``."""
     checkpoint = open_checkpoint(str(folder))
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
@@ -138,11 +138,12 @@ def reference_speed(folder: Path, store: ReferenceStore, turns: int, scratch: Pa
 
     kinds = {
         "streamed": lambda: timed(forward),
-        "streamed and stored": lambda: timed(lambda: build_store(checkpoint, text, scratch / f"store-{next(count)}")),
+        "streamed and stored": lambda: timed(lambda: build_store(checkpoint, text, Path(scratch) / str(next(count)))),
         "transformers": lambda: timed(lambda: theirs(0)),
         "transformers, scored logits": lambda: timed(lambda: theirs(store.context - store.first)),
     }
-    samples = in_turns(kinds, turns)
+    with tempfile.TemporaryDirectory(dir=work) as scratch:
+        samples = in_turns(kinds, turns)
     found = compared("streamed", samples, store.chunks * store.context)
     stored = compared("streamed and stored", samples, store.chunks * store.context)
     return found | {"speed_ratio_stored": stored["speed_ratio"]}
@@ -175,66 +176,77 @@ def wide_model(folder: Path) -> Path:
     return folder
 
 
-def store_of(model: Path, text: str, chunks: int, path: Path) -> ReferenceStore:
-    """The reference of ``model`` on ``text``."""
-    return resolve_reference(str(model), text=text, context=CONTEXT, chunks=chunks, store=path)
+def rounded(model: Path, work: Path) -> Path:
+    """``model`` in Q4_0, rounded to nearest; made where it is not there."""
+    run, artifact = work / "run", work / "model.gguf"
+    if not artifact.is_file():
+        if phi4edge(["quantize", str(model), "--out", str(run), "--method", "rtn", "--scheme", "q4_0", "--quiet"]):
+            sys.exit("phi4edge quantize failed")
+        export(run, "gguf", artifact, WriteOptions())
+    return artifact
 
 
-def rounded(model: Path, scratch: Path) -> Path:
-    """``model`` in Q4_0, rounded to nearest."""
-    run = scratch / "run"
-    if phi4edge(["quantize", str(model), "--out", str(run), "--method", "rtn", "--scheme", "q4_0", "--quiet"]):
-        sys.exit("phi4edge quantize failed")
-    return export(run, "gguf", scratch / "model.gguf", WriteOptions()).path
-
-
-def measure(model: Path, a: argparse.Namespace, scratch: Path) -> dict[str, Any]:
+def measure(model: Path, a: argparse.Namespace, work: Path) -> dict[str, Any]:
     """Both parts on one model, its weights rounded to Q4_0."""
-    store = store_of(model, a.text, a.chunks, scratch / "reference")
-    artifact = rounded(model, scratch)
+    chosen = work / f"reference-{a.chunks}"
+    store = resolve_reference(str(model), text=a.text, context=CONTEXT, chunks=a.chunks, store=chosen)
+    artifact = rounded(model, work)
     return {
-        "drift": drift_speed(artifact, store, a.turns, a.threads, scratch),
-        "reference": reference_speed(model, store, a.turns, scratch),
+        "chunks": a.chunks,
+        "turns": a.turns,
+        "threads": a.threads,
+        "drift": drift_speed(artifact, store, a.turns, a.threads, work),
+        "reference": reference_speed(model, store, a.turns, work),
     }
 
 
-def table(document: dict[str, Any]) -> str:
-    """The README's table."""
+def table(documents: dict[str, dict[str, Any]]) -> str:
+    """The README's table, from the results of every model that was measured."""
     lines = ["| model | ours | beside | ratio of speeds, CPU | wall |", "|---|---|---|---|---|"]
-    for name, parts in document["results"]["models"].items():
+    said = []
+    for name, document in documents.items():
+        found = document["results"]
         for part, ours in (("drift", "drift"), ("reference", "streamed")):
-            for other, ratio in parts[part]["speed_ratio"].items():
+            for other, ratio in found[part]["speed_ratio"].items():
                 lines.append(f"| {name} | {ours} | {other} | {ratio['cpu_s']:.2f} | {ratio['wall_s']:.2f} |")
-    cpu, results = document["machine"]["cpu"]["model"], document["results"]
-    said = f"{results['chunks']} chunks of {CONTEXT} tokens, {results['turns']} turns, {results['threads']} thread(s)"
-    load = document["machine"]["load_average"][0]
-    return "\n".join([*lines, "", f"{said}; {cpu}, load {load:.1f} where wall seconds mean little."])
+        stored = found["reference"]["speed_ratio_stored"]["transformers"]
+        lines.append(
+            f"| {name} | streamed and stored | transformers | {stored['cpu_s']:.2f} | {stored['wall_s']:.2f} |"
+        )
+        load = (document["machine"]["load_average"] or [0.0])[0]
+        said.append(
+            f"{name}: {found['chunks']} chunks of {CONTEXT} tokens, {found['turns']} turn(s), {found['threads']} "
+            f"thread(s), {document['machine']['cpu']['model']}, load {load:.1f}."
+        )
+    return "\n".join([*lines, "", *said, "Under a load above the number of cores wall seconds mean little."])
 
 
 def main() -> None:
     """The command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", metavar="NAME=MODEL")
-    parser.add_argument("--wide", type=Path, metavar="WORK")
+    parser.add_argument("--wide", action="store_true", help="Also the random model, made under --work.")
     parser.add_argument("--text", default="builtin:eval")
     parser.add_argument("--chunks", type=int, default=2)
     parser.add_argument("--turns", type=int, default=3)
     parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--work", type=Path, default=ROOT / "build" / "drift", help="What is made is kept here.")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     models = {name: Path(folder) for name, _, folder in (given.partition("=") for given in a.models)}
     if a.wide:
-        models["wide"] = wide_model(a.wide / "wide")
-    found = {}
+        models["wide"] = wide_model(a.work / "wide-model")
+    results = HERE / "results"
     for name, model in models.items():
-        with tempfile.TemporaryDirectory() as scratch:
-            found[name] = measure(model, a, Path(scratch))
-    asked = [*(f"{given.partition('=')[0]}=MODEL" for given in a.models), *(["--wide WORK"] if a.wide else [])]
-    command = f"python benchmarks/drift/speed.py {' '.join(asked)} --chunks {a.chunks} --turns {a.turns}"
-    results = {"chunks": a.chunks, "turns": a.turns, "threads": a.threads, "models": found}
-    document = record(HERE / "results" / "speed.json", command, results, ("benchmarks/drift",))
-    update_readme(HERE / "README.md", "speed", table(document))
-    print(table(document))
+        (a.work / name).mkdir(parents=True, exist_ok=True)
+        asked = "--wide" if name == "wide" else f"{name}=MODEL"
+        command = f"python benchmarks/drift/speed.py {asked} --text FILE --chunks {a.chunks} --turns {a.turns}"
+        found = measure(model, a, a.work / name)
+        record(results / f"speed-{name}.json", command, found, ("benchmarks/drift",))
+    files = sorted(results.glob("speed-*.json"))
+    said = table({path.stem.removeprefix("speed-"): json.loads(path.read_text()) for path in files})
+    update_readme(HERE / "README.md", "speed", said)
+    print(said)
 
 
 if __name__ == "__main__":
