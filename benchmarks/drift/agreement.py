@@ -22,6 +22,7 @@ import json
 import subprocess
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from record import record, update_readme  # noqa: E402
 
 from phi4edge.cli.main import main as phi4edge  # noqa: E402
+from phi4edge.core.atomic import write_json  # noqa: E402
 from phi4edge.measurement.drift import PositionFigures, compare_chunk, summarize  # noqa: E402
 from phi4edge.measurement.drift_run import measure_drift, resolve_reference  # noqa: E402
 from phi4edge.measurement.encoding import encode  # noqa: E402
@@ -45,7 +47,7 @@ from phi4edge.stages.export import export  # noqa: E402
 from phi4edge.writers._api import WriteOptions  # noqa: E402
 
 CONTEXT = 512
-Figures = dict[str, tuple[float, float | None]]
+Figures = dict[str, tuple[float | None, float | None]]
 PEER, SAME, OURS = "llama-perplexity", "phi4edge, same base", "phi4edge drift"
 
 
@@ -67,7 +69,8 @@ def by_llama_perplexity(f16: Path, q4: Path, text: str, base: Path, chunks: int,
     program = build_perplexity()
     size = str(CONTEXT)
     how = ["-c", size, "-b", size, "-ub", size, "-t", str(threads), "--chunks", str(chunks)]
-    run_perplexity(program, "-m", f16, "-f", text, *how, "--kl-divergence-base", base)
+    if not base.is_file():
+        run_perplexity(program, "-m", f16, "-f", text, *how, "--kl-divergence-base", base)
     said = {
         name: run_perplexity(program, "-m", path, *how, "--kl-divergence", "--kl-divergence-base", base)
         for name, path in (("Q4_0", q4), ("itself", f16))
@@ -110,30 +113,36 @@ def by_drift(artifact: Path, store: ReferenceStore, settings: Settings, runtime:
 
 def directly(model: Path, f16: Path, q4: Path, store: ReferenceStore, base: Path, threads: int, work: Path) -> Any:
     """What direct.py says."""
-    tokens, out = work / "tokens.npy", work / "direct.json"
+    tokens, out = work / "tokens.npy", work / "direct.out.json"
     np.save(tokens, store.tokens)
     subprocess.run([sys.executable, HERE / "direct.py", model, f16, q4, tokens, base, str(threads), out], check=True)
     return json.loads(out.read_text())
 
 
 def measure(model: Path, text: str, chunks: int, threads: int, work: Path) -> dict[str, Any]:
-    """All of it."""
+    """All of it; each part is kept in ``work`` when it is done, and not made again."""
     f16, q4 = artifacts(model, work)
     base, settings = work / "base.bin", Settings(threads=threads)
     store = resolve_reference(str(model), text=text, context=CONTEXT, chunks=chunks, store=work / "store")
-    peer = by_llama_perplexity(f16, q4, text, base, chunks, threads)
-    same = on_the_same_base(f16, q4, store, settings)
+    as_reference = Settings(threads=threads, kv_type="f32")
+
+    def kept(name: str, make: Callable[[], Any]) -> Any:
+        path = work / f"{name}.json"
+        if not path.is_file():
+            write_json(path, make())
+        return json.loads(path.read_text())
+
     return {
         "positions": store.chunks * store.positions,
         "noise_floor_kld": store.header["noise_floor_kld"],
-        PEER: peer,
-        SAME: same,
+        PEER: kept("peer", lambda: by_llama_perplexity(f16, q4, text, base, chunks, threads)),
+        SAME: kept("same", lambda: on_the_same_base(f16, q4, store, settings)),
         OURS: {
-            "Q4_0": by_drift(q4, store, settings),
-            "F16": by_drift(f16, store, settings),
-            "itself": by_drift(model, store, Settings(threads=threads, kv_type="f32"), "torch_ref"),
+            "Q4_0": kept("ours", lambda: by_drift(q4, store, settings)),
+            "F16": kept("ours-f16", lambda: by_drift(f16, store, settings)),
+            "itself": kept("ours-itself", lambda: by_drift(model, store, as_reference, "torch_ref")),
         },
-        "direct": directly(model, f16, q4, store, base, threads, work),
+        "direct": kept("direct", lambda: directly(model, f16, q4, store, base, threads, work)),
     }
 
 
@@ -148,7 +157,7 @@ def table(document: dict[str, Any]) -> str:
         mine, se = same[name]
         drift, drift_se = ours[name]
         b, t = (direct[pair].get(name) for pair in ("base → artifact", "transformers → artifact"))
-        apart = f"{abs(mine - value) / se:.4f}" if se else "–"
+        apart = f"{abs(mine - value) / se:.4f}" if se and value is not None else "–"
         apart_float = f"{abs(drift - t) / drift_se:.4f}" if drift_se and t is not None else "–"
         cells = (name, _figure(value), _figure(mine, se), apart, _figure(b), _figure(drift, drift_se), _figure(t))
         lines.append(_line((*cells, apart_float)))
@@ -191,7 +200,7 @@ def main() -> None:
     parser.add_argument("--text", required=True)
     parser.add_argument("--chunks", type=int, default=8)
     parser.add_argument("--threads", type=int, default=1)
-    parser.add_argument("--work", type=Path, help="Keep what is made here.")
+    parser.add_argument("--work", type=Path, help="Keep what is made here: of one model, text and number of chunks.")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     with tempfile.TemporaryDirectory() as scratch:

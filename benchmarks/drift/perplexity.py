@@ -12,6 +12,7 @@ __all__ = ["build_perplexity", "parse", "run_perplexity"]
 import hashlib
 import importlib.metadata
 import importlib.util
+import math
 import os
 import re
 import shutil
@@ -97,13 +98,18 @@ def run_perplexity(program: Path, *arguments: str | Path) -> str:
     return done.stdout + done.stderr
 
 
-def parse(output: str) -> dict[str, tuple[float, float | None]]:
-    """Every figure of FIGURES in ``output`` and its standard error, in phi4edge's units."""
+def parse(output: str) -> dict[str, tuple[float | None, float | None]]:
+    """Every figure of FIGURES in ``output`` and its standard error, in phi4edge's units; None where it says NaN."""
+
+    def number(words: str | None, scale: float) -> float | None:
+        value = float(words) * scale if words else math.nan
+        return None if math.isnan(value) else value
+
     found = {}
     for name, given in FIGURES.items():
         words, scale = given if isinstance(given, tuple) else (given, 1.0)
         match = re.search(rf"^{words}\s*:\s*(\S+?)%?\s*(?:±\s*(\S+))?(?:\s*%)?\s*$", output, re.MULTILINE)
         if match is None:
             sys.exit(f"llama-perplexity printed no {name}:\n{output[-3000:]}")
-        found[name] = (float(match[1]) * scale, float(match[2]) * scale if match[2] else None)
+        found[name] = (number(match[1], scale), number(match[2], scale))
     return found
