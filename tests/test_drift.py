@@ -9,7 +9,14 @@ import pytest
 import torch
 
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.measurement.drift import PositionFigures, between_chunks, compare_chunk, position_curve, summarize
+from phi4edge.measurement.drift import (
+    PositionFigures,
+    between_chunks,
+    compare_chunk,
+    divergence,
+    position_curve,
+    summarize,
+)
 from phi4edge.measurement.encoding import STEP, StoredChunk, encode
 from phi4edge.measurement.gates import Limits, evaluate, gate_error
 from phi4edge.measurement.result import Measurement, mean_of
@@ -107,6 +114,30 @@ def test_identical_logits_have_no_drift() -> None:
     assert metrics["same_top_p"].value == 1
     assert abs(metrics["ln_ppl_ratio"].value) < 1e-6
     assert metrics["rms_delta_p"].value < 1e-6
+
+
+@pytest.mark.parametrize("rows", [1, 7, 40])
+def test_rows_worked_on_together_change_no_figure_and_the_logits_stay(
+    rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Forty positions in blocks that divide them or leave a rest; what is held for a block is used for the next."""
+    (reference, _, _), (artifact, _, _), (following, _, _) = (tensor[:3] for tensor in pair(chunks=3))
+    given = [reference.clone(), artifact.clone()]
+    whole = [(encode(reference, following, keep), divergence(reference, artifact)) for keep in (None, 30)]
+    expected = [compare_chunk(artifact, stored, following) for stored, _ in whole]
+    monkeypatch.setattr("phi4edge.measurement.encoding.BLOCK_BYTES", rows * VOCAB * 4)
+    for (stored, between), figures, keep in zip(whole, expected, (None, 30), strict=True):
+        again = encode(reference, following, keep)
+        np.testing.assert_array_equal(again.codes, stored.codes)
+        np.testing.assert_allclose(again.log_prob, stored.log_prob, rtol=1e-6)
+        np.testing.assert_allclose(again.noise, stored.noise, rtol=1e-4)
+        found = compare_chunk(artifact, stored, following)
+        np.testing.assert_allclose(found.kld, figures.kld, rtol=1e-5)
+        np.testing.assert_allclose(found.nll, figures.nll, rtol=1e-6)
+        np.testing.assert_array_equal(found.same_top, figures.same_top)
+        np.testing.assert_allclose(divergence(reference, artifact), between, rtol=1e-5)
+    assert torch.equal(reference, given[0])
+    assert torch.equal(artifact, given[1])
 
 
 def test_a_drift_below_float32_s_resolution_of_a_log_sum_is_still_measured() -> None:

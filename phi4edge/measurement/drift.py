@@ -98,12 +98,15 @@ def compare_chunk(logits: Tensor, reference: StoredChunk, following: Tensor) -> 
     nll, kld = torch.empty(positions, dtype=torch.float64), torch.empty(positions, dtype=torch.float64)
     same = torch.empty(positions, dtype=torch.bool)
     top = torch.from_numpy(reference.top.astype(np.int64))
-    for rows in row_blocks(positions, vocab):
+    blocks = list(row_blocks(positions, vocab))
+    # Made once: allocated for every block, their pages went back to the kernel and cost as much as the arithmetic.
+    held_y, held_d = (torch.empty(blocks[0].stop, columns) for columns in (vocab, codes.shape[1]))
+    for rows in blocks:
         x = logits[rows]
         maximum = x.amax(dim=1, keepdim=True)
         same[rows] = (x.gather(1, top[rows, None]) == maximum).squeeze(1)
-        y = x - maximum
-        minus_d = codes[rows].to(torch.float32).mul_(-STEP)
+        y = torch.sub(x, maximum, out=held_y[: len(x)])
+        minus_d = held_d[: len(x)].copy_(codes[rows]).mul_(-STEP)
         chosen = y.gather(1, following[rows, None]).squeeze(1).double()
         if reference.tokens is not None and reference.tail is not None:
             minus_d, y = _with_tail(minus_d, y, reference.tokens[rows], reference.tail[rows])
@@ -127,14 +130,14 @@ def _with_tail(
 
 
 def _convex(minus_d: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
-    """KLD and ln Σ eʸ of every row, as :func:`compare_chunk` has them; ``minus_d`` [rows, vocab] is overwritten."""
-    gap = minus_d - y
+    """KLD and ln Σ eʸ of every row, as :func:`compare_chunk` has them; both [rows, vocab] are overwritten."""
+    minus_gap = y.sub_(minus_d)
     weight = minus_d.exp_()
     total = weight.sum(dim=1).double()
-    excess = torch.expm1(-gap)
+    excess = torch.expm1(minus_gap)
     mean_excess = torch.linalg.vecdot(weight, excess).double() / total
     correction = torch.log1p(mean_excess)
-    convex = torch.linalg.vecdot(weight, excess.add_(gap)).double() / total
+    convex = torch.linalg.vecdot(weight, excess.sub_(minus_gap)).double() / total
     return convex - (mean_excess - correction), total.log() + correction
 
 

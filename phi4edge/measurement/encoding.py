@@ -52,7 +52,7 @@ from phi4edge.core.errors import InputError
 ENCODING = "u16-fixed-32"
 RANGE = 32.0  # nats below the maximum
 STEP = RANGE / 65535
-BLOCK_BYTES = 2 * 2**20  # float32 logits worked on at a time, so that they stay in the cache
+BLOCK_BYTES = 2**19  # float32 logits worked on at a time, so that they and what is made of them stay in a core's cache
 
 _NAME = re.compile(rf"{ENCODING}(?:-top([1-9]\d*))?")
 
@@ -131,18 +131,19 @@ def encode(logits: Tensor, following: Tensor, keep: int | None = None) -> Stored
         if not bool(torch.isfinite(maximum[rows]).all()) or not bool(torch.isfinite(x.amin())):
             raise InputError("the reference model gives logits that are NaN or infinite", "its weights are damaged")
         below = maximum[rows, None] - x
+        weight = torch.exp(-below)
+        total = weight.sum(dim=1)
         chosen = below.gather(1, following[rows, None]).squeeze(1)
-        log_prob[rows] = (-chosen.double() - torch.exp(-below).sum(dim=1).double().log()).float()
+        log_prob[rows] = (-chosen.double() - total.double().log()).float()
         if keep is not None:
             places = below.topk(kept, dim=1, largest=False).indices.sort(dim=1).values
-            below = below.gather(1, places)
+            below, weight = below.gather(1, places), weight.gather(1, places)
             tokens[rows] = places.numpy()
             rest = (maximum[rows, None] - x).scatter_(1, places, torch.inf)
             tail[rows] = torch.logsumexp(-rest, dim=1)
+            total = weight.sum(dim=1) + tail[rows].exp()  # the tail has no rounding error
         code = (below * (1 / STEP)).round_().clamp_(0, 65535)
         codes[rows] = code.numpy()
-        weight = torch.exp(-below)
-        total = weight.sum(dim=1) + (tail[rows].exp() if keep is not None else 0)  # the tail has no rounding error
         error = code.mul_(STEP).sub_(below)
         mean = torch.linalg.vecdot(weight, error) / total
         square = torch.linalg.vecdot(weight, error.square_()) / total
