@@ -90,8 +90,8 @@ def test_group_aware_order_is_obq_in_that_order(name: str) -> None:
     order = [i for g in ranked for i in sorted(range(g * size, (g + 1) * size), key=lambda i: -float(h[i]))]
     assert order != list(range(128))
     ours = gptq.solve(p, SolverOptions(damp_percent=0.01, group_aware=True)).linear.codes
-    # Rows may go either way where two steps are equally good to the last float32 bit (three of q4_1's do).
-    assert int((ours != naive_obq(p, 0.01, order)).any(dim=1).sum()) <= 3
+    # Rows may go either way where two steps are equally good to the last float32 bit (two of q4_1's do).
+    assert int((ours != naive_obq(p, 0.01, order)).any(dim=1).sum()) <= 2
 
 
 @pytest.mark.parametrize("name", ["w4g32", "q4_1", "q4_k", "q6_k", "w4row"])

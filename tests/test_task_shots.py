@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from support import write_checkpoint
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.main import main
@@ -138,32 +137,28 @@ def test_examples_that_could_mislead_are_refused(data: Path, name: str, file: st
 
 
 @pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "phi-tiny", "phi4")
-
-
-@pytest.fixture(scope="module")
-def artifact(model: Path) -> Path:
-    return write_f16(open_checkpoint(model), model.parent / "tiny-f32.gguf", WriteOptions(), "f32").path
+def artifact(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    out = tmp_path_factory.mktemp("shots") / "tiny-f32.gguf"
+    return write_f16(open_checkpoint(phi4_checkpoint), out, WriteOptions(), "f32").path
 
 
 def drift(
-    capfd: pytest.CaptureFixture[str], model: Path, artifact: Path, data: Path, *more: object
+    capfd: pytest.CaptureFixture[str], phi4_checkpoint: Path, artifact: Path, data: Path, *more: object
 ) -> tuple[int, dict[str, Any]]:
-    words = ["drift", artifact, "--reference", model, "--task-data", data, "--threads", 1, "-q", "--json"]
+    words = ["drift", artifact, "--reference", phi4_checkpoint, "--task-data", data, "--threads", 1, "-q", "--json"]
     code = main([str(word) for word in (*words, "--max-answer-tokens", 3, *more)])
     return code, json.loads(capfd.readouterr().out)
 
 
 def test_answers_are_kept_under_the_number_and_the_file_of_examples(
-    capfd: pytest.CaptureFixture[str], model: Path, artifact: Path, data: Path, tmp_path: Path
+    capfd: pytest.CaptureFixture[str], phi4_checkpoint: Path, artifact: Path, data: Path, tmp_path: Path
 ) -> None:
     train = rows(
         tmp_path / "train.jsonl", {"question": "1 less 1?", "answer": "#### 0"}, {"question": "?", "answer": "#### 9"}
     )
 
     def again(*more: object) -> dict[str, Any]:
-        code, document = drift(capfd, model, artifact, data, "--tasks", "gsm8k", *more)
+        code, document = drift(capfd, phi4_checkpoint, artifact, data, "--tasks", "gsm8k", *more)
         assert code == 0, document
         found: dict[str, Any] = document["data"]["tasks"]
         return found
@@ -183,10 +178,10 @@ def test_answers_are_kept_under_the_number_and_the_file_of_examples(
 
 
 def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_question(
-    capfd: pytest.CaptureFixture[str], model: Path, artifact: Path, data: Path
+    capfd: pytest.CaptureFixture[str], phi4_checkpoint: Path, artifact: Path, data: Path
 ) -> None:
     shots = ("--shots", 4, "--shots-file", data / "gsm8k_train.jsonl", "--task-context", 64)
-    code, document = drift(capfd, model, artifact, data, "--tasks", "gsm8k", *shots)
+    code, document = drift(capfd, phi4_checkpoint, artifact, data, "--tasks", "gsm8k", *shots)
     assert code == 3
     assert "gsm8k, question gsm8k_test.jsonl:1: " in document["error"]["message"]
     assert "in a context of 64" in document["error"]["message"]
@@ -204,10 +199,15 @@ def test_a_prompt_that_does_not_fit_is_an_error_that_names_the_question(
     ],
 )
 def test_examples_of_nothing_are_refused(
-    capfd: pytest.CaptureFixture[str], model: Path, artifact: Path, data: Path, more: tuple[object, ...], message: str
+    capfd: pytest.CaptureFixture[str],
+    phi4_checkpoint: Path,
+    artifact: Path,
+    data: Path,
+    more: tuple[object, ...],
+    message: str,
 ) -> None:
     words = more if "--tasks" in more else (*more, "--text", "builtin:eval")
-    code = main(["drift", str(artifact), "--reference", str(model), "-q", "--json", *map(str, words)]
+    code = main(["drift", str(artifact), "--reference", str(phi4_checkpoint), "-q", "--json", *map(str, words)]
                 + (["--task-data", str(data)] if "--tasks" in more else []))  # fmt: skip
     document = json.loads(capfd.readouterr().out)
     assert (code, document["error"]["code"]) == (2, 2)

@@ -52,7 +52,7 @@ from phi4edge.solvers._loss import layer_loss
 NEEDS_HESSIAN = True
 _FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
 _BLOCK = 128  # columns between two products with those finished since
-_SUB = 16  # columns between two products inside a block
+_SUB, _GROUPED_SUB = 16, 32  # columns between two products inside a block; where parameters are found on the way
 _FACTOR_BLOCK = 384  # columns of R made together
 _MAX_DAMP = 1.0
 
@@ -196,7 +196,7 @@ def _loop(
         found[0] = fixed
         steps = dict(enumerate(_steps(grid, fixed)))
     block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
-    sub = _SUB if static else math.gcd(size, _SUB)
+    sub = _SUB if static else math.gcd(size, _GROUPED_SUB)
     for start in range(0, n, block):
         stop = min(start + block, n)
         before = start % (_FAR * block)  # columns of the far block that are done
