@@ -53,8 +53,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     tokens = recipe.corpus.sequence_length  # one sample is computed at a time
     # Widest moment of a forward pass through one block, its attention included.
     working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
-    # H and two copies on the way to its ordered one are alive together; or H, its damped copy, the factor and D, where
-    # the weight is shifted, and H scaled, where its inputs are; then originals and errors of the rows in work.
+    # H and its ordered copy, which becomes the factor; a third to spare until a run of full size has measured it; and D,
+    # where the weight is shifted, or H scaled, where its inputs are; then originals and errors of the rows in work.
     streams = 2 if recipe.full_precision_targets else 1
     cores = os.cpu_count() or 1
     split = [(row_pieces(out, columns), columns) for out, columns in shapes]
