@@ -53,7 +53,7 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     tokens = recipe.corpus.sequence_length  # one sample is computed at a time
     # Widest moment of a forward pass through one block, its attention included.
     working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
-    # H and its ordered copy, which becomes the factor; a third to spare until a run of full size has measured it; and D,
+    # H and its ordered copy, which becomes the factor; a third to spare until a full-size run has measured it; and D,
     # where the weight is shifted, or H scaled, where its inputs are; then originals and errors of the rows in work.
     streams = 2 if recipe.full_precision_targets else 1
     cores = os.cpu_count() or 1
