@@ -62,7 +62,7 @@ class ChildSession:
             env=_environment(),
             pass_fds=() if self._shared is None else (self._shared.descriptor,),
         )
-        resolved = replace(settings, threads=settings.threads or physical_cores())
+        self._settings = resolved = replace(settings, threads=settings.threads or physical_cores())
         if self._shared is not None:
             load = {**load, "shared": self._shared.descriptor}
         try:
@@ -83,6 +83,11 @@ class ChildSession:
     def details(self) -> Mapping[str, Any]:
         """What the settings came to, as the runtime tells it."""
         return self._details
+
+    @property
+    def busy(self) -> int:
+        """See :class:`phi4edge.runtimes._api.Session`."""
+        return 0 if self._settings.gpu_layers else self._settings.threads or 0
 
     def add_details(self, more: Mapping[str, Any]) -> None:
         """Add what the parent knows."""
