@@ -78,8 +78,15 @@ class Whole:
 class Platform(Protocol):
     """What one kind of device is asked, and how its answers are read. Methods may raise; the sampler keeps it."""
 
-    source: str  # where power comes from: "tegrastats", "rapl", …
-    note: str | None  # what a reader must know of all of it
+    @property
+    def source(self) -> str:
+        """Where power comes from: "tegrastats", "rapl", …"""
+        ...
+
+    @property
+    def note(self) -> str | None:
+        """What a reader must know of all of it."""
+        ...
 
     def state(self) -> State:
         """Ask for the state; takes seconds at most."""

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Answer", "ask", "first_lines", "number", "shell"]
+__all__ = ["Answer", "ask", "first_lines", "loop", "number", "shell"]
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from phi4edge.core.errors import Phi4EdgeError
@@ -20,6 +20,16 @@ for f in $2; do
   [ -f "$f" ] || continue
   v=
   if { IFS= read -r v || [ -n "$v" ]; } < "$f" 2>/dev/null; then echo "$f=$v"; else echo "$f!"; fi
+done 2>/dev/null
+"""
+# One process a sample, the sleep: what watches a device must not be what it does.
+_LOOP = """
+cd "$1" || exit 1
+while :; do
+  line=
+  for f in $2; do v=-; read -r v rest < "$f"; line="$line $v"; done
+  echo "$line" || exit
+  sleep "$3"
 done 2>/dev/null
 """
 
@@ -68,6 +78,11 @@ def first_lines(device: Device, root: str, patterns: Iterable[str]) -> Mapping[s
             name, _, value = line.partition("=")
             found[name] = value.strip()
     return found
+
+
+def loop(root: str, files: Sequence[str], every_s: float) -> list[str]:
+    """A program that prints the first word of each file, one line ``every_s``; "-" stands for one without any."""
+    return ["sh", "-c", _LOOP, "sh", root, " ".join(files), str(every_s)]
 
 
 def number(text: str | None) -> float | None:

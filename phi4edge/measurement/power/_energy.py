@@ -80,7 +80,7 @@ def decode_part(
     """The part of the document about the decoding, and the samples that it rests on."""
     inside, hole = _window(samples, decoded)
     power = _power("power_w", inside, whole)
-    if hole is not None and (power.value is not None or not inside):
+    if hole is not None and whole.rails and (power.value is not None or not inside):
         power = Measurement.missing("power_w", "W", hole)
     part: dict[str, Any] = {
         "samples": len(inside),

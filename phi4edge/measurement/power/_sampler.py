@@ -5,7 +5,7 @@ from __future__ import annotations
 __all__ = ["DeviceSampler", "not_sampled"]
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from types import TracebackType
 from typing import Any, Self
@@ -34,18 +34,18 @@ class DeviceSampler:
     def before(self) -> None:
         """See :class:`phi4edge.measurement.power._api.Sampler`."""
         self._ask("before")
-        self._open("idle_power_w")
+        self._open("idle.samples")
         if self._watch is not None:
             time.sleep(self._idle_s)
-        self._idle = self._close("idle_power_w")
+        self._idle = self._close("idle.samples")
 
     def start(self) -> None:
         """See :class:`phi4edge.measurement.power._api.Sampler`."""
-        self._open("power_w")
+        self._open("decode.samples")
 
     def stop(self, decoded: Decoded | None = None) -> dict[str, Any]:
         """See :class:`phi4edge.measurement.power._api.Sampler`."""
-        samples = self._close("power_w")
+        samples = self._close("decode.samples")
         with self._kept("decode"):
             whole = self._platform.whole(samples)
             idle = idle_part(self._idle, whole)
@@ -105,7 +105,7 @@ class DeviceSampler:
             else:
                 self._watch = Watch(self._device, command)
 
-    def _close(self, field: str) -> Sequence[Sample] | list[Sample]:
+    def _close(self, field: str) -> list[Sample]:
         watch, self._watch = self._watch, None
         samples: list[Sample] = []
         with self._kept(field):
@@ -135,7 +135,7 @@ class DeviceSampler:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._close("power_w")
+        self._close("decode.samples")
 
 
 def not_sampled(reason: str) -> dict[str, Any]:

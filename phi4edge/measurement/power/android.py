@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from phi4edge.measurement.power._api import Line, Sample, State, Whole
-from phi4edge.measurement.power._ask import ask, first_lines, number, shell
+from phi4edge.measurement.power._ask import ask, first_lines, loop, number, shell
 from phi4edge.measurement.power.clusters import PATTERNS, big_cores, clusters
 from phi4edge.transports._api import Device
 
@@ -30,15 +30,6 @@ _PROPERTIES = {
 _BATTERY = "sys/class/power_supply/battery"
 _INTERVAL_S = 0.5
 _LEAST_UA = 20_000  # a phone that decodes draws amperes: less is a reading in mA
-_LOOP = """
-cd "$1" || exit 1
-while :; do
-  line=
-  for f in $2; do v=-; read -r v < "$f"; line="$line $v"; done
-  echo "$line"
-  sleep "$3"
-done 2>/dev/null
-"""
 
 
 class Android:
@@ -96,7 +87,7 @@ class Android:
         """A loop over the battery's meters and the clocks, two lines a second."""
         if not self._watched:
             return "the shell may read neither the battery's current nor the clocks"
-        return ["sh", "-c", _LOOP, "sh", self._root, " ".join(self._watched), str(_INTERVAL_S)]
+        return loop(self._root, self._watched, _INTERVAL_S)
 
     def samples(self, lines: Sequence[Line]) -> list[Sample]:
         """Power and the fastest core's clock, one sample a line."""

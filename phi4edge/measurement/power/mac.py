@@ -14,7 +14,7 @@ from phi4edge.measurement.power._api import Line, Sample, State, Whole
 from phi4edge.measurement.power._ask import ask
 from phi4edge.transports._api import Device
 
-_NO_POWER = "powermetrics needs root, so power and energy are not measured"
+_NO_POWER = "powermetrics needs root"
 
 
 class Mac:

@@ -14,20 +14,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from phi4edge.measurement.power._api import Line, Sample, Whole
-from phi4edge.measurement.power._ask import number
+from phi4edge.measurement.power._ask import loop, number
 
 PATTERNS = tuple(f"sys/class/powercap/intel-rapl:*/{key}" for key in ("name", "energy_uj", "max_energy_range_uj"))
 INTERVAL_S = 0.5
-# /proc/uptime is the device's own clock: how a line travelled does not matter. One process a sample, the sleep.
-_LOOP = """
-cd "$1" || exit 1
-while :; do
-  read -r line rest < proc/uptime
-  for f in $2; do v=-; read -r v < "$f"; line="$line $v"; done
-  echo "$line"
-  sleep "$3"
-done 2>/dev/null
-"""
 
 
 @dataclass(frozen=True)
@@ -54,7 +44,7 @@ def domains(files: Mapping[str, str | None]) -> tuple[tuple[Domain, ...], str]:
     if found:
         return tuple(found), ""
     why = "energy_uj is readable by root alone" if closed else "this machine shows no RAPL counter"
-    return (), f"{why}, so energy is not measured"
+    return (), why
 
 
 def _name(folder: str, files: Mapping[str, str | None]) -> str:
@@ -65,9 +55,12 @@ def _name(folder: str, files: Mapping[str, str | None]) -> str:
 
 
 def command(root: str, found: Sequence[Domain], temperature: str | None) -> list[str]:
-    """What prints the uptime, every counter and the temperature's file, two lines a second."""
-    files = [domain.file for domain in found] + ([temperature] if temperature else [])
-    return ["sh", "-c", _LOOP, "sh", root, " ".join(files), str(INTERVAL_S)]
+    """What prints the uptime, every counter and the temperature's file, two lines a second.
+
+    The uptime is the machine's own clock: how a line travelled does not matter.
+    """
+    files = ["proc/uptime", *(domain.file for domain in found), *([temperature] if temperature else [])]
+    return loop(root, files, INTERVAL_S)
 
 
 def samples_of(lines: Sequence[Line], found: Sequence[Domain], sensor: str | None) -> list[Sample]:

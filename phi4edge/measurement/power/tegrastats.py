@@ -2,8 +2,8 @@
 
 Names and forms differ by module and by release; what a line has is read, what it has not is missing:
 
-    rails         ``VDD_IN 12479mW/12479mW`` (now/mean), without units before JetPack 5 (``POM_5V_IN 1750/1628``), with a
-                  third figure from JetPack 7 on, with a single one in some; the first is the present one
+    rails         ``VDD_IN 12479mW/12479mW`` (now/mean), without units before JetPack 5 (``POM_5V_IN 1750/1628``), with
+                  a third figure from JetPack 7 on, with one alone in some; the first is the present one
     GPU           ``GR3D_FREQ 45%``, ``45%@1300``, ``12%@[1300,1300]``; Thor gives ``@[314,314,314]``, or nothing
     temperatures  ``tj@52.4C``, from JetPack 7 on ``tj@52.4C/52.4C``; −256 stands for a part that is switched off
     cores         ``CPU [15%@729,off]``, on a TX1 ``cpu [17%,13%]@408``
@@ -36,6 +36,7 @@ _GPU = re.compile(r"\bGR3D(?:_FREQ)? (?:(\d+)%)?(?:@(?:\[([\d,]+)\]|(\d+)))?")
 _EMC = re.compile(r"\bEMC(?:_FREQ)? (\d+)%")
 _CPU = re.compile(r"\b(?:CPU|cpu) \[([^\]]*)\]")
 _OFF_C = -200.0
+_NO_RAILS = ("NC", "RAM", "SWAP", "IRAM")  # NC: not connected; a line cut behind "RAM 1923/39" looks like a rail
 
 _WHOLES = (
     (("VIN",), "VIN", "the board with the module"),
@@ -52,7 +53,7 @@ def parse_line(line: Line) -> Sample | None:
     rails = {
         name: float(now)
         for name, now, unit, more in _RAIL.findall(text)
-        if (unit or more) and name != "NC"  # NC: not connected
+        if (unit or more) and name not in _NO_RAILS
     }
     ram = _RAM.search(text)
     if ram is None and not rails:
