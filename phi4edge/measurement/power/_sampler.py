@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceSampler", "not_sampled"]
+__all__ = ["IDLE_S", "DeviceSampler", "not_sampled"]
 
 import time
 from collections.abc import Iterator

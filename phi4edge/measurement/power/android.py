@@ -47,7 +47,7 @@ class Android:
         """What the phone is, and how warm and how full it is."""
         missing: dict[str, str] = {}
         script = 'for p in "$@"; do echo "$p=$(getprop "$p")"; done'
-        said = shell(self._device, script, *_PROPERTIES.values())
+        said = shell(self._device, script, *_PROPERTIES.values(), name="getprop")
         values = dict(line.split("=", 1) for line in (said.text or "").splitlines() if "=" in line)
         facts: dict[str, Any] = {}
         for fact, name in _PROPERTIES.items():
