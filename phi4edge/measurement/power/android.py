@@ -83,6 +83,10 @@ class Android:
         self._watched = power if len(power) == 2 else []
         self._watched += [name for name in readable if name.endswith("scaling_cur_freq")]
 
+    def has_power(self) -> bool:
+        """Where nothing charges the phone and its meters can be read."""
+        return not self._charging and f"{_BATTERY}/current_now" in self._watched
+
     def command(self) -> Sequence[str] | str:
         """A loop over the battery's meters and the clocks, two lines a second."""
         if not self._watched:

@@ -78,6 +78,10 @@ class Linux:
         mode = f"governor {facts['governor']}" if governors else None
         return State(facts, missing, mode, sensor, temperature)
 
+    def has_power(self) -> bool:
+        """Where a counter can be read."""
+        return bool(self._domains)
+
     def command(self) -> Sequence[str] | str:
         """A loop over the counters, a temperature and the clocks; nothing runs where there is none of them."""
         if not self._domains and not self._clocks:
