@@ -87,7 +87,11 @@ class LocalDevice:
     ) -> LocalStream:
         """See :class:`phi4edge.transports._api.Device`; the limit is the caller's to keep here."""
         words: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
-        return LocalStream(self._popen(argv, environment, words), words)
+        try:
+            return LocalStream(self._popen(argv, environment, words), words)
+        except BaseException:
+            words.close()
+            raise
 
     def _popen(
         self, argv: Sequence[str], environment: Mapping[str, str] | None, stderr: int | BinaryIO
