@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -164,14 +165,24 @@ class AsyncSsh(Server):
             pipe = asyncio.subprocess.PIPE
             words = (*shell, process.command or "")
             program = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
-            try:
-                await process.redirect(stdin=program.stdin, stdout=program.stdout, stderr=program.stderr)
-                code = await program.wait()
-                await process.stdout.drain()
+            gone = (ConnectionError, asyncssh.Error)
+
+            async def carry(source: Any, sink: Any) -> None:
+                with suppress(*gone):
+                    while data := await source.read(1 << 16):
+                        sink.write(data)
+                        await sink.drain()
+
+            async def stdin() -> None:
+                await carry(process.stdin, program.stdin)
+                program.stdin.close()  # type: ignore[union-attr]
+
+            feeding = asyncio.create_task(stdin())
+            await asyncio.gather(carry(program.stdout, process.stdout), carry(program.stderr, process.stderr))
+            code = await program.wait()
+            feeding.cancel()
+            with suppress(*gone):
                 process.exit(code) if code >= 0 else process.exit_with_signal(signal.Signals(-code).name[3:])
-            finally:
-                if program.stdin is not None:
-                    program.stdin.close()
 
         async def listen() -> None:
             self._listener = await asyncssh.listen(
