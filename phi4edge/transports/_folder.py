@@ -37,7 +37,7 @@ echo ours
 cat .phi4edge/files.json 2>/dev/null || echo '{}'
 """
 
-# One line a file: "SIZE INODE MTIME CTIME" as GNU, busybox and toybox tell it, or BSD and macOS; "" where it is not there.
+# One line a file: "SIZE INODE MTIME CTIME" as GNU and its like tell it, or BSD; "" where there is no file.
 _STAMPS = r"""
 for file; do
     if [ ! -f "$file" ]; then echo
