@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -13,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 import pytest
-from adb_support import Phone, Server, alive, eventually, phones, serving
+from adb_support import Phone, Server, alive, eventually, phones, serving, toybox
 from transport_contract import CONTRACT, REMOTE, Claim, Counted, Given, named, noise, shell
 
 from phi4edge.core.errors import MissingToolError, TargetError, UsageError
@@ -434,7 +433,7 @@ def test_old_device_says_what_it_cannot(old: Phone) -> None:
 
 
 def test_device_that_cannot_hash_is_read_back(server: Server, tmp_path: Path) -> None:
-    if shutil.which("toybox") is None or shutil.which("mksh") is None:
+    if toybox() is None:
         pytest.skip("toybox or mksh is not installed")
     phone = Phone(tmp_path / "phone", ("--features", ""))
     (tmp_path / "x").write_bytes(noise(100_000))
