@@ -80,7 +80,7 @@ def noise(nbytes: int, seed: int = 0) -> bytes:
 
 def alive(device: Device, *pids: str) -> list[str]:
     """Which processes are still there; one that has ended and was not yet waited for is not."""
-    script = 'for p; do case $(ps -o stat= -p "$p" 2>/dev/null) in ""|Z*) ;; *) echo "$p" ;; esac; done'
+    script = 'for p; do case $(ps -o stat= -p "$p" 2>/dev/null | tr -d " \\n") in ""|Z*) ;; *) echo "$p" ;; esac; done'
     return shell(device, script, *pids).split()
 
 
