@@ -81,7 +81,8 @@ class Session(Protocol):
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = ...) -> Iterator[Logits]:
         """Logits of every row of ``tokens`` [n, length], from position ``first`` on, each row on its own.
 
-        Yields n arrays [length − first, vocab] float32, in order; an array is the caller's to keep or change.
+        Yields n arrays [length − first, vocab] float32, in order. An array is the caller's to change, and gone when the
+        next one is asked for: copy what shall stay.
         """
         ...
 

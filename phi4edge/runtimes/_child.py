@@ -30,6 +30,7 @@ import phi4edge
 from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.runtimes._api import Logits, Settings, SpeedRequest, SpeedSamples
+from phi4edge.runtimes._shared import SharedRows
 from phi4edge.runtimes._threads import physical_cores
 
 _PIECE = 1 << 20  # bytes of logits that are taken at a time from a stream that cannot fill a buffer
@@ -89,7 +90,7 @@ class LocalWorker(subprocess.Popen[bytes]):
     stdin: BinaryIO  # both are pipes here
     stdout: BinaryIO
 
-    def __init__(self, module: str) -> None:
+    def __init__(self, module: str, shared: int) -> None:
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  its stderr, read when it dies
         super().__init__(
             [sys.executable, "-m", module],
@@ -97,6 +98,7 @@ class LocalWorker(subprocess.Popen[bytes]):
             stdout=subprocess.PIPE,
             stderr=self._words,
             env=_environment(),
+            pass_fds=(shared,),  # what both see
         )
 
     def ending(self, marks: Sequence[str]) -> tuple[int, str]:
@@ -123,14 +125,21 @@ class ChildSession:
         self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any], place: Place | None = None
     ) -> None:
         self.artifact, self._kind = artifact, child
-        self._ahead: tuple[object, int] | None = None  # whose rows the child is making beforehand, and how many
-        self._child: Worker = LocalWorker(child.module) if place is None else place.start(child.module)
+        self._ahead: object | None = None  # whose rows the child is making beforehand
+        self._at: tuple[int, int] = (0, 0)  # where the rows that were asked for last will be, and how many
+        self._shared: SharedRows | None = None
+        self._child: Worker
+        if place is None:
+            self._shared = SharedRows()
+            load = {**load, "shared": self._shared.descriptor}
+            self._child = LocalWorker(child.module, self._shared.descriptor)
+        else:
+            self._child = place.start(child.module)
         path = str(artifact) if place is None else place.path
         threads = settings.threads or (physical_cores() if place is None else place.threads)
+        resolved = asdict(replace(settings, threads=threads))
         try:
-            answer = self.call(
-                {"op": "load", "path": path, "settings": asdict(replace(settings, threads=threads)), **load}
-            )
+            answer = self.call({"op": "load", "path": path, "settings": resolved, **load})
         except BaseException:
             self.close()
             raise
@@ -158,24 +167,35 @@ class ChildSession:
         The child is at work on the next row of ``tokens`` while the caller has the logits of one.
         """
         progress.start(self._kind.title, tokens.shape[0], "chunk")
-        own, rows = object(), tokens.shape[1] - first
+        own = object()
         for number, row in enumerate(tokens):
-            if self._ahead is None or self._ahead[0] is not own:
+            if self._ahead is not own:
                 self._ask(row, first)
             self._ahead = None
-            out = self._rows(rows)
+            out = self._rows()
             for following in tokens[number + 1 : number + 2]:
                 self._ask(following, first)
-                self._ahead = own, rows
+                self._ahead = own
             yield out
             progress.advance()
         progress.finish()
 
     def _ask(self, row: NDArray[np.int64], first: int) -> None:
-        self._send({"op": "logits", "tokens": row.tolist(), "first": first})
+        self._settle()
+        request, rows = {"op": "logits", "tokens": row.tolist(), "first": first}, len(row) - first
+        self._at = 0, rows
+        if self._shared is not None:
+            offset, size = self._shared.place(4 * rows * self._vocab_size)
+            self._at = offset, rows
+            request |= {"offset": offset, "size": size}
+        self._send(request)
 
-    def _rows(self, rows: int) -> Logits:
+    def _rows(self) -> Logits:
         """The answer to :meth:`_ask`, [rows, vocab]."""
+        offset, rows = self._at
+        if self._shared is not None:
+            self._receive()
+            return self._shared.rows(offset, (rows, self._vocab_size))
         out = np.empty((rows, self._vocab_size), dtype="<f4")
         view, done = out.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
@@ -183,6 +203,13 @@ class ChildSession:
             self._fill(view[done : done + nbytes])
             done += nbytes
         return out
+
+    def _settle(self) -> None:
+        """Take the answer that nobody has taken: the next one's would be mistaken for it."""
+        if self._ahead is not None:
+            self._ahead = None
+            with suppress(Phi4EdgeError):  # a child that died over it says so now
+                self._rows()
 
     def generate(self, tokens: list[int]) -> Iterator[int]:
         """See :class:`phi4edge.runtimes._api.Session`; a token is one request, a small share of what it costs."""
@@ -210,10 +237,7 @@ class ChildSession:
         return self._receive()
 
     def _send(self, request: dict[str, Any]) -> None:
-        if self._ahead is not None:  # nobody has taken that answer, and this one's would be mistaken for it
-            (_, rows), self._ahead = self._ahead, None
-            with suppress(Phi4EdgeError):  # a child that died over it says so now
-                self._rows(rows)
+        self._settle()
         try:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
@@ -272,6 +296,8 @@ class ChildSession:
     def close(self) -> None:
         """End the worker; it holds nothing that must be kept."""
         self._child.close()
+        if self._shared is not None:
+            self._shared.close()
 
     def __enter__(self) -> Self:
         return self

@@ -177,7 +177,8 @@ def how_to_get(system: str, arch: str, kind: str, runtime: str) -> str:
     if kind == "jetson":
         with_cuda = 'CMAKE_ARGS="-DGGML_CUDA=on" pip install llama-cpp-python'
         return f"install on the device: {with_cuda}, which computes on its GPU; or {built} (CPU only)"
-    return f"install on the device: pip install llama-cpp-python, or apt install llama.cpp where it is packaged; or {built}"
+    packaged = "apt install llama.cpp where it is packaged"
+    return f"install on the device: pip install llama-cpp-python, or {packaged}; or {built}"
 
 
 def missing(device: Device, found: Found, runtime: str, wanted: str, hint: str) -> MissingToolError:

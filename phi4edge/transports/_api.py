@@ -101,9 +101,7 @@ class Device(Protocol):
         """
         ...
 
-    def start(
-        self, argv: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
-    ) -> Stream:
+    def start(self, argv: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None) -> Stream:
         """Start ``argv`` as :meth:`run` does, and speak to it."""
         ...
 

@@ -86,7 +86,7 @@ class LocalDevice:
         self, argv: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
     ) -> LocalStream:
         """See :class:`phi4edge.transports._api.Device`; the limit is the caller's to keep here."""
-        words: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+        words: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         return LocalStream(self._popen(argv, environment, words), words)
 
     def _popen(
