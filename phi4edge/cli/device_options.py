@@ -4,9 +4,10 @@ from __future__ import annotations
 
 __all__ = ["DeviceOptions", "check_place", "device_options", "site_for"]
 
+import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -30,22 +31,16 @@ ADDRESS = "PHI4EDGE_ADDRESS"
 class DeviceOptions:
     """What the user said of the device."""
 
-    transport: str | None = None  # None: the target's first
-    address: Address = Address()
-    runners: tuple[str, ...] = ()
-    timeout_s: float | None = None
-    clean: bool = False
+    transport: str | None  # None: the target's first
+    address: Address
+    runners: tuple[str, ...]
+    timeout_s: float | None
+    clean: bool
 
     @property
     def given(self) -> bool:
-        """Whether anything was said that only a device has."""
-        return bool(
-            self.transport not in (None, LOCAL)
-            or self.address != Address()
-            or self.runners
-            or self.timeout_s is not None
-            or self.clean
-        )
+        """Whether anything was said that measuring in this machine's own Python has no use for."""
+        return self.address != Address() or bool(self.runners or self.clean) or self.timeout_s is not None
 
 
 _OPTIONS = (
@@ -54,7 +49,7 @@ _OPTIONS = (
         help="How the device is reached: local, ssh, adb.  [default: the target's first]",
     ),
     click.option(
-        "--address", metavar="PLACE", envvar=ADDRESS,
+        "--address", metavar="PLACE",
         help=f"Where: a host of your ssh config or user@host; a serial of adb devices.  [default: ${ADDRESS}, or the "
         "only one]",
     ),
@@ -107,11 +102,15 @@ def device_options(function: F) -> F:
 def check_place(target: str, device: DeviceOptions, folders: tuple[Path, ...] = ()) -> tuple[Profile, str]:
     """The target's profile and the transport that reaches it.
 
+    Where that is "local" and no option of a device was given, this machine is measured in its own Python.
+
     Raises:
         UsageError: an unknown target or transport, or a transport that does not reach the target.
     """
     profile = open_catalog(folders).profile(target)
-    name = device.transport or profile.transports[0]
+    away = [name for name in profile.transports if name != LOCAL]
+    first = away if device.address.place is not None and away else profile.transports  # this machine has no address
+    name = device.transport or first[0]
     load_transport(name)
     if name not in profile.transports:
         reached = ", ".join(profile.transports)
@@ -134,8 +133,11 @@ def site_for(profile: Profile, transport: str, device: DeviceOptions, progress: 
     """
     from phi4edge.measurement.on_device import open_site
 
+    address = device.address
+    if address.place is None and transport != LOCAL:
+        address = replace(address, place=os.environ.get(ADDRESS) or None)
     with (
-        load_transport(transport).open(device.address) as connected,
+        load_transport(transport).open(address) as connected,
         open_site(
             connected,
             profile,

@@ -49,21 +49,31 @@ def _program(site: Site, runtime: str) -> Program | None:
 
 
 def check_on_device(
-    site: Site, artifact: Path, *, runtime: str | None = None, settings: Settings | None = None
+    site: Site,
+    artifact: Path,
+    *,
+    runtime: str | None = None,
+    settings: Settings | None = None,
+    generates: bool = False,
 ) -> None:
     """Have ``artifact`` and what measures it on the device, and load it there where that is quick to do.
 
-    What is wrong is said before a reference is computed for it.
+    What is wrong is said before a reference is computed for it. ``generates``: text will be generated as well, which
+    llama-perplexity cannot.
 
     Raises:
         As :func:`measure_drift_on`.
     """
     name = runtime or default_runtime(artifact)
     site.describe(artifact)
+    settings = settings or default_settings(name)
     if _program(site, name) is not None:
+        _check_settings(settings)
+        if generates:
+            raise missing(site.device, site.found, name, "", site.hint(name))
         site.send_artifact(artifact)
         return
-    with open_session(site, artifact, 8, name, settings or default_settings(name), 0):
+    with open_session(site, artifact, 8, name, settings, 0):
         pass
 
 
@@ -104,6 +114,7 @@ def measure_drift_on(
             f"{PERPLEXITY} compares on one text a run, and {len(stores)} are given",
             "measure them one by one; with a Python on the device all are measured together",
         )
+    _check_settings(settings)
     store = next(iter(stores.values()))
     asked = (limits,) if isinstance(limits, Limits) else limits
     return _by_perplexity(site, artifact, program, store, chunks, site.settings(settings, name), asked)
@@ -162,6 +173,11 @@ def _by_perplexity(
         "environment": dict(site.environment),
         "seconds": time.perf_counter() - began,
     }
+
+
+def _check_settings(settings: Settings) -> None:
+    if settings.activations != "none":
+        raise UsageError("llama.cpp rounds activations as it does", "leave --activations out on a device")
 
 
 def _check(artifact: Path, store: ReferenceStore, text: Mapping[str, Any]) -> list[str]:

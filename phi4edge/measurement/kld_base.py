@@ -3,8 +3,9 @@
 As llama.cpp's ``tools/perplexity/perplexity.cpp`` reads it, little-endian:
 
     "_logits_"  uint32 n_ctx  int32 n_vocab  int32 n_chunk  int32 tokens[n_chunk · n_ctx]
-    and a scored position (n_ctx/2 … n_ctx − 2):  float32 scale  float32 min_log_prob  uint16 code[n_vocab rounded to even]
-    with  ln P(v) = scale · code[v] + min_log_prob
+    and a scored position (n_ctx/2 … n_ctx − 2):
+        float32 scale  float32 min_log_prob  uint16 code[n_vocab, rounded up to even]
+        with  ln P(v) = scale · code[v] + min_log_prob
 
 llama.cpp chooses scale by position and makes a new rounding error. A store's steps are 32/65535 below the maximum, so
 with scale = 16/65535 = STEP/2 and code = 65535 − 2·d every one of them is a step of the file too: it holds the store's

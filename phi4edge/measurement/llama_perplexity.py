@@ -1,4 +1,4 @@
-"""What llama-perplexity prints of ``--kl-divergence``, in the figures and units of :mod:`phi4edge.measurement.drift`."""
+"""What llama-perplexity prints of ``--kl-divergence``, in the figures and units of our own drift."""
 
 from __future__ import annotations
 
