@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceOptions", "check_place", "device_options", "site_for"]
+__all__ = ["DeviceOptions", "check_place", "device_options", "site_for", "transport_for"]
 
 import os
 from collections.abc import Callable, Iterator
@@ -108,9 +108,7 @@ def check_place(target: str, device: DeviceOptions, folders: tuple[Path, ...] = 
         UsageError: an unknown target or transport, or a transport that does not reach the target.
     """
     profile = open_catalog(folders).profile(target)
-    away = [name for name in profile.transports if name != LOCAL]
-    first = away if device.address.place is not None and away else profile.transports  # this machine has no address
-    name = device.transport or first[0]
+    name = transport_for(profile, device)
     load_transport(name)
     if name not in profile.transports:
         reached = ", ".join(profile.transports)
@@ -121,6 +119,12 @@ def check_place(target: str, device: DeviceOptions, folders: tuple[Path, ...] = 
         )
         raise UsageError(f"target {target!r} is reached over {reached}, not {name}", hint)
     return profile, name
+
+
+def transport_for(profile: Profile, device: DeviceOptions) -> str:
+    """The transport that was asked for, or the target's first; with an address not "local", which has none."""
+    away = [name for name in profile.transports if name != LOCAL]
+    return device.transport or (away if device.address.place is not None and away else profile.transports)[0]
 
 
 @contextmanager
