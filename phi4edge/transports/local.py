@@ -80,6 +80,9 @@ class LocalDevice:
             raise TargetError(f"{argv[0]}: took longer than {timeout_s:g} s") from error
         finally:
             _end(process)
+            for pipe in (process.stdin, process.stdout, process.stderr):
+                if pipe is not None:
+                    pipe.close()
         return Finished(_status(process.returncode), stdout, stderr)
 
     def start(
@@ -87,7 +90,11 @@ class LocalDevice:
     ) -> LocalStream:
         """See :class:`phi4edge.transports._api.Device`; the limit is the caller's to keep here."""
         words: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
-        return LocalStream(self._popen(argv, environment, words), words)
+        try:
+            return LocalStream(self._popen(argv, environment, words), words)
+        except BaseException:
+            words.close()
+            raise
 
     def _popen(
         self, argv: Sequence[str], environment: Mapping[str, str] | None, stderr: int | BinaryIO

@@ -1,0 +1,253 @@
+"""Files over ssh: sent aside under a name that says what they will hold, compared by sha256, then renamed.
+
+rsync carries them where both sides have it: an older file of that name spares what it shares with the new one.
+Elsewhere `cat` does, on the device: it asks for nothing that a small server lacks, such as sftp. Both go on from where
+an interrupted attempt stopped; what they go on from has the right beginning, since its name holds the sha256.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Connected", "pull", "push"]
+
+import os
+import re
+import select
+import shutil
+import subprocess
+import tempfile
+import time
+from contextlib import suppress
+from pathlib import Path, PurePosixPath
+from typing import BinaryIO, Protocol
+
+from phi4edge.core.atomic import PARTIAL
+from phi4edge.core.errors import InputError, TargetError
+from phi4edge.core.events import Progress
+from phi4edge.core.hashing import sha256_file
+from phi4edge.transports._api import Device, Finished, Stream
+from phi4edge.transports._folder import local_sha256, remote_sha256
+
+_QUICK_S = 60.0
+_DAY_S = 86400.0  # a transfer may take as long as it moves …
+_STALL_S = 120.0  # … and this long without moving
+_PIECE = 1 << 20  # bytes
+
+# $1 folder, $2 final name, $3 partial name. Says what is there of the partial file, and what is free, in bytes.
+_PREPARE = r"""
+mkdir -p "$1" && cd "$1" || exit 1
+if [ -d "./$2" ]; then echo "$1/$2: is a directory" >&2; exit 1; fi
+for file in ".$2."????????????????.partial; do [ "$file" = "$3" ] || rm -f "./$file"; done
+if [ -f "./$3" ]; then wc -c <"./$3"; else echo 0; fi
+df -Pk . 2>/dev/null | awk 'NR == 2 { printf "%.0f\n", $4 * 1024 }'
+"""
+_FINISH = 'chmod "$3" "$1" && mv -f "$1" "$2"'
+_LOOK = 'if [ -f "$1" ]; then ls -ln "$1"; else echo "$1: no such file" >&2; exit 1; fi'
+
+
+class Connected(Device, Protocol):
+    """A device whose connection may be lost."""
+
+    def lost(self, when: str, stderr: bytes = b"") -> TargetError:
+        """The error of a connection that was lost."""
+        ...
+
+
+def push(device: Connected, rsync_shell: str | None, local: Path, remote: PurePosixPath, progress: Progress) -> None:
+    """Send ``local``; ``rsync_shell`` is what rsync's ``-e`` takes, None where a side has no rsync.
+
+    Raises:
+        InputError: ``local`` cannot be read.
+        TargetError: the device is full or refuses, the connection was lost, or other bytes arrived.
+    """
+    digest = local_sha256(local)
+    try:
+        size, mode = local.stat().st_size, local.stat().st_mode & 0o777
+    except OSError as error:
+        raise InputError(f"{local}: cannot be read: {error.strerror}") from error
+    partial = remote.with_name(_partial_name(remote.name, digest))
+    again = True
+    while again:
+        done, free = _prepare(device, remote, partial)
+        _check_room(device, remote, size - done, free)
+        again = done > 0  # what was there may be wrong; from the beginning, there is no second try
+        if done > size:
+            _told(device, ["rm", "-f", str(partial)])
+            continue
+        progress.start(f"send {local.name}", size, "B", done)
+        try:
+            if rsync_shell is not None:
+                _rsync(device, rsync_shell, [str(local.resolve()), f"device:{partial}"], done, size, progress)
+            else:
+                _feed(device, local, partial, done, progress)
+        except TargetError as error:
+            raise _full(device, remote, partial, size, error) from error
+        progress.finish()
+        if remote_sha256(device, partial, size) == digest:
+            _told(device, ["sh", "-c", _FINISH, "sh", str(partial), str(remote), f"{mode:o}"])
+            return
+        _told(device, ["rm", "-f", str(partial)])
+    raise TargetError(f"{device.name}: {remote} arrived with other bytes than it was sent with", "is its disk sound?")
+
+
+def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, local: Path, progress: Progress) -> None:
+    """Fetch ``remote``; the arguments are those of :func:`push`.
+
+    Raises:
+        TargetError: it is not there, the device refuses, the connection was lost, or other bytes arrived.
+    """
+    words = _told(device, ["sh", "-c", _LOOK, "sh", str(remote)]).split()
+    mode, size = _mode(words[0].decode()), int(words[4])
+    digest = remote_sha256(device, remote, size)
+    partial = local.with_name(_partial_name(local.name, digest))
+    try:
+        local.parent.mkdir(parents=True, exist_ok=True)
+        again = True
+        while again:
+            done = partial.stat().st_size if partial.exists() else 0
+            again = done > 0
+            if done > size:
+                partial.unlink()
+                continue
+            if (free := shutil.disk_usage(local.parent).free) < size - done:
+                raise TargetError(f"{local}: needs {size - done} bytes, {free} are free", "free some space here")
+            progress.start(f"fetch {remote.name}", size, "B", done)
+            if rsync_shell is not None:
+                _rsync(device, rsync_shell, [f"device:{remote}", str(partial.absolute())], done, size, progress)
+            else:
+                _drain(device, remote, partial, done, progress)
+            progress.finish()
+            if partial.exists() and sha256_file(partial) == digest:
+                partial.chmod(mode)
+                partial.replace(local)
+                return
+            partial.unlink(missing_ok=True)
+    except OSError as error:
+        raise TargetError(f"{error.filename or local}: {error.strerror}") from error
+    raise TargetError(f"{device.name}: {remote} did not come with the bytes that it holds there", "does it change there?")
+
+
+def _partial_name(name: str, digest: str) -> str:
+    """A hidden name beside the final one. A name has room for 255 bytes on every common file system."""
+    room = os.fsencode(name)[: 255 - len(PARTIAL) - 18]
+    return f".{os.fsdecode(room)}.{digest[:16]}{PARTIAL}"
+
+
+def _mode(words: str) -> int:
+    """Permissions as ``ls -l`` shows them: ``-rwxr-x---``."""
+    return sum(1 << (8 - i) for i, letter in enumerate(words[1:10]) if letter not in "-ST")
+
+
+def _told(device: Device, argv: list[str], timeout_s: float = _QUICK_S) -> bytes:
+    done = device.run(argv, timeout_s=timeout_s)
+    if done.code:
+        raise TargetError(f"{device.name}: {done.last_words or f'{argv[0]} ended with {done.code}'}")
+    return done.stdout
+
+
+def _prepare(device: Device, remote: PurePosixPath, partial: PurePosixPath) -> tuple[int, int | None]:
+    """Bytes that are there already, and bytes that are free; None where the device does not say."""
+    said = _told(device, ["sh", "-c", _PREPARE, "sh", str(remote.parent), remote.name, partial.name]).split()
+    return int(said[0]), int(said[1]) if len(said) > 1 else None
+
+
+def _check_room(device: Device, remote: PurePosixPath, need: int, free: int | None) -> None:
+    if free is not None and free < need:
+        raise TargetError(
+            f"{device.name}: {remote} needs {need} bytes, {free} are free there",
+            "free some space on the device, or name a folder on another disk of it",
+        )
+
+
+def _full(device: Device, remote: PurePosixPath, partial: PurePosixPath, size: int, error: TargetError) -> TargetError:
+    """``error``, or that of a full disk where the device says so."""
+    if not re.search("No space left|Disk quota exceeded|File too large", error.message):
+        return error
+    there, free = _prepare(device, remote, partial)
+    room = "an unknown number of" if free is None else str(free)
+    return TargetError(
+        f"{device.name}: {remote} needs {size - there} bytes more, {room} are free there ({error.message})",
+        "free some space on the device, or name a folder on another disk of it; the file then goes on from there",
+    )
+
+
+def _feed(device: Connected, local: Path, partial: PurePosixPath, done: int, progress: Progress) -> None:
+    """Append what is missing of ``local`` to the partial file."""
+    stream = device.start(["sh", "-c", 'exec cat >>"$1"', "sh", str(partial)], timeout_s=_DAY_S)
+    try:
+        with local.open("rb") as file, suppress(BrokenPipeError):  # the stream's end says why
+            file.seek(done)
+            while piece := file.read(_PIECE):
+                _write(stream, piece, device.name)
+                progress.advance(len(piece))
+            stream.stdin.close()
+        if code := stream.wait(_STALL_S):
+            raise TargetError(f"{device.name}: {partial}: {stream.last_words() or f'cat ended with {code}'}")
+    finally:
+        stream.close()
+
+
+def _write(stream: Stream, piece: bytes, name: str) -> None:
+    """Write all of it, with an error where nothing moves for long: a write by itself would wait for ever."""
+    descriptor, view = stream.stdin.fileno(), memoryview(piece)
+    os.set_blocking(descriptor, False)
+    while view:
+        if not select.select([], [descriptor], [], _STALL_S)[1]:
+            raise TargetError(f"{name}: took no byte for {_STALL_S:g} s")
+        with suppress(BlockingIOError):
+            view = view[os.write(descriptor, view) :]
+
+
+def _drain(device: Connected, remote: PurePosixPath, partial: Path, done: int, progress: Progress) -> None:
+    """Append what is missing of ``remote`` to the partial file."""
+    stream = device.start(["tail", "-c", f"+{done + 1}", str(remote)], timeout_s=_DAY_S)
+    try:
+        with partial.open("ab") as file:
+            descriptor = stream.stdout.fileno()
+            while True:
+                if not select.select([descriptor], [], [], _STALL_S)[0]:
+                    raise TargetError(f"{device.name}: sent no byte for {_STALL_S:g} s")
+                piece = os.read(descriptor, _PIECE)
+                if not piece:
+                    break
+                file.write(piece)
+                progress.advance(len(piece))
+        if code := stream.wait(_STALL_S):
+            raise TargetError(f"{device.name}: {remote}: {stream.last_words() or f'tail ended with {code}'}")
+    finally:
+        stream.close()
+
+
+def _rsync(device: Connected, shell: str, paths: list[str], done: int, size: int, progress: Progress) -> None:
+    """Carry one file; a partial file is gone on from, and an older one of that name is looked at for what it shares."""
+    how = ["--append"] if done else ["--inplace", "--fuzzy"]
+    words = ["rsync", "-s", "-e", shell, *how, f"--timeout={_STALL_S:.0f}", "--info=progress2", "--no-human-readable"]
+    said: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+    with said, subprocess.Popen(
+        [*words, "--outbuf=N", "--", *paths],
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.PIPE,
+        stderr=said,
+        start_new_session=True,
+    ) as process:
+        assert process.stdout is not None
+        try:
+            seen, rest = done, b""
+            while piece := os.read(process.stdout.fileno(), 4096):
+                *lines, rest = re.split(rb"[\r\n]", rest + piece)
+                for line in lines:
+                    if (words_ := line.split()) and words_[0].isdigit() and seen < (now := done + int(words_[0])) <= size:
+                        progress.advance(now - seen)
+                        seen = now
+            code = process.wait()
+        except BaseException:
+            process.kill()
+            raise
+        said.seek(0)
+        stderr = said.read()
+    if code in (10, 12, 30, 35, 255) and b"No space left" not in stderr:
+        raise device.lost("while a file was carried", stderr)
+    if code:
+        told = [line for line in stderr.decode(errors="replace").splitlines() if "No space left" in line]
+        words_of_it = told[0] if told else Finished(code, b"", stderr).last_words
+        raise TargetError(f"{device.name}: rsync: {words_of_it or f'exit status {code}'}")
+    progress.advance(size - seen)
