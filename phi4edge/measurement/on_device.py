@@ -7,7 +7,6 @@ from __future__ import annotations
 
 __all__ = ["Site", "fingerprint", "open_session", "open_site", "time_limit"]
 
-import posixpath
 import re
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -29,6 +28,8 @@ from phi4edge.runtimes._remote import RUNNER_FOLDER, Found, Program, how_to_get,
 from phi4edge.runtimes._remote_python import PlacedRuntime, archive, placed_runtime, start_worker
 from phi4edge.targets.profile import Profile
 from phi4edge.transports._api import Device
+from phi4edge.transports._folder import clean as clean_folder
+from phi4edge.transports._folder import send
 
 _ASK_S = 60.0
 _ALL_LAYERS = 999
@@ -123,7 +124,6 @@ class Site:
     found: Found
     timeout_s: float | None = None  # for one program; None: from what it has to do
     progress: Progress = SILENT
-    sent: list[PurePosixPath] = field(default_factory=list)  # what of ours lies there now
     described: dict[Path, dict[str, Any]] = field(default_factory=dict)  # a hash of gigabytes is made once
 
     @property
@@ -173,14 +173,12 @@ class Site:
         return Program(path)
 
     def send(self, files: Mapping[PurePosixPath, Path]) -> None:
-        """Have ``files`` in our folder on the device, by their place in it; one that is there already is not sent.
+        """Have ``files`` in our folder on the device, by their place in it; what is there already is not sent.
 
         Raises:
             TargetError: the device is full, refuses, or is gone.
         """
-        for remote, local in files.items():
-            _send(self.device, local, remote, self.progress)
-            self.sent.append(remote)
+        send(self.device, {str(remote): local for remote, local in files.items()}, self.progress)
 
     def describe(self, artifact: Path) -> dict[str, Any]:
         """See :func:`phi4edge.measurement.artifact.describe`."""
@@ -225,15 +223,6 @@ class Site:
             install=self.hint(module.NAME),
         )
 
-    def clean(self) -> None:
-        """Remove from the device what we sent there, in this run."""
-        files = [str(self.device.folder / path) for path in dict.fromkeys(self.sent)]
-        folders = sorted({posixpath.dirname(path) for path in files}, key=len, reverse=True)
-        if files:
-            self.device.run(["rm", "-f", "--", *files], timeout_s=_ASK_S)
-            self.device.run(["rmdir", "--", *folders], timeout_s=_ASK_S)  # those that are empty now
-        self.sent.clear()
-
 
 @contextmanager
 def open_site(
@@ -262,7 +251,7 @@ def open_site(
         yield site
     finally:
         if clean:
-            site.clean()
+            clean_folder(device)
 
 
 def open_session(site: Site, artifact: Path, context: int, runtime: str, settings: Settings, tokens: int) -> Session:
@@ -286,8 +275,3 @@ def time_limit(nbytes: int, prompt_tokens: int, gen_tokens: int) -> float:
         + prompt_tokens * nbytes / _PROMPT_BYTES_S
         + gen_tokens * nbytes / _DECODE_BYTES_S
     )
-
-
-def _send(device: Device, local: Path, remote: PurePosixPath, progress: Progress) -> None:
-    """Have ``local`` at ``remote``, whole."""
-    device.push(local, remote, progress)

@@ -80,9 +80,10 @@ class LocalDevice:
             raise TargetError(f"{argv[0]}: took longer than {timeout_s:g} s") from error
         finally:
             _end(process)
-            for pipe in (process.stdin, process.stdout, process.stderr):
-                if pipe is not None:
-                    pipe.close()
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    with suppress(BrokenPipeError):  # what the program never read
+                        stream.close()
         return Finished(_status(process.returncode), stdout, stderr)
 
     def start(

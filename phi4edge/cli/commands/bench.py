@@ -21,6 +21,8 @@ COMMAND = "bench"
 
 
 def _text(data: dict[str, Any]) -> str:
+    from phi4edge.measurement.power.text import power_text
+
     artifact, runtime, settings, metrics = data["artifact"], data["runtime"], data["settings"], data["metrics"]
     rows = []
     for label, key, spec, scale in (
@@ -48,6 +50,7 @@ def _text(data: dict[str, Any]) -> str:
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
             memory,
+            f"power: {power_text(data['power'])}",
         ]
     )
 
