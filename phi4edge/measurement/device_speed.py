@@ -8,20 +8,24 @@ from __future__ import annotations
 
 __all__ = ["measure_speed_on", "summarize_bench"]
 
-from collections.abc import Mapping
-from dataclasses import asdict, replace
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 from phi4edge.core.errors import UsageError
 from phi4edge.measurement.artifact import default_runtime
 from phi4edge.measurement.on_device import Site, time_limit
+from phi4edge.measurement.power._api import Decoded
+from phi4edge.measurement.power.sampler import sampler_for
 from phi4edge.measurement.result import Measurement, mean_of
 from phi4edge.measurement.speed import summarize_speed
 from phi4edge.runtimes._api import Settings, SpeedRequest, default_settings
 from phi4edge.runtimes._llama_tools import BenchTest, bench_arguments, help_of, parse_bench, run_tool
 from phi4edge.runtimes._remote import BENCH, Program, missing
-from phi4edge.runtimes._remote_python import placed_runtime
+from phi4edge.runtimes._remote_python import PlacedRuntime, placed_runtime
 
 _UNTOLD = "llama-bench does not tell it"
 # What of llama-bench's fields says how it computed; the times are the metrics, and all of it stands in ``output``.
@@ -65,51 +69,81 @@ def measure_speed_on(
     runs = request.repetitions + request.warmup
     limit = site.timeout_s or time_limit(description["bytes"], request.prompt_tokens * runs, request.gen_tokens * runs)
     if program is not None:
-        measured = _by_llama_bench(site, artifact, program, request, settings, limit)
+        run = _llama_bench(site, artifact, program, request, settings, limit)
     else:
-        place = site.python(module, artifact, limit)
-        site.progress.note(f"timing {artifact.name} on {site.device.name} in {name} {place.version}")
-        samples = module.speed(artifact, request, settings, place)
-        measured = {
-            "runtime": {"name": name, "version": place.version, "details": dict(samples.details)},
-            "metrics": summarize_speed(samples, request),
-            "threads": samples.details.get("threads"),
-        }
+        run = _worker(site, artifact, module, request, settings, limit)
+    site.progress.note(f"timing {artifact.name} on {site.device.name}")
+    with sampler_for(site.device, site.profile) as sampler:
+        sampler.before()
+        sampler.start()
+        timed = run()
+        sampler.stop(Decoded(timed.tokens, timed.seconds, time.monotonic()) if timed.tokens else None)
+        power = sampler.after()
     return {
         "artifact": description,
         "target": site.profile.id,
         "transport": site.device.transport,
-        "runtime": measured["runtime"],
-        "settings": asdict(settings) | asdict(request) | {"threads": measured["threads"]},
-        "metrics": {key: metric.as_dict() for key, metric in measured["metrics"].items()},
+        "runtime": {"name": name, "version": timed.version, "details": timed.details},
+        "settings": asdict(settings) | asdict(request) | {"threads": timed.details.get("threads")},
+        "metrics": {key: metric.as_dict() for key, metric in timed.metrics.items()},
         "environment": dict(site.environment),
+        "power": power,
     }
 
 
-def _by_llama_bench(
+@dataclass(frozen=True)
+class _Timed:
+    """What a run gave; generating came last in it."""
+
+    version: str
+    details: Mapping[str, Any]
+    metrics: Mapping[str, Measurement]
+    tokens: int  # generated in repetitions that count
+    seconds: float  # spent on them
+
+
+def _worker(
+    site: Site, artifact: Path, module: PlacedRuntime, request: SpeedRequest, settings: Settings, limit: float
+) -> Callable[[], _Timed]:
+    """Send what is needed; the returned function times it."""
+    place = site.python(module, artifact, limit)
+
+    def run() -> _Timed:
+        samples = module.speed(artifact, request, settings, place)
+        steps = list(chain.from_iterable(samples.token_s))
+        return _Timed(place.version, dict(samples.details), summarize_speed(samples, request), len(steps), sum(steps))
+
+    return run
+
+
+def _llama_bench(
     site: Site, artifact: Path, program: Program, request: SpeedRequest, settings: Settings, limit: float
-) -> dict[str, Any]:
+) -> Callable[[], _Timed]:
+    """Send what is needed; the returned function times it."""
     path = site.send_artifact(artifact)
     arguments = bench_arguments(help_of(site.device, program), path, request, settings)
-    site.progress.note(f"timing {artifact.name} on {site.device.name} with {BENCH}")
-    done = run_tool(site.device, program, arguments, limit)
-    tests = parse_bench(done.text, request)
-    said: Mapping[str, Any] = next(iter(tests.values())).fields
-    details = {key: said[key] for key in _TOLD if key in said}
-    details |= {
+
+    def run() -> _Timed:
+        tests = parse_bench(run_tool(site.device, program, arguments, limit).text, request)
+        decode = tests["decode"].seconds if "decode" in tests else ()
+        said = next(iter(tests.values())).fields
+        version = f"llama.cpp {said.get('build_commit', 'unknown')} (build {said.get('build_number', '?')})"
+        details = _details(said, settings) | {"arguments": arguments}
+        details["output"] = {name: dict(test.fields) for name, test in tests.items()}
+        return _Timed(version, details, summarize_bench(tests, request), request.gen_tokens * len(decode), sum(decode))
+
+    return run
+
+
+def _details(said: Mapping[str, Any], settings: Settings) -> dict[str, Any]:
+    """How llama-bench computed, as it says; the names of our own worker where they mean the same."""
+    return {
         "program": BENCH,
-        "arguments": arguments,
         "threads": said.get("n_threads"),
         "kv_type": said.get("type_k", settings.kv_type),
         "weight_bytes": said.get("model_size"),
         "parameters": said.get("model_n_params"),
-        "output": {name: dict(test.fields) for name, test in tests.items()},
-    }
-    commit, number = said.get("build_commit", "unknown"), said.get("build_number", "?")
-    return {
-        "runtime": {"name": "llama_cpp", "version": f"llama.cpp {commit} (build {number})", "details": details},
-        "metrics": summarize_bench(tests, request),
-        "threads": said.get("n_threads"),
+        **{key: said[key] for key in _TOLD if key in said},
     }
 
 

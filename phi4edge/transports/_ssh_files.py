@@ -15,7 +15,6 @@ import select
 import shutil
 import subprocess
 import tempfile
-import time
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO, Protocol
