@@ -9,6 +9,7 @@ from __future__ import annotations
 
 __all__ = ["check_on_device", "measure_drift_on"]
 
+import re
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path, PurePosixPath
@@ -23,7 +24,7 @@ from phi4edge.measurement.llama_perplexity import DIFFERENCES, LEAST_POSITIONS, 
 from phi4edge.measurement.on_device import Site, open_session, time_limit
 from phi4edge.measurement.reference import ReferenceStore
 from phi4edge.runtimes._api import Settings, default_settings
-from phi4edge.runtimes._llama_tools import help_of, perplexity_arguments, run_tool
+from phi4edge.runtimes._llama_tools import help_of, perplexity_arguments, run_tool, version_of
 from phi4edge.runtimes._remote import PERPLEXITY, Program, missing
 from phi4edge.runtimes._remote_python import placed_runtime
 
@@ -139,6 +140,7 @@ def _by_perplexity(
     arguments = perplexity_arguments(
         help_of(site.device, program), model, str(site.device.folder / where), store.context, settings
     )
+    told = [artifact.name if word == model else word.rsplit("/", 1)[-1] for word in arguments]  # no folder of a user's
     nbytes = site.describe(artifact)["bytes"]
     limit = site.timeout_s or time_limit(nbytes, text["chunks"] * store.context, 0)
     site.progress.note(f"measuring {artifact.name} on {site.device.name} with {PERPLEXITY}")
@@ -154,8 +156,8 @@ def _by_perplexity(
         "differences": differences,
         "runtime": {
             "name": "llama_cpp",
-            "version": _version(errors),
-            "settings": _settings(settings, f"{done.text}\n{errors}") | {"arguments": arguments},
+            "version": version_of(site.device, program),
+            "settings": _settings(settings, f"{done.text}\n{errors}") | {"arguments": told},
         },
         "reference": {
             "model": store.header["model"],
@@ -210,8 +212,6 @@ def _check(artifact: Path, store: ReferenceStore, text: Mapping[str, Any]) -> li
 
 def _settings(settings: Settings, said: str) -> dict[str, Any]:
     """What the settings came to, from what llama.cpp logs."""
-    import re
-
     threads = re.search(r"n_threads = (\d+)", said)
     flash = re.search(r"Flash Attention (?:was auto, set to )?(enabled|disabled)", said)
     system = re.search(r"^(?:.*\s)?system_info: (.*)$", said, re.MULTILINE)
@@ -225,10 +225,3 @@ def _settings(settings: Settings, said: str) -> dict[str, Any]:
         "program": PERPLEXITY,
         "system": system[1].strip() if system else None,
     }
-
-
-def _version(said: str) -> str:
-    import re
-
-    build = re.search(r"build: (\d+) \((\w+)\)", said)
-    return f"llama.cpp {build[2]} (build {build[1]})" if build else "llama.cpp of an unknown build"

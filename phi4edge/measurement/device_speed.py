@@ -122,14 +122,15 @@ def _llama_bench(
     """Send what is needed; the returned function times it."""
     path = site.send_artifact(artifact)
     arguments = bench_arguments(help_of(site.device, program), path, request, settings)
+    told = [artifact.name if word == path else word for word in arguments]  # no folder of a user's
 
     def run() -> _Timed:
         tests = parse_bench(run_tool(site.device, program, arguments, limit).text, request)
         decode = tests["decode"].seconds if "decode" in tests else ()
         said = next(iter(tests.values())).fields
         version = f"llama.cpp {said.get('build_commit', 'unknown')} (build {said.get('build_number', '?')})"
-        details = _details(said, settings) | {"arguments": arguments}
-        details["output"] = {name: dict(test.fields) for name, test in tests.items()}
+        details = _details(said, settings) | {"arguments": told}
+        details["output"] = {name: {**test.fields, "model_filename": artifact.name} for name, test in tests.items()}
         return _Timed(version, details, summarize_bench(tests, request), request.gen_tokens * len(decode), sum(decode))
 
     return run

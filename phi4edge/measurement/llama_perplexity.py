@@ -15,7 +15,7 @@ DIFFERENCES = (
     "KLD leaves out tokens that the reference holds less likely than e^-16",
     "the reference's log-probabilities are the store's 16-bit codes, for PPL(reference) and Δp too",
     "standard errors are over positions, taken as independent; none between chunks",
-    "six decimals are printed, of Δp and shares three of a per cent",
+    "six decimals are printed, of Δp and shares three of a per cent; an error printed as 0 is given as 5e-7",
 )
 
 _QUANTILES = {
@@ -38,6 +38,8 @@ _FIGURES: dict[str, tuple[str, str, float]] = {
     **{f"delta_p_{name}": (rf"{words}\s+Δp", "fraction", 0.01) for words, name in (_QUANTILES | _QUARTERS).items()},
     "same_top_p": (r"Same top p", "fraction", 0.01),
 }
+_PRECISE = ("kld", "ln_ppl_ratio", "ppl_ratio")
+_PRINTED = 5e-7  # half of the last decimal: an error that is printed as 0 is at most that
 _DECIDING = ("ppl", "ppl_reference", "ppl_ratio", "kld", "same_top_p")
 
 
@@ -54,6 +56,8 @@ def parse_drift(output: str, positions: int) -> dict[str, Measurement]:
         if match is None:
             raise TargetError(f"llama-perplexity printed no {name}: {_last_words(output)}", "is it of 2024 or later?")
         value, se = _number(match[1], scale), _number(match[2], scale)
+        if se == 0 and name in _PRECISE:  # a gate would take it for certain
+            se = _PRINTED
         if value is not None:
             found[name] = Measurement(name, value, unit, positions, se)
         elif name in _DECIDING:

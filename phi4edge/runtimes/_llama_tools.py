@@ -14,6 +14,7 @@ __all__ = [
     "parse_bench",
     "perplexity_arguments",
     "run_tool",
+    "version_of",
 ]
 
 import json
@@ -64,6 +65,17 @@ def help_of(device: Device, program: Program) -> str:
     if done.code > 1 or not (done.stdout or done.stderr):  # some builds end their help with 1
         raise _failure(device, program, done)
     return done.text + done.stderr.decode("utf-8", errors="replace")
+
+
+def version_of(device: Device, program: Program) -> str:
+    """The build, as the program tells it.
+
+    Raises:
+        TargetError: the device is gone.
+    """
+    done = device.run([program.path, "--version"], timeout_s=_HELP_S, environment=program.environment)
+    said = re.search(r"^version: (.+)$", done.text + done.stderr.decode("utf-8", errors="replace"), re.MULTILINE)
+    return f"llama.cpp {said[1].strip()}" if said else "llama.cpp of an unknown build"
 
 
 def run_tool(device: Device, program: Program, arguments: Sequence[str], timeout_s: float) -> Finished:
