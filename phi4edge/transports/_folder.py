@@ -7,7 +7,7 @@ nobody touched it since. So a large file is hashed once here and once there.
 
 from __future__ import annotations
 
-__all__ = ["clean", "local_sha256", "remote_sha256", "send"]
+__all__ = ["SHA256_OF", "clean", "digest_in", "hashing_s", "local_sha256", "send"]
 
 import json
 import os
@@ -37,19 +37,22 @@ echo ours
 cat .phi4edge/files.json 2>/dev/null || echo '{}'
 """
 
-# One line a file: "SIZE MTIME CTIME INODE" as GNU, busybox and toybox tell it, or BSD and macOS; "" where it is not there.
+# One line a file: "SIZE INODE MTIME CTIME" as GNU and its like tell it, or BSD; "" where there is no file.
 _STAMPS = r"""
 for file; do
     if [ ! -f "$file" ]; then echo
-    else stat -c '%s %Y %Z %i' "./$file" || stat -f '%z %m %c %i' "./$file" || echo unknown; fi 2>/dev/null
+    else stat -c '%s %i %y %z' "./$file" || stat -f '%z %i %Fm %Fc' "./$file" || echo unknown; fi 2>/dev/null
 done
 """
 
-_HASH = r"""
-if command -v sha256sum >/dev/null; then sha256sum <"$1"
-elif command -v shasum >/dev/null; then shasum -a 256 <"$1"
-elif command -v openssl >/dev/null; then openssl dgst -r -sha256 <"$1"
-else echo none; fi
+# A function for scripts: prints the digest, and perhaps more, or "none" where nothing there computes it.
+SHA256_OF = r"""
+sha256_of() {
+    if command -v sha256sum >/dev/null; then sha256sum <"$1"
+    elif command -v shasum >/dev/null; then shasum -a 256 <"$1"
+    elif command -v openssl >/dev/null; then openssl dgst -r -sha256 <"$1"
+    else echo none; fi
+}
 """
 
 # Neither find nor rm follows a link.
@@ -119,20 +122,24 @@ def _local_sha256(path: Path, _size: int, _mtime: int, _inode: int) -> str:
     return sha256_file(path)
 
 
-def remote_sha256(device: Device, path: PurePosixPath, size: int) -> str:
-    """The SHA-256 of a file of ``size`` bytes on the device, computed there.
+def hashing_s(size: int) -> float:
+    """Seconds in which a file of ``size`` bytes is surely hashed on a device."""
+    return _QUICK_S + size / _HASHED_A_SECOND
+
+
+def digest_in(said: bytes, device: Device) -> str:
+    """The digest that ``sha256_of`` printed.
 
     Raises:
         MissingToolError: nothing on the device computes it.
-        TargetError: the file cannot be read.
     """
-    words = _script(device, _HASH, str(path), timeout_s=_QUICK_S + size / _HASHED_A_SECOND).split()
-    if words == [b"none"]:
+    word = said.split()[0].decode()
+    if word == "none":
         raise MissingToolError(
             f"{device.name}: has none of sha256sum, shasum and openssl, so that files cannot be compared",
             "install one of them on the device (coreutils and busybox have sha256sum)",
         )
-    return words[0].decode()
+    return word
 
 
 def _check(name: str) -> None:
@@ -169,7 +176,8 @@ def _holds(device: Device, name: str, stamp: str, local: Path, digest: str) -> b
     size = local.stat().st_size
     if not stamp or (stamp != "unknown" and stamp.split()[0] != str(size)):
         return False
-    return remote_sha256(device, device.folder / name, size) == digest
+    said = _script(device, SHA256_OF + 'sha256_of "./$1"', name, timeout_s=hashing_s(size))
+    return digest_in(said, device) == digest
 
 
 def _script(device: Device, script: str, *words: str, timeout_s: float = _QUICK_S, stdin: bytes = b"") -> bytes:

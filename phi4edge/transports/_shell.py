@@ -86,9 +86,6 @@ exec 2>/dev/null
 [ -z "$fresh" ] || printf 'phi4edge made this folder, and removes it when it is asked to clean.\n' >.phi4edge/ours
 printf '%s folder %s\n' "$id" "$folder"
 if kill -0 -$$ || command -v setsid >/dev/null; then printf '%s groups yes\n' "$id"; fi
-for tool in sha256sum shasum openssl; do
-    if command -v "$tool" >/dev/null; then printf '%s sha256 %s\n' "$id" "$tool"; break; fi
-done
 case $(rsync --version </dev/null | head -n 1) in *' version 3'*) printf '%s rsync yes\n' "$id" ;; esac
 printf '%s ready \n' "$id"
 while read -r word which; do

@@ -89,7 +89,6 @@ class Keeper:
             self.close()
             raise
         self.folder = facts["folder"]
-        self.sha256 = facts.get("sha256")
         self.rsync = "rsync" in facts and "noise" not in facts  # rsync takes a login shell's words for its peer's
 
     def kill(self, word: str) -> None:
@@ -195,11 +194,17 @@ def explain(place: str, stderr: bytes) -> Phi4EdgeError:
     for pattern, what, hint in _COMPLAINTS:
         if re.search(pattern, said):
             return MissingToolError(f"{place}: {what} ({words})", hint.format(place=place))
-    if wrong := re.search(r"^(.*(?:[Bb]ad configuration option|unknown option|illegal option|[Cc]an't open user config"
-                          r"|extra arguments at end of line|[Mm]issing argument|unsupported option|Bad port).*)$", said, re.M):
+    if wrong := re.search(
+        r"^(.*(?:[Bb]ad configuration option|unknown option|illegal option|[Cc]an't open user config"
+        r"|extra arguments at end of line|[Mm]issing argument|unsupported option|Bad port).*)$",
+        said,
+        re.M,
+    ):
         return UsageError(f"ssh refuses its options: {wrong[1].strip()}", "see --transport-option, and `man ssh`")
     if not words:
-        return MissingToolError(f"{place}: ssh got in, but found no POSIX shell there", "is its login shell a common one?")
+        return MissingToolError(
+            f"{place}: ssh got in, but found no POSIX shell there", "is its login shell a common one?"
+        )
     return MissingToolError(f"{place}: does not let us run programs: {words}", "does `ssh` to it give you a shell?")
 
 
@@ -214,7 +219,11 @@ _COMPLAINTS = (
         "its host key is not known here",
         "run `ssh {place}` once, compare the fingerprint that it shows with the device's, and accept it",
     ),
-    ("Connection refused", "no ssh server answers there", "is sshd running on the device, and is the port the right one?"),
+    (
+        "Connection refused",
+        "no ssh server answers there",
+        "is sshd running on the device, and is the port the right one?",
+    ),
     (
         "[Tt]imed out|No route to host|Network is unreachable|Host is down",
         "cannot be reached",

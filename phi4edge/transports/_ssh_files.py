@@ -24,9 +24,10 @@ from phi4edge.core.errors import InputError, TargetError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.transports._api import Device, Finished, Stream
-from phi4edge.transports._folder import local_sha256, remote_sha256
+from phi4edge.transports._folder import SHA256_OF, digest_in, hashing_s, local_sha256
 
 _QUICK_S = 60.0
+_HOUR_S = 3600.0
 _DAY_S = 86400.0  # a transfer may take as long as it moves …
 _STALL_S = 120.0  # … and this long without moving
 _PIECE = 1 << 20  # bytes
@@ -39,8 +40,21 @@ for file in ".$2."????????????????.partial; do [ "$file" = "$3" ] || rm -f "./$f
 if [ -f "./$3" ]; then wc -c <"./$3"; else echo 0; fi
 df -Pk . 2>/dev/null | awk 'NR == 2 { printf "%.0f\n", $4 * 1024 }'
 """
-_FINISH = 'chmod "$3" "$1" && mv -f "$1" "$2"'
-_LOOK = 'if [ -f "$1" ]; then ls -ln "$1"; else echo "$1: no such file" >&2; exit 1; fi'
+# $1 partial name, $2 final name, $3 mode, $4 sha256. What arrived with other bytes is removed.
+_FINISH = (
+    SHA256_OF
+    + r"""
+said=$(sha256_of "$1") || exit 1
+echo "$said"
+case $said in "$4"*) chmod "$3" "$1" && mv -f "$1" "$2" ;; *) rm -f "$1" ;; esac
+"""
+)
+_LOOK = (
+    SHA256_OF
+    + r"""
+if [ -f "$1" ]; then ls -ln "$1" && sha256_of "$1"; else echo "$1: no such file" >&2; exit 1; fi
+"""
+)
 
 
 class Connected(Device, Protocol):
@@ -81,10 +95,9 @@ def push(device: Connected, rsync_shell: str | None, local: Path, remote: PurePo
         except TargetError as error:
             raise _full(device, remote, partial, size, error) from error
         progress.finish()
-        if remote_sha256(device, partial, size) == digest:
-            _told(device, ["sh", "-c", _FINISH, "sh", str(partial), str(remote), f"{mode:o}"])
+        finish = ["sh", "-c", _FINISH, "sh", str(partial), str(remote), f"{mode:o}", digest]
+        if digest_in(_told(device, finish, hashing_s(size)), device) == digest:
             return
-        _told(device, ["rm", "-f", str(partial)])
     raise TargetError(f"{device.name}: {remote} arrived with other bytes than it was sent with", "is its disk sound?")
 
 
@@ -94,9 +107,9 @@ def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, loca
     Raises:
         TargetError: it is not there, the device refuses, the connection was lost, or other bytes arrived.
     """
-    words = _told(device, ["sh", "-c", _LOOK, "sh", str(remote)]).split()
-    mode, size = _mode(words[0].decode()), int(words[4])
-    digest = remote_sha256(device, remote, size)
+    first, *_, last = _told(device, ["sh", "-c", _LOOK, "sh", str(remote)], _HOUR_S).strip().splitlines()
+    words = first.decode(errors="replace").split()
+    mode, size, digest = _mode(words[0]), int(words[4]), digest_in(last, device)
     partial = local.with_name(_partial_name(local.name, digest))
     try:
         local.parent.mkdir(parents=True, exist_ok=True)
@@ -122,7 +135,9 @@ def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, loca
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise TargetError(f"{error.filename or local}: {error.strerror}") from error
-    raise TargetError(f"{device.name}: {remote} did not come with the bytes that it holds there", "does it change there?")
+    raise TargetError(
+        f"{device.name}: {remote} did not come with the bytes that it holds there", "does it change there?"
+    )
 
 
 def _partial_name(name: str, digest: str) -> str:
@@ -221,20 +236,27 @@ def _rsync(device: Connected, shell: str, paths: list[str], done: int, size: int
     how = ["--append"] if done else ["--inplace", "--fuzzy"]
     words = ["rsync", "-s", "-e", shell, *how, f"--timeout={_STALL_S:.0f}", "--info=progress2", "--no-human-readable"]
     said: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
-    with said, subprocess.Popen(
-        [*words, "--outbuf=N", "--", *paths],
-        stdin=subprocess.DEVNULL,
-        stdout=subprocess.PIPE,
-        stderr=said,
-        start_new_session=True,
-    ) as process:
+    with (
+        said,
+        subprocess.Popen(
+            [*words, "--outbuf=N", "--", *paths],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=said,
+            start_new_session=True,
+        ) as process,
+    ):
         assert process.stdout is not None
         try:
             seen, rest = done, b""
             while piece := os.read(process.stdout.fileno(), 4096):
                 *lines, rest = re.split(rb"[\r\n]", rest + piece)
                 for line in lines:
-                    if (words_ := line.split()) and words_[0].isdigit() and seen < (now := done + int(words_[0])) <= size:
+                    if (
+                        (words_ := line.split())
+                        and words_[0].isdigit()
+                        and seen < (now := done + int(words_[0])) <= size
+                    ):
                         progress.advance(now - seen)
                         seen = now
             code = process.wait()

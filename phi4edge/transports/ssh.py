@@ -20,7 +20,7 @@ from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
 
-from phi4edge.core.errors import MissingToolError, TargetError
+from phi4edge.core.errors import TargetError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.transports import _ssh_files
 from phi4edge.transports._api import Address, Finished
@@ -140,22 +140,6 @@ class SshDevice:
     @property
     def _rsync(self) -> str | None:
         return self._client.rsync_shell if self._keeper.rsync else None
-
-    @property
-    def sha256(self) -> tuple[str, ...]:
-        """The command that hashes files on the device, and prints the digest in hex.
-
-        Raises:
-            MissingToolError: the device has none.
-        """
-        if self._keeper.sha256 is None:
-            raise MissingToolError(
-                f"{self.name}: has none of sha256sum, shasum and openssl, so that files cannot be compared",
-                "install one of them on the device (coreutils or busybox have sha256sum)",
-            )
-        return {"shasum": ("shasum", "-a", "256"), "openssl": ("openssl", "dgst", "-r", "-sha256")}.get(
-            self._keeper.sha256, (self._keeper.sha256,)
-        )
 
     def end(self, word: str) -> None:
         """End the program of that word on the device."""
