@@ -53,24 +53,29 @@ def counters(machine: Machine, package_uj: int, dram_uj: int, span: int = 10_000
         machine.files({f"{folder}/name": name, f"{folder}/energy_uj": value, f"{folder}/max_energy_range_uj": span})
 
 
-def counting(machine: Machine) -> None:
-    """Let ``sleep``, between two readings, pass half a second in which the processor spends what ``now`` says, in µJ.
-
-    The counters begin again at 10 J, as real ones do at their range.
-    """
-    machine.now("1000000 500000")
+def passing(machine: Machine, spend: str = "") -> None:
+    """Let ``sleep``, between two readings, pass half a second on the machine's own clock, and do ``spend``."""
     machine.program(
         "sleep",
         f"""cd '{machine.root}'
-read -r package dram < "$HERE/now"
-add() {{ read -r v < "$1"; echo $(( (v + $2) % 10000000 )) > "$1"; }}
 read -r up rest < proc/uptime
 cents=$(( ${{up%.*}} * 100 + 1${{up#*.}} - 100 + 50 ))
 printf '%d.%02d 0\\n' $((cents / 100)) $((cents % 100)) > proc/uptime
-add {RAPL}:0/energy_uj $package
-add {RAPL}:0:1/energy_uj $dram
+{spend}
 exec /bin/sleep 0.04
 """,
+    )
+
+
+def counting(machine: Machine) -> None:
+    """Let the processor spend what ``now`` says, in µJ, in each half second; the counters begin again at 10 J."""
+    machine.now("1000000 500000")
+    passing(
+        machine,
+        f"""read -r package dram < "$HERE/now"
+add() {{ read -r v < "$1"; echo $(( (v + $2) % 10000000 )) > "$1"; }}
+add {RAPL}:0/energy_uj $package
+add {RAPL}:0:1/energy_uj $dram""",
     )
 
 
@@ -79,8 +84,12 @@ exec /bin/sleep 0.04
 
 def test_power_is_energy_by_time_and_a_counter_may_begin_again() -> None:
     found = (Domain("package-0", "a", 1000e6), Domain("package-0/dram", "b", 100e6))
-    lines = [Line(t, text) for t, text in ((0, "10.0 990000000 0 55000"), (1, "10.5 5000000 1000000 56000"), (2, "-"),
-             (3, "11.5 25000000 3000000 57000"))]  # fmt: skip
+    lines = [
+        Line(0, "10.0 990000000 0 55000 3000000"),
+        Line(1, "10.5 5000000 1000000 56000 3000000 4000000"),
+        Line(2, "-"),
+        Line(3, "11.5 25000000 3000000 57000"),
+    ]
     samples = samples_of(lines, found, "x86_pkg_temp")
     assert [sample.seconds for sample in samples] == [0.5, 1.0]
     assert [dict(sample.rails_mw) for sample in samples] == [
@@ -88,6 +97,7 @@ def test_power_is_energy_by_time_and_a_counter_may_begin_again() -> None:
         {"package-0": 20_000, "package-0/dram": 2_000},
     ]
     assert [sample.temperatures_c["x86_pkg_temp"] for sample in samples] == [56, 57]
+    assert [sample.clock_mhz for sample in samples] == [4000, None]
     assert whole_of(found, "").rails == ("package-0", "package-0/dram")
 
 
@@ -126,25 +136,38 @@ def test_energy_on_a_machine_with_counters_equals_the_one_worked_out(machine: Ma
     )
 
 
-def test_counters_of_root_alone_start_nothing(machine: Machine) -> None:
+def test_counters_of_root_alone_are_told_and_clocks_still_watched(machine: Machine) -> None:
     counters(machine, 1, 1)
     for place in ("0", "0:0", "0:1"):
         file = machine.root / f"{RAPL}:{place}" / "energy_uj"
         file.unlink()
         file.symlink_to("/proc/self/mem")  # exists, and no one can read its first line
-    machine.program("sleep", 'echo $$ >> "$PIDS"; exec /bin/sleep 1')
-    with sampler_for(machine.device, LAPTOP, root=str(machine.root)) as sampler:
-        begin = time.monotonic()
+    passing(machine)
+    with sampler_for(machine.device, LAPTOP, root=str(machine.root), idle_s=0) as sampler:
         sampler.before()
         sampler.start()
-        assert time.monotonic() - begin < 2
-        sampler.stop(Decoded(1, 1.0, time.monotonic()))
+        time.sleep(1.2)
+        decode = sampler.stop(Decoded(1, 1.2, time.monotonic()))
         document = sampler.after()
-    assert not machine.pids.exists()
-    assert document["not_measured"]["decode.samples"] == "energy_uj is readable by root alone"
+    assert decode["clock_mhz"]["max"] == 4400
+    assert document["not_measured"]["decode.power_w"] == "energy_uj is readable by root alone"
     assert power_text(document).startswith(
         "energy not measured (energy_uj is readable by root alone), governor schedutil"
     )
+
+
+def test_where_nothing_can_be_read_nothing_runs(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bare = Machine(tmp_path, monkeypatch)
+    bare.program("sleep", 'echo $$ >> "$PIDS"; exec /bin/sleep 1')
+    with sampler_for(bare.device, LAPTOP, root=str(bare.root)) as sampler:
+        begin = time.monotonic()
+        sampler.before()
+        sampler.start()
+        assert time.monotonic() - begin < 2  # it did not wait at rest either
+        sampler.stop(Decoded(1, 1.0, time.monotonic()))
+        text = power_text(sampler.after())
+    assert not bare.pids.exists()
+    assert text == "energy not measured (this machine shows no RAPL counter, nor a clock)"
 
 
 # --- the state ----------------------------------------------------------------------------------------------

@@ -92,6 +92,10 @@ class Platform(Protocol):
         """Ask for the state; takes seconds at most."""
         ...
 
+    def has_power(self) -> bool:
+        """Whether the device, as the last :meth:`state` found it, gives power: then it is watched at rest as well."""
+        ...
+
     def command(self) -> Sequence[str] | str:
         """What to run on the device while it works, one line a sample; or the reason why nothing can be sampled."""
         ...

@@ -44,17 +44,15 @@ class Answer:
 
 def ask(device: Device, *argv: str) -> Answer:
     """What ``argv`` prints on the device; a program that is missing, fails or hangs is a reason."""
-    answer = shell(device, 'exec "$@"', *argv)
-    return Answer(None, answer.reason.replace("sh:", f"{argv[0]}:", 1)) if answer.text is None else answer
+    return shell(device, 'exec "$@"', *argv, name=argv[0])
 
 
-def shell(device: Device, script: str, *arguments: str) -> Answer:
-    """What a POSIX shell script prints on the device."""
+def shell(device: Device, script: str, *arguments: str, name: str = "sh") -> Answer:
+    """What a POSIX shell script prints on the device; reasons are about ``name``."""
     try:
         done = device.run(["sh", "-c", _PATH + script, "sh", *arguments], timeout_s=_LIMIT_S)
     except Phi4EdgeError as error:
         return Answer(None, error.message)
-    name = arguments[0] if arguments else "sh"
     if done.code == 127:
         return Answer(None, f"{name}: not on the device")
     if done.code != 0:

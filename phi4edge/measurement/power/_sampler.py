@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceSampler", "not_sampled"]
+__all__ = ["IDLE_S", "DeviceSampler", "not_sampled"]
 
 import time
 from collections.abc import Iterator
@@ -34,10 +34,11 @@ class DeviceSampler:
     def before(self) -> None:
         """See :class:`phi4edge.measurement.power._api.Sampler`."""
         self._ask("before")
-        self._open("idle.samples")
-        if self._watch is not None:
-            time.sleep(self._idle_s)
-        self._idle = self._close("idle.samples")
+        if self._platform.has_power():
+            self._open("idle.samples")
+            if self._watch is not None:
+                time.sleep(self._idle_s)
+            self._idle = self._close("idle.samples")
 
     def start(self) -> None:
         """See :class:`phi4edge.measurement.power._api.Sampler`."""

@@ -14,7 +14,7 @@ from phi4edge.measurement.power._api import Line
 from phi4edge.transports._api import Device
 
 _LIMIT_S = 6 * 3600.0  # a sampler that nobody ends is ended on the device
-_MOST_LINES, _MOST_BYTES = 200_000, 4096  # a program gone wild fills no memory
+_MOST_LINES, _MOST_BYTES = 200_000, 4096  # a program gone wild fills no memory and takes no core
 
 
 class Watch:
@@ -32,13 +32,12 @@ class Watch:
 
     def _read(self) -> None:
         with suppress(OSError, ValueError):  # ValueError: closed by the other thread
-            while len(self._lines) < _MOST_LINES:
+            for _ in range(_MOST_LINES):
                 line = self._stream.stdout.readline(_MOST_BYTES)
-                if not line.endswith(b"\n"):
-                    if not line:
-                        return
-                    continue  # half a line tells half a number
-                self._lines.append(Line(time.monotonic(), line.decode("utf-8", errors="replace").strip()))
+                if not line:
+                    return
+                if line.endswith(b"\n"):  # half a line tells half a number
+                    self._lines.append(Line(time.monotonic(), line.decode("utf-8", errors="replace").strip()))
 
     def close(self) -> tuple[list[Line], str | None]:
         """End it; its lines, and what it said last where it had ended by itself."""

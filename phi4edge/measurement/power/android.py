@@ -47,7 +47,7 @@ class Android:
         """What the phone is, and how warm and how full it is."""
         missing: dict[str, str] = {}
         script = 'for p in "$@"; do echo "$p=$(getprop "$p")"; done'
-        said = shell(self._device, script, *_PROPERTIES.values())
+        said = shell(self._device, script, *_PROPERTIES.values(), name="getprop")
         values = dict(line.split("=", 1) for line in (said.text or "").splitlines() if "=" in line)
         facts: dict[str, Any] = {}
         for fact, name in _PROPERTIES.items():
@@ -82,6 +82,10 @@ class Android:
         power = [name for name in meters[:2] if name in readable]
         self._watched = power if len(power) == 2 else []
         self._watched += [name for name in readable if name.endswith("scaling_cur_freq")]
+
+    def has_power(self) -> bool:
+        """Where nothing charges the phone and its meters can be read."""
+        return not self._charging and f"{_BATTERY}/current_now" in self._watched
 
     def command(self) -> Sequence[str] | str:
         """A loop over the battery's meters and the clocks, two lines a second."""

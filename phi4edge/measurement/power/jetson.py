@@ -75,6 +75,10 @@ class Jetson:
             missing["clocks_pinned"] = shown.reason or "jetson_clocks names no clock of the GPU"
         return pinned
 
+    def has_power(self) -> bool:
+        """It may; only its lines can say."""
+        return True
+
     def command(self) -> Sequence[str] | str:
         """``tegrastats`` at five lines a second."""
         there = ask(self._device, "sh", "-c", "command -v tegrastats")

@@ -24,8 +24,10 @@ _FILES = (
     f"{_CPU}/intel_pstate/no_turbo",
     f"{_CPU}/cpufreq/boost",
     f"{_CPU}/cpu*/thermal_throttle/*_throttle_count",
+    f"{_CPU}/cpufreq/policy*/scaling_cur_freq",
     "proc/loadavg",
 )
+_MOST_CLOCKS = 16  # that are read while the machine works
 
 
 class Linux:
@@ -38,12 +40,15 @@ class Linux:
         self._domains: tuple[rapl.Domain, ...] = ()
         self._reason = "the machine was not asked"
         self._zone: tuple[str, str] | None = None  # the sensor's name and its file
+        self._clocks: list[str] = []
         self.note = "power is the processor's; what the graphics card draws is not in it" if gpu else None
 
     def state(self) -> State:
         """Governor, turbo, supply, load, temperature, and the counters of throttling."""
         files = first_lines(self._device, self._root, _FILES)
         self._domains, self._reason = rapl.domains(files)
+        self._clocks = [name for name, value in files.items() if name.endswith("scaling_cur_freq") and number(value)]
+        self._clocks = self._clocks[:_MOST_CLOCKS]
         missing: dict[str, str] = {}
         cores = clusters(files)
         governors = sorted({cluster.governor for cluster in cores if cluster.governor})
@@ -73,11 +78,15 @@ class Linux:
         mode = f"governor {facts['governor']}" if governors else None
         return State(facts, missing, mode, sensor, temperature)
 
+    def has_power(self) -> bool:
+        """Where a counter can be read."""
+        return bool(self._domains)
+
     def command(self) -> Sequence[str] | str:
-        """A loop over the counters; nothing runs where none can be read."""
-        if not self._domains:
-            return self._reason
-        return rapl.command(self._root, self._domains, self._zone[1] if self._zone else None)
+        """A loop over the counters, a temperature and the clocks; nothing runs where there is none of them."""
+        if not self._domains and not self._clocks:
+            return f"{self._reason}, nor a clock"
+        return rapl.command(self._root, self._domains, self._zone[1] if self._zone else None, self._clocks)
 
     def samples(self, lines: Sequence[Line]) -> list[Sample]:
         """One sample between every two lines."""
@@ -88,7 +97,7 @@ class Linux:
         return rapl.whole_of(self._domains, self._reason)
 
     def throttled(self, before: State, after: State) -> list[str] | None:
-        """By heat, where the processor counted it."""
+        """By heat, where the processor counted it; a clock that fell is the sampler's to see."""
         first, last = before.facts["throttle_count"], after.facts["throttle_count"]
         if first is None or last is None:
             return None

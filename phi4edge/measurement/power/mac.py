@@ -42,6 +42,10 @@ class Mac:
         }
         return State(facts, missing)
 
+    def has_power(self) -> bool:
+        """Never."""
+        return False
+
     def command(self) -> Sequence[str] | str:
         """Nothing."""
         return _NO_POWER

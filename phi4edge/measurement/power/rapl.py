@@ -54,17 +54,17 @@ def _name(folder: str, files: Mapping[str, str | None]) -> str:
     return f"{above}/{own}" if above else own
 
 
-def command(root: str, found: Sequence[Domain], temperature: str | None) -> list[str]:
-    """What prints the uptime, every counter and the temperature's file, two lines a second.
+def command(root: str, found: Sequence[Domain], temperature: str | None, clocks: Sequence[str]) -> list[str]:
+    """What prints the uptime, every counter, the temperature's file and the clocks', two lines a second.
 
     The uptime is the machine's own clock: how a line travelled does not matter.
     """
-    files = ["proc/uptime", *(domain.file for domain in found), *([temperature] if temperature else [])]
-    return loop(root, files, INTERVAL_S)
+    heat = [temperature] if temperature else []
+    return loop(root, ["proc/uptime", *(domain.file for domain in found), *heat, *clocks], INTERVAL_S)
 
 
 def samples_of(lines: Sequence[Line], found: Sequence[Domain], sensor: str | None) -> list[Sample]:
-    """One sample between every two lines: the mean power of that time."""
+    """One sample between every two lines of :func:`command`: the mean power of that time, heat and clock at its end."""
     samples: list[Sample] = []
     last: list[float] | None = None
     for line in lines:
@@ -78,9 +78,12 @@ def samples_of(lines: Sequence[Line], found: Sequence[Domain], sensor: str | Non
                 domain.name: _spent(old, new, domain.range_uj) / seconds / 1000
                 for domain, old, new in zip(found, last[1:], known[1:], strict=True)
             }
-            milli = values[1 + len(found)] if sensor and len(values) > 1 + len(found) else None
+            rest = values[1 + len(found) :]
+            milli = rest.pop(0) if sensor and rest else None
             heat = {sensor: milli / 1000} if sensor and milli is not None else {}
-            samples.append(Sample(line.at_s, rails, heat, seconds=seconds))
+            khz = max((clock for clock in rest if clock is not None), default=None)
+            mhz = None if khz is None else khz / 1000
+            samples.append(Sample(line.at_s, rails, heat, clock_mhz=mhz, seconds=seconds))
         last = known
     return samples
 

@@ -51,9 +51,7 @@ def parse_line(line: Line) -> Sample | None:
     """What a line says; None where it is not one of tegrastats."""
     text = line.text
     rails = {
-        name: float(now)
-        for name, now, unit, more in _RAIL.findall(text)
-        if (unit or more) and name not in _NO_RAILS
+        name: float(now) for name, now, unit, more in _RAIL.findall(text) if (unit or more) and name not in _NO_RAILS
     }
     ram = _RAM.search(text)
     if ram is None and not rails:

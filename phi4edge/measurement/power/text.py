@@ -28,7 +28,7 @@ def _energy(document: Mapping[str, Any]) -> str:
     energy = decode.get("energy_j_per_token")
     if not energy or energy["value"] is None:
         why = document.get("not_measured") or {}
-        names = ("decode", "decode.samples", "idle.samples", "decode.energy_j_per_token")
+        names = ("decode", "decode.samples", "decode.power_w", "idle.samples", "decode.energy_j_per_token")
         reason = next((why[name] for name in names if name in why), "the device was not asked")
         return f"energy not measured ({reason})"
     value, error = energy["value"] * 100, energy["se"]
