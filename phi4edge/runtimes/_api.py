@@ -78,6 +78,11 @@ class Session(Protocol):
         """What the settings came to: threads, flash attention, instruction sets, types of buffers."""
         ...
 
+    @property
+    def busy(self) -> int:
+        """Cores of this machine that are at work on the next row of :meth:`logits` while the caller has one."""
+        ...
+
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = ...) -> Iterator[Logits]:
         """Logits of every row of ``tokens`` [n, length], from position ``first`` on, each row on its own.
 

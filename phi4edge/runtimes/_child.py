@@ -137,9 +137,9 @@ class ChildSession:
             self._child = place.start(child.module)
         path = str(artifact) if place is None else place.path
         threads = settings.threads or (physical_cores() if place is None else place.threads)
-        resolved = asdict(replace(settings, threads=threads))
+        self._settings, self._here = replace(settings, threads=threads), place is None
         try:
-            answer = self.call({"op": "load", "path": path, "settings": resolved, **load})
+            answer = self.call({"op": "load", "path": path, "settings": asdict(self._settings), **load})
         except BaseException:
             self.close()
             raise
@@ -156,6 +156,11 @@ class ChildSession:
     def details(self) -> Mapping[str, Any]:
         """What the settings came to, as the runtime tells it."""
         return self._details
+
+    @property
+    def busy(self) -> int:
+        """See :class:`phi4edge.runtimes._api.Session`."""
+        return self._settings.threads or 0 if self._here and not self._settings.gpu_layers else 0
 
     def add_details(self, more: Mapping[str, Any]) -> None:
         """Add what the parent knows."""
