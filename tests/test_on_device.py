@@ -24,6 +24,9 @@ from device_support import (
     program,
     this_machine,
 )
+from report_support import write
+from rounded import quantized_model
+from ssh_support import Keys, OpenSsh, need, serving
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, MissingToolError, TargetError, UsageError
@@ -33,11 +36,14 @@ from phi4edge.measurement.device_speed import measure_speed_on
 from phi4edge.measurement.drift_run import measure_drift, measure_greedy
 from phi4edge.measurement.environment import environment
 from phi4edge.measurement.gates import Limits
-from phi4edge.measurement.on_device import Site, open_session, time_limit
+from phi4edge.measurement.on_device import Site, open_session, open_site, time_limit
 from phi4edge.measurement.reference import ReferenceStore, build_store
 from phi4edge.measurement.texts import Chunks
+from phi4edge.report.build import build_report, write_report
 from phi4edge.runtimes._api import Settings, SpeedRequest
 from phi4edge.runtimes._remote_python import archive, worker_modules
+from phi4edge.targets.local import detect_local
+from phi4edge.transports import ssh
 from phi4edge.writers._api import WriteOptions
 from phi4edge.writers.gguf import write_f16
 
@@ -141,6 +147,23 @@ def worker_of(session: Any) -> Any:
 
 
 @needs_llama
+def test_an_ssh_connection_that_is_cut_midway_is_a_sentence(gguf: Path, tmp_path: Path) -> None:
+    need("ssh", "ssh-keygen")
+    with serving(OpenSsh(Keys(tmp_path / "keys"), tmp_path / "server")) as server:
+        with (
+            ssh.open(server.address()) as device,
+            open_site(device, detect_local(), runners=[sys.executable]) as site,
+            open_session(site, gguf, CONTEXT, "llama_cpp", ONE, 0) as session,
+        ):
+            found = session.logits(np.random.default_rng(0).integers(0, 512, (40, CONTEXT)))
+            next(found)
+            server.kill()
+            with pytest.raises((TargetError, MissingToolError)) as caught:
+                list(found)
+        assert str(caught.value)
+
+
+@needs_llama
 def test_an_artifact_that_does_not_load_there_is_refused(gguf: Path, tmp_path: Path) -> None:
     damaged = tmp_path / "cut.gguf"
     damaged.write_bytes(gguf.read_bytes()[: gguf.stat().st_size // 2])
@@ -159,6 +182,22 @@ def test_a_shell_that_prints_before_the_worker_answers_is_told(gguf: Path, tmp_p
         check_on_device(site, gguf)
 
 
+def test_an_onnx_folder_in_the_device_s_python_gives_the_figures_of_this_machine(
+    phi4_checkpoint: Path, store: ReferenceStore, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime_genai")
+    from phi4edge.writers import onnx
+
+    folder = onnx.write(quantized_model(phi4_checkpoint, "w4g32"), tmp_path / "onnx", WriteOptions(context=64)).path
+    settings = Settings(threads=1, kv_type="f32")
+    here = measure_drift(folder, store, settings=settings, chunks=2)
+    with this_machine(tmp_path / "device", sys.executable) as site:
+        check_on_device(site, folder, settings=settings)
+        there = measure_drift_on(site, folder, {"ids": store}, settings=settings, chunks=2)
+    assert there["metrics"] == here["metrics"]
+    assert there["runtime"] == here["runtime"]
+
+
 def test_what_only_this_machine_can_compute_is_refused(phi4_checkpoint: Path, tmp_path: Path) -> None:
     with (
         this_machine(tmp_path / "device", sys.executable) as site,
@@ -168,6 +207,13 @@ def test_what_only_this_machine_can_compute_is_refused(phi4_checkpoint: Path, tm
 
 
 # --- llama.cpp's own programs
+
+
+def reported(folder: Path, kind: str, data: dict[str, Any]) -> str:
+    """What a report says of a document."""
+    result = write(folder / "results.json", {"schema": f"phi4edge/{kind}/1", "ok": True, "data": data})
+    write_report(build_report([result]), folder / "report")
+    return (folder / "report" / "report.md").read_text()
 
 
 def perplexity(folder: Path, **more: str) -> Path:
@@ -190,6 +236,7 @@ def test_llama_perplexity_s_figures_stand_in_our_fields(gguf: Path, store: Refer
     words = arguments_of(tool)
     assert words[words.index("-c") + 1] == str(CONTEXT)
     assert str(tmp_path) not in str(data["runtime"]), "no folder of a user's"
+    assert "0.000002" in reported(tmp_path, "drift", data)
 
 
 def test_what_llama_perplexity_cannot_do_is_refused_beforehand(
@@ -225,6 +272,7 @@ def test_llama_bench_s_times_stand_in_our_fields(gguf: Path, tmp_path: Path) -> 
     assert details["output"]["decode"]["n_gen"] == 8
     assert "somebody" not in str(data), "no folder of a user's"
     assert str(tmp_path / "device") not in str(data["runtime"])
+    assert "llama-bench does not tell it" in reported(tmp_path, "bench", data)
 
 
 def test_a_bench_that_says_nothing_or_hangs_is_a_sentence(gguf: Path, tmp_path: Path) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["DeviceOptions", "check_place", "device_options", "site_for", "transport_for"]
+__all__ = ["NO_SHELL", "DeviceOptions", "check_place", "device_options", "site_for", "transport_for"]
 
 import os
 from collections.abc import Callable, Iterator
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 ADDRESS = "PHI4EDGE_ADDRESS"
+NO_SHELL = ("browser",)  # transports that run no programs: nothing can be looked for there
 
 
 @dataclass(frozen=True)
@@ -71,7 +72,7 @@ _OPTIONS = (
     ),
     click.option(
         "--clean/--keep", default=False, show_default=True,
-        help="Remove what was sent, at the end; kept, a second run sends nothing again.",
+        help="Remove our folder on the device at the end; kept, a second run sends nothing again.",
     ),
 )  # fmt: skip
 
@@ -137,6 +138,8 @@ def site_for(profile: Profile, transport: str, device: DeviceOptions, progress: 
     """
     from phi4edge.measurement.on_device import open_site
 
+    if transport in NO_SHELL:
+        raise UsageError(f"nothing can be sent to or run on a device over {transport}", "use its own options")
     address = device.address
     if address.place is None and transport != LOCAL:
         address = replace(address, place=os.environ.get(ADDRESS) or None)

@@ -25,7 +25,7 @@ from pathlib import Path
 import click
 
 from phi4edge import __version__
-from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for, transport_for
+from phi4edge.cli.device_options import NO_SHELL, DeviceOptions, check_place, device_options, site_for, transport_for
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, table
@@ -36,6 +36,7 @@ from phi4edge.core.events import Progress
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.local import detect_local
 from phi4edge.targets.profile import LOCAL, Profile
+from phi4edge.transports._api import load_transport
 
 LLAMA_BUILD = (
     'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"'
@@ -55,11 +56,8 @@ OPTIONAL = {
     "lm_eval": ("lm_eval", "drift --tasks", 'pip install "phi4edge[tasks]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
-# transport → programs that it calls here, with how to get them
-PROGRAMS = {
-    "ssh": {"ssh": "install OpenSSH's client", "rsync": "install rsync"},
-    "adb": {"adb": "install Android's platform-tools"},
-}
+# program that a transport calls here → how to get it
+PROGRAMS = {"ssh": "install OpenSSH's client", "adb": "install Android's platform-tools"}
 
 
 @dataclass(frozen=True)
@@ -158,8 +156,8 @@ def _target(profile: Profile, transport: str) -> list[Check]:
         checks = [Check(f"transport {transport}", "missing", detail, True, hint)]
     else:
         checks = [Check(f"transport {transport}", "ok", f"reaches {profile.id}", True)]
-    programs = PROGRAMS.get(transport, {})
-    checks += [_program(name, f"transport {transport}", how, True) for name, how in programs.items()]
+        tools = load_transport(transport).TOOLS
+        checks += [_program(name, f"transport {transport}", PROGRAMS.get(name, f"install {name}")) for name in tools]
     return checks
 
 
@@ -216,7 +214,8 @@ def command(
     transport = transport_for(profile, device)
     reach = [] if profile.id == LOCAL and transport == LOCAL else _target(profile, transport)
     checks = examine() + reach
-    if (transport != LOCAL or device.given) and not any(check.status == "missing" for check in reach):
+    known = all(check.status == "ok" for check in reach[:1])
+    if known and transport not in NO_SHELL and (transport != LOCAL or device.given):
         check_place(profile.id, device, target_path)
         checks += _on_device(profile, transport, device, progress_for(quiet))
     data = {"checks": [asdict(check) for check in checks]}
