@@ -117,7 +117,8 @@ class OpenSsh(Server):
         lines = (
             f"ListenAddress 127.0.0.1\nPort {self.port}\nHostKey {self.keys.host}\nPidFile none",
             f"AuthorizedKeysFile {self.keys.folder / 'authorized'}\nUsePAM no\nStrictModes no",
-            f"PermitRootLogin yes\nLogLevel ERROR\nSetEnv PATH={self.path}",
+            "PermitRootLogin yes\nLogLevel ERROR",
+            f'SetEnv "PATH={self.path}" "HOME={self.folder}"',
             *self.settings,
         )
         config.write_text("\n".join(lines) + "\n")
@@ -134,13 +135,26 @@ class OpenSsh(Server):
 
     def kill(self) -> None:
         if self._process is not None:
-            own = psutil.Process(self._process.pid)
-            for process in (own, *own.children(recursive=True)):
-                with suppress(psutil.NoSuchProcess):
-                    if process.name().startswith("sshd"):
-                        process.kill()
+            self._signal(signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+    def stop(self) -> None:
+        """Fall silent."""
+        self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        """After :meth:`stop`."""
+        self._signal(signal.SIGCONT)
+
+    def _signal(self, number: int) -> None:
+        """To the server and what it forked for its connections, not to what runs there."""
+        assert self._process is not None
+        own = psutil.Process(self._process.pid)
+        for process in (own, *own.children(recursive=True)):
+            with suppress(psutil.NoSuchProcess):
+                if process.name().startswith("sshd"):
+                    process.send_signal(number)
 
 
 @dataclass
@@ -164,7 +178,9 @@ class AsyncSsh(Server):
         async def run(process: asyncssh.SSHServerProcess[bytes]) -> None:  # type: ignore[name-defined]
             pipe = asyncio.subprocess.PIPE
             words = (*shell, process.command or "")
-            program = await asyncio.create_subprocess_exec(*words, stdin=pipe, stdout=pipe, stderr=pipe)
+            program = await asyncio.create_subprocess_exec(
+                *words, stdin=pipe, stdout=pipe, stderr=pipe, env={**os.environ, "HOME": str(self.folder)}
+            )
             gone = (ConnectionError, asyncssh.Error)
 
             async def carry(source: Any, sink: Any) -> None:

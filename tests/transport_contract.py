@@ -27,8 +27,8 @@ from phi4edge.transports import _folder
 from phi4edge.transports._api import Device
 
 NASTY = (
-    "", " ", " a  b ", "it's", '"quoted"', "$HOME", "`id`", "$(id)", "a\nb\n", "\\", "\\\\'\\'", "naïve ✓ 日本", "*", "~",
-    "-n", "!x", "%s\\n", "=ls", "a;b&c|d", "{a,b}", "#c", "(x)", "^a", "\t", "--", "x=y", "\r", "\x01\x7f",
+    "", " ", " a  b ", "it's", '"quoted"', "$HOME", "`id`", "$(id)", "a\nb\n", "\\", "\\\\'\\'", "naïve ✓ 日本", "*",
+    "~", "-n", "!x", "%s\\n", "=ls", "a;b&c|d", "{a,b}", "#c", "(x)", "^a", "\t", "--", "x=y", "\r", "\x01\x7f",
 )  # fmt: skip
 NASTY_NAMES = ('it\'s "$HOME" `id`.bin', "naïve ✓ 日本 *?[x]{a,b}", "a\nb\\c", "-n")
 

@@ -14,6 +14,7 @@ import tempfile
 import threading
 import time
 from contextlib import suppress
+from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
@@ -26,9 +27,11 @@ _OPEN_S = 60.0  # to connect, be let in, and have a shell
 _ANSWER_S = 10.0
 _SOCKET_ROOM = 70  # bytes; a socket's path has 104 on some systems, and ssh adds 17 to it while it makes it
 
-# ssh takes the first value it is told, so these come before what the user says …
-_FIXED = ("-T", "-o", "BatchMode=yes", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes")
-_FIXED += ("-o", "PermitLocalCommand=no", "-o", "LogLevel=INFO")
+# ssh takes the first value that it is told, so these come before what the user says …
+_FIXED = (
+    *("-T", "-o", "BatchMode=yes", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes"),
+    *("-o", "PermitLocalCommand=no", "-o", "LogLevel=INFO"),
+)
 # … and these after it.
 _USUAL = ("-o", "ConnectTimeout=10", "-o", "ServerAliveInterval=5", "-o", "ServerAliveCountMax=3")
 
@@ -59,8 +62,8 @@ class Client:
 
     @property
     def rsync_shell(self) -> str | None:
-        """What rsync's ``-e`` takes, whatever host it then names; None where there is no rsync here."""
-        if shutil.which("rsync") is None:
+        """What rsync's ``-e`` takes, whatever host it then names; None where no rsync here can do it."""
+        if not _knows_progress():
             return None
         script = self._folder / "rsh"
         if not script.exists():  # rsync splits at spaces: words of the user's would not survive
@@ -78,7 +81,7 @@ class Keeper:
 
     def __init__(self, client: Client, folder: str | None) -> None:
         self.word, self._client, self._lock = word_of_its_own(), client, threading.Lock()
-        self._said: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+        self._said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = client.popen(keeper_line(self.word, folder), self._said, master=True)
         assert self._process.stdin is not None
         assert self._process.stdout is not None
@@ -123,7 +126,7 @@ class Keeper:
             except TimeoutError as error:
                 raise MissingToolError(
                     f"{self._client.place}: has not let us in within {_OPEN_S:g} s",
-                    "does `ssh` to it come to a prompt? a key that must be touched, or a slow login shell, may hold it up",
+                    "does `ssh` to it come to a prompt? a key to be touched, or a slow login shell, may hold it up",
                 ) from error
             if line is None:
                 self._process.wait()
@@ -160,6 +163,17 @@ class Keeper:
         return os.fsdecode(line)
 
 
+@cache
+def _knows_progress() -> bool:
+    """Whether the rsync here is 3.1 or newer, and none of those that call themselves so; no rsync does not."""
+    try:
+        said = subprocess.run(["rsync", "--version"], capture_output=True, text=True, check=False, errors="replace")
+    except OSError:
+        return False
+    version = re.match(r"rsync\s+version (\d+)\.(\d+)", said.stdout)
+    return version is not None and (int(version[1]), int(version[2])) >= (3, 1)
+
+
 def _host_and_port(place: str | None) -> tuple[str, list[str]]:
     """The host as ssh takes it, and the words for the port."""
     if not place:
@@ -194,19 +208,17 @@ def explain(place: str, stderr: bytes) -> Phi4EdgeError:
     for pattern, what, hint in _COMPLAINTS:
         if re.search(pattern, said):
             return MissingToolError(f"{place}: {what} ({words})", hint.format(place=place))
-    if wrong := re.search(
-        r"^(.*(?:[Bb]ad configuration option|unknown option|illegal option|[Cc]an't open user config"
-        r"|extra arguments at end of line|[Mm]issing argument|unsupported option|Bad port).*)$",
-        said,
-        re.M,
-    ):
-        return UsageError(f"ssh refuses its options: {wrong[1].strip()}", "see --transport-option, and `man ssh`")
+    if wrong := re.search(f"^.*(?:{_MISUSE}).*$", said, re.MULTILINE):
+        return UsageError(f"ssh refuses its options: {wrong[0].strip()}", "see `man ssh` and `man ssh_config`")
     if not words:
-        return MissingToolError(
-            f"{place}: ssh got in, but found no POSIX shell there", "is its login shell a common one?"
-        )
-    return MissingToolError(f"{place}: does not let us run programs: {words}", "does `ssh` to it give you a shell?")
+        return MissingToolError(f"{place}: lets us in, but has no POSIX shell", "is its login shell a common one?")
+    return MissingToolError(f"{place}: runs no program for us: {words}", "does `ssh` to it give you a shell?")
 
+
+_MISUSE = (
+    "[Bb]ad configuration option|(?:unknown|illegal|unsupported) option|[Cc]an't open user config|Bad port"
+    "|extra arguments at end of line|[Mm]issing argument"
+)
 
 _COMPLAINTS = (
     (
@@ -222,7 +234,7 @@ _COMPLAINTS = (
     (
         "Connection refused",
         "no ssh server answers there",
-        "is sshd running on the device, and is the port the right one?",
+        "is sshd running on the device, and at that port?",
     ),
     (
         "[Tt]imed out|No route to host|Network is unreachable|Host is down",

@@ -7,29 +7,25 @@ an interrupted attempt stopped; what they go on from has the right beginning, si
 
 from __future__ import annotations
 
-__all__ = ["Connected", "pull", "push"]
+__all__ = ["pull", "push"]
 
 import os
-import re
 import select
 import shutil
-import subprocess
-import tempfile
 from contextlib import suppress
 from pathlib import Path, PurePosixPath
-from typing import BinaryIO, Protocol
 
 from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import InputError, TargetError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
-from phi4edge.transports._api import Device, Finished, Stream
+from phi4edge.transports._api import Device, Stream
 from phi4edge.transports._folder import SHA256_OF, digest_in, hashing_s, local_sha256
+from phi4edge.transports._rsync import FULL_DISK, STALL_S, Connected, carry
 
 _QUICK_S = 60.0
 _HOUR_S = 3600.0
 _DAY_S = 86400.0  # a transfer may take as long as it moves …
-_STALL_S = 120.0  # … and this long without moving
 _PIECE = 1 << 20  # bytes
 
 # $1 folder, $2 final name, $3 partial name. Says what is there of the partial file, and what is free, in bytes.
@@ -57,14 +53,6 @@ if [ -f "$1" ]; then ls -ln "$1" && sha256_of "$1"; else echo "$1: no such file"
 )
 
 
-class Connected(Device, Protocol):
-    """A device whose connection may be lost."""
-
-    def lost(self, when: str, stderr: bytes = b"") -> TargetError:
-        """The error of a connection that was lost."""
-        ...
-
-
 def push(device: Connected, rsync_shell: str | None, local: Path, remote: PurePosixPath, progress: Progress) -> None:
     """Send ``local``; ``rsync_shell`` is what rsync's ``-e`` takes, None where a side has no rsync.
 
@@ -89,7 +77,7 @@ def push(device: Connected, rsync_shell: str | None, local: Path, remote: PurePo
         progress.start(f"send {local.name}", size, "B", done)
         try:
             if rsync_shell is not None:
-                _rsync(device, rsync_shell, [str(local.resolve()), f"device:{partial}"], done, size, progress)
+                carry(device, rsync_shell, [str(local.resolve()), f"device:{partial}"], done, size, progress)
             else:
                 _feed(device, local, partial, done, progress)
         except TargetError as error:
@@ -98,7 +86,7 @@ def push(device: Connected, rsync_shell: str | None, local: Path, remote: PurePo
         finish = ["sh", "-c", _FINISH, "sh", str(partial), str(remote), f"{mode:o}", digest]
         if digest_in(_told(device, finish, hashing_s(size)), device) == digest:
             return
-    raise TargetError(f"{device.name}: {remote} arrived with other bytes than it was sent with", "is its disk sound?")
+    raise TargetError(f"{device.name}: {remote} arrived with other bytes", "did the file change meanwhile?")
 
 
 def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, local: Path, progress: Progress) -> None:
@@ -124,7 +112,7 @@ def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, loca
                 raise TargetError(f"{local}: needs {size - done} bytes, {free} are free", "free some space here")
             progress.start(f"fetch {remote.name}", size, "B", done)
             if rsync_shell is not None:
-                _rsync(device, rsync_shell, [f"device:{remote}", str(partial.absolute())], done, size, progress)
+                carry(device, rsync_shell, [f"device:{remote}", str(partial.absolute())], done, size, progress)
             else:
                 _drain(device, remote, partial, done, progress)
             progress.finish()
@@ -135,9 +123,7 @@ def pull(device: Connected, rsync_shell: str | None, remote: PurePosixPath, loca
             partial.unlink(missing_ok=True)
     except OSError as error:
         raise TargetError(f"{error.filename or local}: {error.strerror}") from error
-    raise TargetError(
-        f"{device.name}: {remote} did not come with the bytes that it holds there", "does it change there?"
-    )
+    raise TargetError(f"{device.name}: {remote} came with other bytes than it holds there", "does it change there?")
 
 
 def _partial_name(name: str, digest: str) -> str:
@@ -174,7 +160,7 @@ def _check_room(device: Device, remote: PurePosixPath, need: int, free: int | No
 
 def _full(device: Device, remote: PurePosixPath, partial: PurePosixPath, size: int, error: TargetError) -> TargetError:
     """``error``, or that of a full disk where the device says so."""
-    if not re.search("No space left|Disk quota exceeded|File too large", error.message):
+    if not FULL_DISK.search(error.message):
         return error
     there, free = _prepare(device, remote, partial)
     room = "an unknown number of" if free is None else str(free)
@@ -194,7 +180,7 @@ def _feed(device: Connected, local: Path, partial: PurePosixPath, done: int, pro
                 _write(stream, piece, device.name)
                 progress.advance(len(piece))
             stream.stdin.close()
-        if code := stream.wait(_STALL_S):
+        if code := stream.wait(STALL_S):
             raise TargetError(f"{device.name}: {partial}: {stream.last_words() or f'cat ended with {code}'}")
     finally:
         stream.close()
@@ -205,8 +191,8 @@ def _write(stream: Stream, piece: bytes, name: str) -> None:
     descriptor, view = stream.stdin.fileno(), memoryview(piece)
     os.set_blocking(descriptor, False)
     while view:
-        if not select.select([], [descriptor], [], _STALL_S)[1]:
-            raise TargetError(f"{name}: took no byte for {_STALL_S:g} s")
+        if not select.select([], [descriptor], [], STALL_S)[1]:
+            raise TargetError(f"{name}: took no byte for {STALL_S:g} s")
         with suppress(BlockingIOError):
             view = view[os.write(descriptor, view) :]
 
@@ -218,57 +204,14 @@ def _drain(device: Connected, remote: PurePosixPath, partial: Path, done: int, p
         with partial.open("ab") as file:
             descriptor = stream.stdout.fileno()
             while True:
-                if not select.select([descriptor], [], [], _STALL_S)[0]:
-                    raise TargetError(f"{device.name}: sent no byte for {_STALL_S:g} s")
+                if not select.select([descriptor], [], [], STALL_S)[0]:
+                    raise TargetError(f"{device.name}: sent no byte for {STALL_S:g} s")
                 piece = os.read(descriptor, _PIECE)
                 if not piece:
                     break
                 file.write(piece)
                 progress.advance(len(piece))
-        if code := stream.wait(_STALL_S):
+        if code := stream.wait(STALL_S):
             raise TargetError(f"{device.name}: {remote}: {stream.last_words() or f'tail ended with {code}'}")
     finally:
         stream.close()
-
-
-def _rsync(device: Connected, shell: str, paths: list[str], done: int, size: int, progress: Progress) -> None:
-    """Carry one file; a partial file is gone on from, and an older one of that name is looked at for what it shares."""
-    how = ["--append"] if done else ["--inplace", "--fuzzy"]
-    words = ["rsync", "-s", "-e", shell, *how, f"--timeout={_STALL_S:.0f}", "--info=progress2", "--no-human-readable"]
-    said: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
-    with (
-        said,
-        subprocess.Popen(
-            [*words, "--outbuf=N", "--", *paths],
-            stdin=subprocess.DEVNULL,
-            stdout=subprocess.PIPE,
-            stderr=said,
-            start_new_session=True,
-        ) as process,
-    ):
-        assert process.stdout is not None
-        try:
-            seen, rest = done, b""
-            while piece := os.read(process.stdout.fileno(), 4096):
-                *lines, rest = re.split(rb"[\r\n]", rest + piece)
-                for line in lines:
-                    if (
-                        (words_ := line.split())
-                        and words_[0].isdigit()
-                        and seen < (now := done + int(words_[0])) <= size
-                    ):
-                        progress.advance(now - seen)
-                        seen = now
-            code = process.wait()
-        except BaseException:
-            process.kill()
-            raise
-        said.seek(0)
-        stderr = said.read()
-    if code in (10, 12, 30, 35, 255) and b"No space left" not in stderr:
-        raise device.lost("while a file was carried", stderr)
-    if code:
-        told = [line for line in stderr.decode(errors="replace").splitlines() if "No space left" in line]
-        words_of_it = told[0] if told else Finished(code, b"", stderr).last_words
-        raise TargetError(f"{device.name}: rsync: {words_of_it or f'exit status {code}'}")
-    progress.advance(size - seen)

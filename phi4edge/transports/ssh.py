@@ -112,7 +112,7 @@ class SshDevice:
     ) -> SshStream:
         """See :class:`phi4edge.transports._api.Device`."""
         word = word_of_its_own()
-        said: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+        said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         process = self._popen(argv, environment, timeout_s, word, said)
         stream = SshStream(self, argv[0], word, process, said)
         try:
