@@ -228,15 +228,17 @@ def test_llama_perplexity_s_figures_stand_in_our_fields(gguf: Path, store: Refer
         data = measure_drift_on(site, gguf, {"ids": store}, limits=limits)
         assert {path.parts[0] for path in lies_there(site)} == {"artifacts", "references"}
     assert data["measured_by"] == "llama-perplexity"
-    assert data["differences"][0] == "KLD leaves out tokens that the reference holds less likely than e^-16"
-    assert data["runtime"]["version"] == "llama.cpp 4567 (abc1234)"
+    assert data["differences"][0].startswith("KLD leaves out tokens that the reference holds less likely than e^-16; ")
+    assert data["runtime"]["version"] == "4567 (abc1234)"
     assert data["metrics"]["kld"] == {"value": 2e-6, "unit": "nat", "n": COUNT * 31, "se": 5e-7}
     assert [gate["outcome"] for gate in data["gates"]] == ["pass", "fail", "pass"]
     assert data["reference"]["noise_floor_kld"] >= 5e-7
     words = arguments_of(tool)
     assert words[words.index("-c") + 1] == str(CONTEXT)
-    assert str(tmp_path) not in str(data["runtime"]), "no folder of a user's"
-    assert "0.000002" in reported(tmp_path, "drift", data)
+    assert str(tmp_path) not in str(data["runtime"] | data["details"]), "no folder of a user's"
+    report = reported(tmp_path, "drift", data)
+    assert "2.00e−6 ± 5.0e−7" in report
+    assert "lower bound" not in report, "what llama-perplexity leaves out is not the tail of a store"
 
 
 def test_what_llama_perplexity_cannot_do_is_refused_beforehand(
@@ -269,9 +271,10 @@ def test_llama_bench_s_times_stand_in_our_fields(gguf: Path, tmp_path: Path) -> 
     assert data["metrics"]["ttft_s"]["value"] is None
     details = data["runtime"]["details"]
     assert (details["threads"], details["weight_bytes"], details["backends"]) == (2, 279808, "CPU")
-    assert details["output"]["decode"]["n_gen"] == 8
+    assert data["details"]["output"]["decode"]["n_gen"] == 8
+    assert data["details"]["arguments"][:2] == ["-m", "tiny-f16.gguf"]
     assert "somebody" not in str(data), "no folder of a user's"
-    assert str(tmp_path / "device") not in str(data["runtime"])
+    assert str(tmp_path / "device") not in str(data["runtime"] | data["details"])
     assert "llama-bench does not tell it" in reported(tmp_path, "bench", data)
 
 

@@ -134,6 +134,7 @@ def _by_perplexity(
     text = text_of(store, chunks)
     differences = [*DIFFERENCES, *_check(artifact, store, text)]
     base, left_out = base_file(store, text["chunks"], site.progress)
+    differences[0] += f"; they hold {left_out:.2g} of the probability here"
     model = site.send_artifact(artifact)
     where = PurePosixPath("references", base.name)
     site.send({where: base})
@@ -157,7 +158,7 @@ def _by_perplexity(
         "runtime": {
             "name": "llama_cpp",
             "version": version_of(site.device, program),
-            "settings": _settings(settings, f"{done.text}\n{errors}") | {"arguments": told},
+            "settings": _settings(settings, f"{done.text}\n{errors}"),
         },
         "reference": {
             "model": store.header["model"],
@@ -165,13 +166,14 @@ def _by_perplexity(
             "dtype": store.header["dtype"],
             "encoding": f"{store.header['encoding']} in llama-perplexity's base file",
             "noise_floor_kld": max(store.header["noise_floor_kld"], _PRINTED),
-            "tail_mass": left_out,
+            "tail_mass": 0.0,
+            "left_out_mass": left_out,
         },
         "text": text,
         "metrics": {key: metric.as_dict() for key, metric in metrics.items()},
         "se_between_chunks": dict(_NO_SPREAD),
         "gates": [gate.as_dict() for gate in gates],
-        "details": {"output": done.text},
+        "details": {"arguments": told, "output": done.text},
         "environment": dict(site.environment),
         "seconds": time.perf_counter() - began,
     }

@@ -86,6 +86,7 @@ def measure_speed_on(
         "runtime": {"name": name, "version": timed.version, "details": timed.details},
         "settings": asdict(settings) | asdict(request) | {"threads": timed.details.get("threads")},
         "metrics": {key: metric.as_dict() for key, metric in timed.metrics.items()},
+        **({} if timed.raw is None else {"details": timed.raw}),
         "environment": dict(site.environment),
         "power": power,
     }
@@ -100,6 +101,7 @@ class _Timed:
     metrics: Mapping[str, Measurement]
     tokens: int  # generated in repetitions that count
     seconds: float  # spent on them
+    raw: Mapping[str, Any] | None = None  # what a program of another's was asked, and all that it answered
 
 
 def _worker(
@@ -128,10 +130,16 @@ def _llama_bench(
         tests = parse_bench(run_tool(site.device, program, arguments, limit).text, request)
         decode = tests["decode"].seconds if "decode" in tests else ()
         said = next(iter(tests.values())).fields
-        version = f"llama.cpp {said.get('build_commit', 'unknown')} (build {said.get('build_number', '?')})"
-        details = _details(said, settings) | {"arguments": told}
-        details["output"] = {name: {**test.fields, "model_filename": artifact.name} for name, test in tests.items()}
-        return _Timed(version, details, summarize_bench(tests, request), request.gen_tokens * len(decode), sum(decode))
+        version = f"{said.get('build_number', 'unknown')} ({said.get('build_commit', 'unknown')})"
+        output = {name: {**test.fields, "model_filename": artifact.name} for name, test in tests.items()}
+        return _Timed(
+            version,
+            _details(said, settings),
+            summarize_bench(tests, request),
+            request.gen_tokens * len(decode),
+            sum(decode),
+            {"arguments": told, "output": output},
+        )
 
     return run
 

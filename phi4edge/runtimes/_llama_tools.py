@@ -75,7 +75,7 @@ def version_of(device: Device, program: Program) -> str:
     """
     done = device.run([program.path, "--version"], timeout_s=_HELP_S, environment=program.environment)
     said = re.search(r"^version: (.+)$", done.text + done.stderr.decode("utf-8", errors="replace"), re.MULTILINE)
-    return f"llama.cpp {said[1].strip()}" if said else "llama.cpp of an unknown build"
+    return said[1].strip() if said else "of an unknown build"
 
 
 def run_tool(device: Device, program: Program, arguments: Sequence[str], timeout_s: float) -> Finished:
