@@ -7,17 +7,17 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, envelope, table
 from phi4edge.cli.target_options import target_path_option
-from phi4edge.core import registry
 from phi4edge.core.atomic import write_json
-from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
+from phi4edge.targets.profile import LOCAL
 
 COMMAND = "bench"
-LOCAL = "local"
 
 
 def _text(data: dict[str, Any]) -> str:
@@ -35,7 +35,12 @@ def _text(data: dict[str, Any]) -> str:
         value, error = plus_minus(metrics[key], spec, scale)
         middle = metrics[key].get("median")
         rows.append((label, value, error, "" if middle is None else format(middle * scale, spec)))
-    peak, idle = (format_bytes(metrics[key]["value"]) for key in ("peak_rss_bytes", "idle_rss_bytes"))
+    peak, idle = metrics["peak_rss_bytes"], metrics["idle_rss_bytes"]
+    if peak["value"] is None:
+        memory = f"peak RSS not measured: {peak['reason']}"
+    else:
+        before = format_bytes(idle["value"])
+        memory = f"peak RSS {format_bytes(peak['value'])} (of that {before} before the model was loaded)"
     return "\n".join(
         [
             f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
@@ -44,28 +49,10 @@ def _text(data: dict[str, Any]) -> str:
             "",
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
-            f"peak RSS {peak} (of that {idle} before the model was loaded)",
+            memory,
             f"power: {power_text(data['power'])}",
         ]
     )
-
-
-def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None:
-    """Refuse to measure this machine under another's name.
-
-    Raises:
-        UsageError: an unknown target or transport, or one that is not this machine.
-    """
-    from phi4edge.targets.catalog import open_catalog
-
-    registry.load("phi4edge.transports", transport)
-    profile = open_catalog(folders).profile(target)
-    if transport != LOCAL or LOCAL not in profile.transports:
-        reached = ", ".join(profile.transports)
-        raise UsageError(
-            f"target {target!r} is reached over {reached}; this version measures only the machine that it runs on",
-            "run bench on the device itself, with --target local",
-        )
 
 
 @click.command("bench")
@@ -86,7 +73,7 @@ def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None
     "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Times each is timed."
 )
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Repetitions not counted.")
-@click.option("--transport", default=LOCAL, show_default=True, metavar="NAME", help="How the device is reached.")
+@device_options
 @target_path_option
 @runtime_options
 @common
@@ -97,7 +84,7 @@ def command(
     gen_tokens: int,
     repetitions: int,
     warmup: int,
-    transport: str,
+    device: DeviceOptions,
     target_path: tuple[Path, ...],
     runtime: str | None,
     threads: int | None,
@@ -112,20 +99,25 @@ def command(
 
     Prompt and generation are timed apart and from an empty cache, as llama-bench does; tokenization and sampling are
     not in the times. Every sample is kept in the document.
+
+    On another device than this machine the artifact is sent there, and llama-bench times it, or a Python with the
+    runtime. What is missing there is said with how to get it; phi4edge doctor --target ID looks beforehand.
     """
+    from phi4edge.measurement.device_speed import measure_speed_on
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
 
-    _check_place(target, transport, target_path)
+    profile, transport = check_place(target, device, target_path)
     checked_out(out)
-    data = measure_speed(
-        artifact,
-        target=target,
-        transport=transport,
-        runtime=runtime,
-        request=SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup),
-        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv)),
-    )
+    request = SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup)
+    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv))
+    if transport == LOCAL and not device.given:
+        data = measure_speed(
+            artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
+        )
+    else:
+        with site_for(profile, transport, device, progress_for(quiet)) as site:
+            data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
     if out is not None:
         write_json(out, envelope(COMMAND, data))
     emit(COMMAND, data, _text(data), as_json=as_json)

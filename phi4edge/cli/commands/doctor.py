@@ -25,14 +25,18 @@ from pathlib import Path
 import click
 
 from phi4edge import __version__
+from phi4edge.cli.device_options import NO_SHELL, DeviceOptions, check_place, device_options, site_for, transport_for
 from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, table
 from phi4edge.cli.target_options import target_path_option
 from phi4edge.core import registry
-from phi4edge.core.errors import MissingToolError
+from phi4edge.core.errors import MissingToolError, Phi4EdgeError
+from phi4edge.core.events import Progress
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.local import detect_local
 from phi4edge.targets.profile import LOCAL, Profile
+from phi4edge.transports._api import load_transport
 
 LLAMA_BUILD = (
     'CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX2=ON -DGGML_FMA=ON -DGGML_F16C=ON -DGGML_BMI2=ON"'
@@ -52,11 +56,8 @@ OPTIONAL = {
     "lm_eval": ("lm_eval", "drift --tasks", 'pip install "phi4edge[tasks]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
-# transport → programs that it calls here, with how to get them
-PROGRAMS = {
-    "ssh": {"ssh": "install OpenSSH's client", "rsync": "install rsync"},
-    "adb": {"adb": "install Android's platform-tools"},
-}
+# program that a transport calls here → how to get it
+PROGRAMS = {"ssh": "install OpenSSH's client", "adb": "install Android's platform-tools"}
 
 
 @dataclass(frozen=True)
@@ -146,9 +147,8 @@ def _machine(local: Profile) -> list[Check]:
     ]
 
 
-def _target(profile: Profile) -> list[Check]:
-    """What this machine needs in order to reach a target by its first transport."""
-    transport = profile.transports[0]
+def _target(profile: Profile, transport: str) -> list[Check]:
+    """What this machine needs in order to reach a target by a transport."""
     known = registry.names("phi4edge.transports")
     if transport not in known:
         detail = f"{profile.id} is reached by it, and this version of phi4edge has {', '.join(known)} only"
@@ -156,15 +156,24 @@ def _target(profile: Profile) -> list[Check]:
         checks = [Check(f"transport {transport}", "missing", detail, True, hint)]
     else:
         checks = [Check(f"transport {transport}", "ok", f"reaches {profile.id}", True)]
-    programs = PROGRAMS.get(transport, {})
-    checks += [_program(name, f"transport {transport}", how, True) for name, how in programs.items()]
-    if transport != "local":
-        checks.append(Check(profile.id, "info", "the device itself was not asked"))
+        tools = load_transport(transport).TOOLS
+        checks += [_program(name, f"transport {transport}", PROGRAMS.get(name, f"install {name}")) for name in tools]
     return checks
 
 
-def examine(target: Profile | None) -> list[Check]:
-    """All checks, the slow ones in parallel."""
+def _on_device(profile: Profile, transport: str, device: DeviceOptions, progress: Progress) -> list[Check]:
+    """Connect, and say what is on the device and what is missing there; required is that something can measure."""
+    from phi4edge.cli.device_checks import check_device
+
+    try:
+        with site_for(profile, transport, device, progress) as site:
+            return [Check(*line) for line in check_device(site)]
+    except Phi4EdgeError as error:
+        return [Check(profile.id, "missing", error.message, True, error.hint)]
+
+
+def examine() -> list[Check]:
+    """All checks of this machine, the slow ones in parallel."""
     jobs: list[Callable[[], Check]] = [_llama]
     for names, required in ((REQUIRED, True), (OPTIONAL, False)):
         for module, (distribution, purpose, install) in names.items():
@@ -179,22 +188,36 @@ def examine(target: Profile | None) -> list[Check]:
         _compiler(),
         _program("cmake", "building llama-cpp-python", "pip install cmake"),
         *_machine(detect_local()),
-        *(_target(target) if target is not None else ()),
     ]
 
 
 @click.command("doctor")
-@click.option("--target", metavar="ID", help="Also look whether this machine can reach the target ID.")
+@click.option("--target", metavar="ID", help="Also reach the target ID, and say what can measure there.")
 @target_path_option
+@device_options
 @common
-def command(target: str | None, target_path: tuple[Path, ...], as_json: bool, verbose: int, quiet: bool) -> None:
+def command(
+    target: str | None,
+    target_path: tuple[Path, ...],
+    device: DeviceOptions,
+    as_json: bool,
+    verbose: int,
+    quiet: bool,
+) -> None:
     """Say which tools and runtimes are here, whether they work, and how to get the others.
 
     Exit code 5 when something required is missing or broken: phi4edge's own packages, llama.cpp (it is what drift
-    and speed are measured in), and with --target the transport that reaches it. What is optional never fails.
+    and speed are measured in), and with --target the transport that reaches it, the device, and something there that
+    can measure. What is optional never fails.
     """
-    profile = open_catalog(target_path).profile(target) if target else None
-    checks = examine(None if profile is None or profile.id == LOCAL else profile)
+    profile = open_catalog(target_path).profile(target or LOCAL)
+    transport = transport_for(profile, device)
+    reach = [] if profile.id == LOCAL and transport == LOCAL else _target(profile, transport)
+    checks = examine() + reach
+    known = all(check.status == "ok" for check in reach[:1])
+    if known and transport not in NO_SHELL and (transport != LOCAL or device.given):
+        check_place(profile.id, device, target_path)
+        checks += _on_device(profile, transport, device, progress_for(quiet))
     data = {"checks": [asdict(check) for check in checks]}
     rows = [(c.name, c.status, c.detail + (" (required)" if c.required and c.status != "ok" else "")) for c in checks]
     lines = [table(("tool", "state", ""), rows)]
