@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
+__all__ = ["bandwidth_note", "fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +14,7 @@ import click
 from phi4edge.cli.render import table
 from phi4edge.core import registry
 from phi4edge.targets.fit import HEAD_TYPES, KV_BYTES, Fit
-from phi4edge.targets.profile import Profile
+from phi4edge.targets.profile import LOCAL, Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -53,6 +53,15 @@ def fit_options(function: F) -> F:
     ):
         function = decorator(function)
     return function
+
+
+def bandwidth_note(profile: Profile) -> list[str]:
+    """Of this machine, what its bandwidth rests on: when it was measured, or how to have it measured; else nothing."""
+    if profile.id != LOCAL:
+        return []
+    figure = profile.bandwidth_gb_s
+    said = figure.reason if figure.value is None else f"{figure.value:.1f} GB/s read, {figure.source}"
+    return [f"bandwidth {said}"]
 
 
 def fit_document(profile: Profile, model: str, fit: Fit) -> dict[str, Any]:

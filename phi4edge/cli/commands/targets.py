@@ -13,18 +13,19 @@ from phi4edge.checkpoint.published import model_shapes
 from phi4edge.cli.options import common
 from phi4edge.cli.render import emit, emit_failure, table
 from phi4edge.cli.target_options import (
+    bandwidth_note,
     fit_document,
     fit_options,
     fit_text,
     target_path_option,
     writable_formats,
 )
-from phi4edge.core.errors import InputError, TargetError
+from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.targets.catalog import Catalog, open_catalog
 from phi4edge.targets.choice import DoesNotFitError, Wish, choose, context_for, process_bytes, refusal
 from phi4edge.targets.fit import LAYOUTS, Fit, Request, layout_holds, memory_needed
-from phi4edge.targets.profile import Figure, Profile, RuntimeOption
+from phi4edge.targets.profile import LOCAL, Compute, Efficiency, Figure, Profile, RuntimeOption
 from phi4edge.targets.schema import read_profile
 
 
@@ -87,16 +88,47 @@ def _summary(profile: Profile, path: str | None, user: bool, replaces: Path | No
 
 @command.command("show")
 @click.argument("target", metavar="ID")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Of local: measure memory bandwidth and llama.cpp's rates first (half a minute), and keep them.",
+)
 @target_path_option
 @common
-def show(target: str, target_path: tuple[Path, ...], as_json: bool, verbose: int, quiet: bool) -> None:
+def show(target: str, measure: bool, target_path: tuple[Path, ...], as_json: bool, verbose: int, quiet: bool) -> None:
     """Show all that is known of the target ID, every figure with its source or the reason of the guess."""
+    if measure:
+        _measure(target, quiet)
     catalog = open_catalog(target_path)
     _say_notes(catalog, quiet)
     entry = catalog.entry(target)
     profile = entry.profile()
     data = profile.as_dict() | {"file": str(entry.path) if entry.path else None, "user": entry.user}
     emit("targets", {"target": data, "notes": list(catalog.notes)}, _describe(profile, entry.path), as_json=as_json)
+
+
+def _measure(target: str, quiet: bool) -> None:
+    """Measure this machine's speed with the threads that would compute, and keep it."""
+    from phi4edge.runtimes._threads import physical_cores
+    from phi4edge.targets.local import local_fingerprint
+    from phi4edge.targets.measured import measure_machine, store
+
+    if target != LOCAL:
+        raise UsageError(
+            f"--measure is for {LOCAL}, this machine, not {target}",
+            f"bench ARTIFACT --target {target} --calibrate-target measures the device",
+        )
+    if not quiet:
+        click.echo("measuring memory and llama.cpp, half a minute", err=True)
+    speed = measure_machine(local_fingerprint(), physical_cores())
+    path = store(speed)
+    if quiet:
+        return
+    click.echo(f"kept in {path}", err=True)
+    if speed.busy:
+        click.echo(f"Note: {speed.source}", err=True)
+    if "error" in speed.decode:
+        click.echo(f"Note: no speed can be estimated, llama.cpp was not measured: {speed.decode['error']}", err=True)
 
 
 def _describe(profile: Profile, path: Path | None) -> str:
@@ -126,8 +158,12 @@ def _describe(profile: Profile, path: Path | None) -> str:
         )
         if option.overhead_gb is not None:
             rows += _figure_rows("  its process", option.overhead_gb, "GB")
+        if option.layer_us is not None:
+            rows += _figure_rows("  a layer's own cost", option.layer_us, "µs")
     for entry in profile.efficiency:
-        rows += _figure_rows(f"efficiency, {entry.bits} bit", entry.figure, f"({entry.runtime} on {entry.backend})")
+        rows += _figure_rows(_rate_label("efficiency", entry), entry.figure, f"({entry.runtime} on {entry.backend})")
+    for rate in profile.compute:
+        rows += _figure_rows(_rate_label("prompts", rate), rate.figure, f"GFLOP/s ({rate.runtime} on {rate.backend})")
     for anchor in profile.anchors:
         rows.append(
             ("published run", f"{anchor.decode_tps:g} tok/s, {anchor.model} {anchor.precision}, {anchor.runtime}")
@@ -135,6 +171,10 @@ def _describe(profile: Profile, path: Path | None) -> str:
         rows.append(("", f"source: {anchor.source}"))
     rows += [("sources", source) for source in profile.sources]
     return "\n".join(f"{key:<20} {value}" for key, value in rows if value)
+
+
+def _rate_label(what: str, entry: Efficiency | Compute) -> str:
+    return f"{what}, {entry.scheme or f'{entry.bits} bit'}"
 
 
 def _figure_rows(label: str, figure: Figure, unit: str) -> list[tuple[str, str]]:
@@ -182,7 +222,7 @@ def check(
             data = fit_document(profile, name, error.fit)
             emit_failure("targets", {"check": data}, fit_text(profile, name, error.fit), error, as_json=as_json)
         data = fit_document(profile, name, choice.fit) | {"runtime": choice.runtime.name, "steps": list(choice.steps)}
-        steps = "\n".join(f"  {step}" for step in choice.steps)
+        steps = "\n".join(f"  {step}" for step in (*choice.steps, *bandwidth_note(profile)))
         emit(
             "targets",
             {"check": data},
