@@ -1,4 +1,4 @@
-"""Where a target's device is found: what its file says under ``[connection]``, and what the user says, which is stronger."""
+"""Where a target's device is found: what its file says under ``[connection]``; what the user says is stronger."""
 
 from __future__ import annotations
 

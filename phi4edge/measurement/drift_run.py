@@ -11,6 +11,7 @@ __all__ = [
     "measure_greedy",
     "resolve_domains",
     "resolve_reference",
+    "text_of",
     "without_text",
 ]
 
@@ -39,6 +40,7 @@ from phi4edge.measurement.greedy import (
     read_prompts,
     summarize_greedy,
 )
+from phi4edge.measurement.on_device import Site, open_session
 from phi4edge.measurement.reference import ReferenceStore, build_store, fingerprint, is_store, open_store
 from phi4edge.measurement.texts import named_texts, read_chunks, text_sha256
 from phi4edge.model.source import WeightSource
@@ -196,21 +198,24 @@ def measure_domains(
     settings: Settings | None = None,
     limits: Limits | Sequence[Limits] = (),
     source: WeightSource | None = None,
+    site: Site | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run the tokens of ``stores``, by domain, through ``artifact`` and compare; the ``data`` of a drift document.
 
     Figures are over all positions of all domains, every position counting the same; where there are several domains,
     each has its own as well, and ``limits`` hold for the whole and for each. ``chunks`` are of each domain. ``source``
-    gives the weights of something that only the PyTorch reference can run, such as a run directory.
+    gives the weights of something that only the PyTorch reference can run, such as a run directory; ``site`` is the
+    device that the artifact runs on, in our worker there.
 
     Raises:
         UsageError: more chunks than a store has, or none; or domains of several contexts.
         InputError: a bad artifact, one of another vocabulary, or one that gives NaN.
         MissingToolError, TargetError: the runtime is not installed, or died.
     """
-    began, machine = time.perf_counter(), environment()  # its load average is the one that the measurement met
-    description = describe(artifact)
+    began = time.perf_counter()
+    machine = environment() if site is None else dict(site.environment)  # its load average is the measurement's
+    description = describe(artifact) if site is None else site.describe(artifact)
     name = runtime or default_runtime(artifact)
     settings = settings or default_settings(name)
     asked = (limits,) if isinstance(limits, Limits) else limits
@@ -218,7 +223,8 @@ def measure_domains(
     one = next(iter(stores.values()))
     if any(_condition(store) != _condition(one) for store in stores.values()):
         raise UsageError("the domains' references differ in model, encoding or context", "compute them together")
-    with _open(artifact, one.context, runtime, settings, source) as session:
+    tokens = sum(counts.values()) * one.context
+    with _open(artifact, one.context, runtime, settings, source, site, tokens) as session:
         found = {d: compare_session(artifact, session, store, counts[d], progress) for d, store in stores.items()}
         details = dict(session.details)
     figures = PositionFigures.stack(list(found.values()))
@@ -232,9 +238,11 @@ def measure_domains(
         domains.append({"name": domain, "text": _text(store, counts[domain]), "noise_floor_kld": noise} | own)
     weights = [found[domain].kld.size for domain in stores]
     floors = [store.header["noise_floor_kld"] for store in stores.values()]
+    version = load_runtime(name).version() if site is None else site.found.packages[name]
     return {
         "artifact": description,
-        "runtime": {"name": name, "version": load_runtime(name).version(), "settings": details},
+        **({} if site is None else {"target": site.profile.id, "transport": site.device.transport}),
+        "runtime": {"name": name, "version": version, "settings": details},
         "reference": {
             "model": one.header["model"],
             "fingerprint": one.header["key"]["fingerprint"],
@@ -282,6 +290,15 @@ def _figures(
     return data, [gate for each in limits for gate in evaluate(each, metrics, spread, domain)]
 
 
+def text_of(store: ReferenceStore, chunks: int | None) -> dict[str, Any]:
+    """The ``text`` of a drift document on the first ``chunks`` chunks of ``store``.
+
+    Raises:
+        UsageError: more chunks than it has, or none.
+    """
+    return _text(store, _count(store, chunks))
+
+
 def _text(store: ReferenceStore, count: int) -> dict[str, Any]:
     return {
         "name": store.header["text"]["name"],
@@ -315,6 +332,7 @@ def measure_greedy(
     runtime: str | None = None,
     settings: Settings | None = None,
     source: WeightSource | None = None,
+    site: Site | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """The ``greedy`` of a drift document; ``prompts`` is "chunks", the first tokens of each, or a file of prompts.
@@ -333,7 +351,7 @@ def measure_greedy(
     texts = greedy_texts(checkpoint, given, name, count=count, progress=progress)
     longest = max(map(len, texts.prompts)) + count
     settings = settings or default_settings(runtime or default_runtime(artifact))
-    with _open(artifact, longest, runtime, settings, source) as session:
+    with _open(artifact, longest, runtime, settings, source, site, longest * len(texts.prompts)) as session:
         return summarize_greedy(greedy_divergence(session, texts, progress), texts)
 
 
@@ -359,9 +377,17 @@ def without_text(
 
 
 def _open(
-    artifact: Path, context: int, runtime: str | None, settings: Settings, source: WeightSource | None
+    artifact: Path,
+    context: int,
+    runtime: str | None,
+    settings: Settings,
+    source: WeightSource | None,
+    site: Site | None = None,
+    tokens: int = 0,  # that will go through it
 ) -> Session:
     name = runtime or default_runtime(artifact)
+    if site is not None:
+        return open_session(site, artifact, context, name, settings, tokens)
     if source is None:
         return load_runtime(name).open(artifact, context, settings)
     if name != "torch_ref":

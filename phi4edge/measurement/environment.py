@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["environment"]
+__all__ = ["FLAGS", "environment"]
 
 import importlib.metadata
 import os
@@ -17,7 +17,7 @@ from phi4edge import __version__
 from phi4edge.runtimes._threads import physical_cores
 
 # Instruction sets that decide which kernels run, as Linux spells them (x86, then ARM).
-_FLAGS = (
+FLAGS = (
     "avx2", "fma", "f16c", "avx_vnni", "avx512f", "avx512_vnni", "avx512_bf16", "amx_tile", "amx_int8",
     "neon", "asimd", "asimdhp", "asimddp", "i8mm", "bf16", "sve", "sve2", "sme",
 )  # fmt: skip
@@ -54,7 +54,7 @@ def _cpu() -> tuple[str, list[str]]:
         flag for line in re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE) for flag in line.split()
     }
     name = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    return (name[1] if name else platform.processor() or "unknown"), [flag for flag in _FLAGS if flag in found]
+    return (name[1] if name else platform.processor() or "unknown"), [flag for flag in FLAGS if flag in found]
 
 
 def _distribution() -> str | None:

@@ -1,12 +1,13 @@
-"""A native runtime in a child process, spoken to over its pipes: the parent's side (_serving.py is the child's).
+"""A native runtime in a process of its own, spoken to over its pipes: our side (_serving.py is the other one).
 
-Nothing native is loaded into this process: a damaged file or a library built for another CPU ends the child, and that
-becomes a :class:`TargetError` with the signal and the runtime's last words.
+Nothing native is loaded into this process: a damaged file or a library built for another CPU ends the other, and that
+becomes a :class:`TargetError` with the signal and the runtime's last words. The process is a child of ours, or it runs
+on a device (:class:`Place`); the requests and the answers are the same.
 """
 
 from __future__ import annotations
 
-__all__ = ["Child", "ChildSession"]
+__all__ = ["Child", "ChildSession", "Place", "Worker"]
 
 import io
 import json
@@ -15,12 +16,12 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, BinaryIO, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -31,6 +32,8 @@ from phi4edge.core.events import SILENT, Progress
 from phi4edge.runtimes._api import Logits, Settings, SpeedRequest, SpeedSamples
 from phi4edge.runtimes._shared import SharedRows
 from phi4edge.runtimes._threads import physical_cores
+
+_PIECE = 1 << 20  # bytes of logits that are taken at a time from a stream that cannot fill a buffer
 
 
 @dataclass(frozen=True)
@@ -45,28 +48,98 @@ class Child:
     last_words: tuple[str, ...] = ()  # in what a line of stderr that tells more than the last one has
 
 
-class ChildSession:
-    """An artifact loaded in a child process; use as a context manager."""
+class Worker(Protocol):
+    """A running worker: what is written to it, what it answers, and how it ended."""
 
-    def __init__(self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any]) -> None:
-        self.artifact, self._kind = artifact, child
-        self._ahead: object | None = None  # whose rows the child is making beforehand
-        self._at: tuple[int, int] = (0, 0)  # where the rows that were asked for last will be, and how many
-        self._shared: SharedRows | None = SharedRows()
-        self._words = tempfile.TemporaryFile()  # noqa: SIM115  the child's stderr, read when it dies
-        self._child = subprocess.Popen(
-            [sys.executable, "-m", child.module],
+    @property
+    def stdin(self) -> BinaryIO:
+        """Requests."""
+        ...
+
+    @property
+    def stdout(self) -> BinaryIO:
+        """Answers."""
+        ...
+
+    def ending(self, marks: Sequence[str]) -> tuple[int, str]:
+        """Once its stdout has ended: its exit status, 128 + n where signal n ended it, and its last words.
+
+        They are the first line of its stderr with one of ``marks`` in it, where that is at hand, or the last line.
+        """
+        ...
+
+    def close(self) -> None:
+        """End it; it holds nothing that must be kept."""
+        ...
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where a worker runs, when it is not here."""
+
+    start: Callable[[str], Worker]  # a worker's module by its full name → the worker, running
+    path: str  # of the artifact there
+    threads: int  # where nobody says
+    version: str  # of the runtime's package there
+    install: str  # how to get it there
+
+
+class LocalWorker(subprocess.Popen[bytes]):
+    """A worker that is a child of this process."""
+
+    stdin: BinaryIO  # both are pipes here
+    stdout: BinaryIO
+
+    def __init__(self, module: str, shared: int) -> None:
+        self._words = tempfile.TemporaryFile()  # noqa: SIM115  its stderr, read when it dies
+        super().__init__(
+            [sys.executable, "-m", module],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._words,
             env=_environment(),
-            pass_fds=() if self._shared is None else (self._shared.descriptor,),
+            pass_fds=(shared,),  # what both see
         )
-        resolved = replace(settings, threads=settings.threads or physical_cores())
-        if self._shared is not None:
+
+    def ending(self, marks: Sequence[str]) -> tuple[int, str]:
+        """See :class:`Worker`."""
+        code = self.wait()
+        self._words.seek(0)
+        lines = self._words.read().decode("utf-8", errors="replace").splitlines()
+        said = next((line for line in lines if any(mark in line for mark in marks)), lines[-1] if lines else "")
+        return (code if code >= 0 else 128 - code), said.strip()
+
+    def close(self) -> None:
+        """See :class:`Worker`."""
+        self.kill()
+        self.wait()
+        for stream in (self.stdin, self.stdout, self._words):
+            with suppress(BrokenPipeError):  # a request that the child never read
+                stream.close()
+
+
+class ChildSession:
+    """An artifact loaded in another process; use as a context manager."""
+
+    def __init__(
+        self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any], place: Place | None = None
+    ) -> None:
+        self.artifact, self._kind = artifact, child
+        self._ahead: object | None = None  # whose rows the child is making beforehand
+        self._at: tuple[int, int] = (0, 0)  # where the rows that were asked for last will be, and how many
+        self._shared: SharedRows | None = None
+        self._child: Worker
+        if place is None:
+            self._shared = SharedRows()
             load = {**load, "shared": self._shared.descriptor}
+            self._child = LocalWorker(child.module, self._shared.descriptor)
+        else:
+            self._child = place.start(child.module)
+        path = str(artifact) if place is None else place.path
+        threads = settings.threads or (physical_cores() if place is None else place.threads)
+        resolved = asdict(replace(settings, threads=threads))
         try:
-            answer = self.call({"op": "load", "path": str(artifact), "settings": asdict(resolved), **load})
+            answer = self.call({"op": "load", "path": path, "settings": resolved, **load})
         except BaseException:
             self.close()
             raise
@@ -164,30 +237,39 @@ class ChildSession:
         return self._receive()
 
     def _send(self, request: dict[str, Any]) -> None:
-        assert self._child.stdin is not None
         self._settle()
         try:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
-        except BrokenPipeError as error:
+        except ConnectionError as error:  # a broken pipe is one
             raise self._death() from error
 
     def _receive(self) -> dict[str, Any]:
-        assert self._child.stdout is not None
         line = self._child.stdout.readline()
         if not line.endswith(b"\n"):
             raise self._death()
-        answer: dict[str, Any] = json.loads(line)
-        if not answer.pop("ok"):
+        try:
+            answer: dict[str, Any] = json.loads(line)
+            fine = answer.pop("ok")
+        except (ValueError, KeyError, AttributeError) as error:  # something else speaks there: a login script, say
+            said = line[:80].decode("utf-8", errors="replace").strip()
+            raise TargetError(
+                f"{self.artifact}: what should be {self._kind.title}'s worker answered {said!r}",
+                "the start files of the device's shell may print something; they must not without a terminal",
+            ) from error
+        if not fine:
             raise self._refusal(answer["kind"], answer["message"])
         return answer
 
     def _fill(self, view: memoryview) -> None:
-        stream = self._child.stdout
-        assert isinstance(stream, io.BufferedReader)
-        done = 0
+        stream, done = self._child.stdout, 0
         while done < len(view):
-            count = stream.readinto(view[done:])
+            if isinstance(stream, io.BufferedReader):
+                count = stream.readinto(view[done:])
+            else:
+                piece = stream.read(min(len(view) - done, _PIECE))
+                count = len(piece)
+                view[done : done + count] = piece
             if not count:
                 raise self._death()
             done += count
@@ -203,29 +285,19 @@ class ChildSession:
         return TargetError(f"{self.artifact}: {message}", "a shorter --context, or another artifact")
 
     def _death(self) -> Phi4EdgeError:
-        """What to raise when the child is gone."""
-        code = self._child.wait()
-        self._words.seek(0)
-        lines = self._words.read().decode("utf-8", errors="replace").splitlines()
-        marks = (*self._kind.last_words, "Error")
-        said = next((line for line in lines if any(mark in line for mark in marks)), lines[-1] if lines else "")
-        end = f"was ended by {signal.Signals(-code).name}" if code < 0 else f"ended with exit code {code}"
-        hint = self._kind.signals.get(signal.Signals(-code)) if code < 0 else None
-        words = f": {said.strip()}" if said else ""
+        """What to raise when the worker is gone."""
+        code, said = self._child.ending((*self._kind.last_words, "Error"))
+        ended_by = _signal(code)
+        end = f"was ended by {ended_by.name}" if ended_by else f"ended with exit code {code}"
+        hint = self._kind.signals.get(ended_by) if ended_by else None
+        words = f": {said}" if said else ""
         return TargetError(f"{self.artifact}: {self._kind.title}'s process {end}{words}", hint)
 
     def close(self) -> None:
-        """End the child; it holds nothing that must be kept."""
-        self._child.kill()
-        self._child.wait()
+        """End the worker; it holds nothing that must be kept."""
+        self._child.close()
         if self._shared is not None:
             self._shared.close()
-        for stream in (self._child.stdin, self._child.stdout, self._words):
-            if stream is not None:
-                try:
-                    stream.close()
-                except BrokenPipeError:  # a request that the child never read
-                    continue
 
     def __enter__(self) -> Self:
         return self
@@ -234,6 +306,14 @@ class ChildSession:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
+
+
+def _signal(code: int) -> signal.Signals | None:
+    """The signal that an exit status above 128 stands for."""
+    try:
+        return signal.Signals(code - 128)
+    except ValueError:
+        return None
 
 
 def _environment() -> dict[str, str]:

@@ -6,7 +6,7 @@ and that becomes a :class:`TargetError` with the signal and llama.cpp's last wor
 
 from __future__ import annotations
 
-__all__ = ["INSTALL", "KV_TYPE", "NAME", "available", "open", "speed", "version"]
+__all__ = ["INSTALL", "KV_TYPE", "NAME", "WORKER", "available", "open", "speed", "version"]
 
 import importlib.metadata
 import importlib.util
@@ -17,10 +17,11 @@ from pathlib import Path
 
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples
-from phi4edge.runtimes._child import Child, ChildSession
+from phi4edge.runtimes._child import Child, ChildSession, Place
 from phi4edge.runtimes._sampling import SampleRequest, Written
 
 NAME = "llama_cpp"
+WORKER = "phi4edge.runtimes._llama_worker"
 KV_TYPE = "f16"
 PACKAGE, VERSION = "llama-cpp-python", "0.3.36"
 # Built for the machine at hand (its default), this version crashes on CPUs with AMX; AVX2 runs on all of ten years.
@@ -50,10 +51,13 @@ def version() -> str:
         return "not installed"
 
 
-def open(artifact: Path, context: int, settings: Settings, sequences: int = 1) -> LlamaSession:
-    """Load GGUF file ``artifact`` into a child process, for sequences of up to ``context`` tokens.
+def open(
+    artifact: Path, context: int, settings: Settings, sequences: int = 1, place: Place | None = None
+) -> LlamaSession:
+    """Load GGUF file ``artifact`` into a process of its own, for sequences of up to ``context`` tokens.
 
-    ``sequences`` of them can be computed side by side, which :meth:`LlamaSession.sample` does.
+    ``sequences`` of them can be computed side by side, which :meth:`LlamaSession.sample` does. ``place``: on a device,
+    where the file lies already.
 
     Raises:
         InputError: not GGUF, or damaged.
@@ -62,7 +66,7 @@ def open(artifact: Path, context: int, settings: Settings, sequences: int = 1) -
         TargetError: the child died.
     """
     reason = available()
-    if reason:
+    if place is None and reason:
         raise MissingToolError(reason, INSTALL)
     if settings.activations != "none":
         raise UsageError(
@@ -74,28 +78,30 @@ def open(artifact: Path, context: int, settings: Settings, sequences: int = 1) -
     from phi4edge.writers._gguf_file import read_gguf  # not at the top: it brings torch
 
     read_gguf(artifact)  # a header that lies is refused before llama.cpp believes it
-    return LlamaSession(artifact, context, settings, sequences)
+    return LlamaSession(artifact, context, settings, sequences, place)
 
 
-def speed(artifact: Path, request: SpeedRequest, settings: Settings) -> SpeedSamples:
-    """Time ``artifact`` as llama-bench does, in a child of its own; raises as :func:`open`."""
-    with open(artifact, request.prompt_tokens + request.gen_tokens, settings) as session:
+def speed(artifact: Path, request: SpeedRequest, settings: Settings, place: Place | None = None) -> SpeedSamples:
+    """Time ``artifact`` as llama-bench does, in a process of its own; ``place`` and errors as :func:`open`."""
+    with open(artifact, request.prompt_tokens + request.gen_tokens, settings, place=place) as session:
         return session.speed(request)
 
 
 class LlamaSession(ChildSession):
-    """A GGUF file loaded in a child process; use as a context manager."""
+    """A GGUF file loaded in another process; use as a context manager."""
 
-    def __init__(self, artifact: Path, context: int, settings: Settings, sequences: int = 1) -> None:
+    def __init__(
+        self, artifact: Path, context: int, settings: Settings, sequences: int = 1, place: Place | None = None
+    ) -> None:
         child = Child(
-            module="phi4edge.runtimes._llama_worker",
+            module=WORKER,
             title="llama.cpp",
-            package=f"{PACKAGE} {version()}",
-            install=INSTALL,
+            package=f"{PACKAGE} {place.version if place else version()}",
+            install=place.install if place else INSTALL,
             signals=_SIGNALS,
             last_words=("GGML_ASSERT",),  # before it aborts, ggml prints where; what follows is a stack of addresses
         )
-        super().__init__(child, artifact, settings, {"context": context, "sequences": sequences})
+        super().__init__(child, artifact, settings, {"context": context, "sequences": sequences}, place)
 
     def sample(self, request: SampleRequest) -> list[list[Written]]:
         """What the model writes in every stream of ``request``; the same on the same machine and threads.

@@ -8,7 +8,7 @@ is refused.
 
 from __future__ import annotations
 
-__all__ = ["INSTALL", "KV_TYPE", "NAME", "available", "open", "speed", "version"]
+__all__ = ["INSTALL", "KV_TYPE", "NAME", "WORKER", "available", "open", "speed", "version"]
 
 import importlib.metadata
 import importlib.util
@@ -20,13 +20,14 @@ from typing import TYPE_CHECKING
 from phi4edge.checkpoint.config import parse_config
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples
-from phi4edge.runtimes._child import Child, ChildSession
+from phi4edge.runtimes._child import Child, ChildSession, Place
 from phi4edge.writers._onnx_names import CONFIG, GENAI_CONFIG
 
 if TYPE_CHECKING:
     from phi4edge.writers._onnx_file import OnnxFile
 
 NAME = "onnxruntime_genai"
+WORKER = "phi4edge.runtimes._onnx_worker"
 KV_TYPE = "f32"
 PACKAGE = "onnxruntime-genai"
 INSTALL = 'pip install "phi4edge[onnx]"'
@@ -52,8 +53,10 @@ def version() -> str:
         return "not installed"
 
 
-def open(artifact: Path, context: int, settings: Settings) -> ChildSession:
-    """Load folder ``artifact`` into a child process, for sequences of up to ``context`` tokens.
+def open(artifact: Path, context: int, settings: Settings, place: Place | None = None) -> ChildSession:
+    """Load folder ``artifact`` into a process of its own, for sequences of up to ``context`` tokens.
+
+    ``place``: on a device, where the folder lies already.
 
     Raises:
         InputError: not such a folder, a damaged one, or a context beyond the model's.
@@ -62,7 +65,7 @@ def open(artifact: Path, context: int, settings: Settings) -> ChildSession:
         TargetError: the child died.
     """
     reason = available()
-    if reason:
+    if place is None and reason:
         raise MissingToolError(reason, INSTALL)
     _check_settings(settings)
     if not (artifact / GENAI_CONFIG).is_file():
@@ -76,8 +79,9 @@ def open(artifact: Path, context: int, settings: Settings) -> ChildSession:
     limit = file.settings["model"].get("context_length")
     if isinstance(limit, int) and context > limit:
         raise InputError(f"a context of {context} exceeds the model's {limit}", f"give --context {limit} or less")
-    child = Child("phi4edge.runtimes._onnx_worker", "ONNX Runtime", f"{PACKAGE} {version()}", INSTALL, _SIGNALS)
-    session = ChildSession(child, artifact, settings, {"context": context, "whole_beyond": _whole_beyond(file)})
+    package, install = f"{PACKAGE} {place.version if place else version()}", place.install if place else INSTALL
+    child = Child(WORKER, "ONNX Runtime", package, install, _SIGNALS)
+    session = ChildSession(child, artifact, settings, {"context": context, "whole_beyond": _whole_beyond(file)}, place)
     levels = sorted({int(node.get("accuracy_level", 0)) for node in file.attributes.values()})
     activations = " and ".join(dict.fromkeys(_ACTIVATIONS.get(level, f"level {level}") for level in levels or (0,)))
     session.add_details({"kv_type": KV_TYPE, "accuracy_levels": levels, "activations": activations})
@@ -111,7 +115,7 @@ def _whole_beyond(file: OnnxFile) -> int | None:
     return 0 if file.switches else None
 
 
-def speed(artifact: Path, request: SpeedRequest, settings: Settings) -> SpeedSamples:
-    """Time ``artifact`` in a child of its own; raises as :func:`open`."""
-    with open(artifact, max(request.prompt_tokens, request.gen_tokens), settings) as session:
+def speed(artifact: Path, request: SpeedRequest, settings: Settings, place: Place | None = None) -> SpeedSamples:
+    """Time ``artifact`` in a process of its own; ``place`` and errors as :func:`open`."""
+    with open(artifact, max(request.prompt_tokens, request.gen_tokens), settings, place) as session:
         return session.speed(request)

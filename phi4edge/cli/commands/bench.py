@@ -7,18 +7,18 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, envelope, table
 from phi4edge.cli.roofline_text import calibration_line, roofline_lines
 from phi4edge.cli.target_options import target_path_option
-from phi4edge.core import registry
 from phi4edge.core.atomic import write_json
-from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
+from phi4edge.targets.profile import LOCAL
 
 COMMAND = "bench"
-LOCAL = "local"
 
 
 def _text(data: dict[str, Any]) -> str:
@@ -34,7 +34,12 @@ def _text(data: dict[str, Any]) -> str:
         value, error = plus_minus(metrics[key], spec, scale)
         middle = metrics[key].get("median")
         rows.append((label, value, error, "" if middle is None else format(middle * scale, spec)))
-    peak, idle = (format_bytes(metrics[key]["value"]) for key in ("peak_rss_bytes", "idle_rss_bytes"))
+    peak, idle = metrics["peak_rss_bytes"], metrics["idle_rss_bytes"]
+    if peak["value"] is None:
+        memory = f"peak RSS not measured: {peak['reason']}"
+    else:
+        before = format_bytes(idle["value"])
+        memory = f"peak RSS {format_bytes(peak['value'])} (of that {before} before the model was loaded)"
     return "\n".join(
         [
             f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
@@ -43,28 +48,10 @@ def _text(data: dict[str, Any]) -> str:
             "",
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
-            f"peak RSS {peak} (of that {idle} before the model was loaded)",
+            memory,
             *roofline_lines(data),
         ]
     )
-
-
-def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None:
-    """Refuse to measure this machine under another's name.
-
-    Raises:
-        UsageError: an unknown target or transport, or one that is not this machine.
-    """
-    from phi4edge.targets.catalog import open_catalog
-
-    registry.load("phi4edge.transports", transport)
-    profile = open_catalog(folders).profile(target)
-    if transport != LOCAL or LOCAL not in profile.transports:
-        reached = ", ".join(profile.transports)
-        raise UsageError(
-            f"target {target!r} is reached over {reached}; this version measures only the machine that it runs on",
-            "run bench on the device itself, with --target local",
-        )
 
 
 @click.command("bench")
@@ -93,7 +80,7 @@ def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None
     metavar="[FILE.toml]",
     help="Write the efficiency that was measured into a target file of yours; it is made where there is none.",
 )
-@click.option("--transport", default=LOCAL, show_default=True, metavar="NAME", help="How the device is reached.")
+@device_options
 @target_path_option
 @runtime_options
 @common
@@ -105,7 +92,7 @@ def command(
     repetitions: int,
     warmup: int,
     calibrate: str | None,
-    transport: str,
+    device: DeviceOptions,
     target_path: tuple[Path, ...],
     runtime: str | None,
     threads: int | None,
@@ -122,28 +109,32 @@ def command(
     not in the times. Every sample is kept in the document. A decode speed above what the target's memory can deliver
     for the bytes that a token reads of ARTIFACT is flagged as implausible.
 
+    On another device than this machine the artifact is sent there, and llama-bench times it, or a Python with the
+    runtime. What is missing there is said with how to get it; phi4edge doctor --target ID looks beforehand.
+
     --calibrate-target makes plans for the target rest on what was measured. Without a FILE it is your own file of the
     target, or a new one in the first folder of --target-path or $PHI4EDGE_TARGET_PATH. Built-in files stay as they are.
     """
     from phi4edge.measurement.calibrate import calibrate_target, calibration_file
+    from phi4edge.measurement.device_speed import measure_speed_on
     from phi4edge.measurement.plausible import assess
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
     from phi4edge.targets.catalog import open_catalog
 
-    _check_place(target, transport, target_path)
+    profile, transport = check_place(target, device, target_path)
     checked_out(out)
     entry = open_catalog(target_path).entry(target)
-    profile = entry.profile()
     file = None if calibrate is None else calibration_file(entry, Path(calibrate) if calibrate else None, target_path)
-    data = measure_speed(
-        artifact,
-        target=target,
-        transport=transport,
-        runtime=runtime,
-        request=SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup),
-        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv)),
-    )
+    request = SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup)
+    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv))
+    if transport == LOCAL and not device.given:
+        data = measure_speed(
+            artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
+        )
+    else:
+        with site_for(profile, transport, device, progress_for(quiet)) as site:
+            data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
     data |= assess(data, profile, artifact)
     if file is not None:
         data["calibration"] = calibrate_target(file, data, profile, entry, artifact)

@@ -8,16 +8,19 @@ from typing import Any
 import click
 
 from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
+from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for
 from phi4edge.cli.gate_options import gate_line, gate_options
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure, envelope, failure_document
+from phi4edge.cli.target_options import target_path_option
 from phi4edge.cli.task_options import task_options, task_request, task_table
 from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
 from phi4edge.runtimes._api import ACTIVATIONS
+from phi4edge.targets.profile import LOCAL
 
 COMMAND = "drift"
 _ROWS = (
@@ -51,6 +54,7 @@ def _text(data: dict[str, Any]) -> str:
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
         f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e}"
         f"{_left_out(reference)})",
+        *_place_lines(data),
         f"text {text['name']}: {text['chunks']} chunks of {text['context']}, {text['positions']:,} positions scored",
         "",
     ]
@@ -70,6 +74,15 @@ def _text(data: dict[str, Any]) -> str:
 def _gate_lines(data: dict[str, Any]) -> list[str]:
     lines = [gate_line(gate) for gate in data["gates"]]
     return ["", *lines] if lines else []
+
+
+def _place_lines(data: dict[str, Any]) -> list[str]:
+    """Where it was measured, where that was not here, and how the figures differ from our own."""
+    if "target" not in data:
+        return []
+    cpu, by = data["environment"]["cpu"]["model"], data.get("measured_by")
+    lines = [f"on {data['target']} ({cpu}) over {data['transport']}{f', measured by {by} there' if by else ''}"]
+    return lines + [f"  {difference}" for difference in data.get("differences", ())]
 
 
 def _left_out(reference: dict[str, Any]) -> str:
@@ -127,6 +140,9 @@ def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
 @greedy_options
 @attribution_options
 @task_options
+@click.option("--target", default=LOCAL, show_default=True, metavar="ID", help="The device; local: this machine.")
+@target_path_option
+@device_options
 @click.option(
     "--task-answers",
     type=click.Path(path_type=Path),
@@ -156,6 +172,9 @@ def command(
     against: Path | None,
     attribute_tensors: str,
     attribute_chunks: int | None,
+    target: str,
+    target_path: tuple[Path, ...],
+    device: DeviceOptions,
     runtime: str | None,
     threads: int | None,
     flash_attention: str,
@@ -181,8 +200,12 @@ def command(
     With --tasks both models also answer questions from local files: accuracies with their intervals, the difference
     over pairs, McNemar's test and every flip. Answers are kept, so a run that was interrupted goes on. Without --text
     tasks, and --greedy FILE, are measured alone.
+
+    With --target ARTIFACT runs on that device, in a Python with the runtime, or in llama-perplexity, against the
+    reference that is made here; tasks and --attribute are measured on this machine only.
     """
     from phi4edge.core.workdir import RUN_FILE
+    from phi4edge.measurement.device_drift import check_on_device, measure_drift_on
     from phi4edge.measurement.drift_run import (
         CHUNKS,
         check_artifact,
@@ -204,6 +227,8 @@ def command(
         activations=activations,
     )
     checked_out(out)
+    profile, transport = check_place(target, device, target_path)
+    elsewhere = transport != LOCAL or device.given
     tensors, source, written_from = tensor_count(attribute_tensors), None, None
     if against is not None and not attribute:
         raise UsageError("--against says what drift is attributed to", "add --attribute")
@@ -216,7 +241,18 @@ def command(
     asked = task_request(tasks | {"max_task_drop": max_task_drop, "min_reference_share": min_reference_share})
     if asked is not None:
         check_tasks(asked, reference)
-    if not is_store(Path(reference)):
+    site = None
+    if elsewhere:
+        if attribute or asked is not None or source is not None:
+            raise UsageError(
+                "--attribute, --tasks and run directories are measured on this machine only",
+                "leave them out, or leave --target out",
+            )
+        if not texts and not is_store(Path(reference)):
+            raise UsageError("drift on a device is measured on a text", "give a --text, or a store as --reference")
+        site = click.get_current_context().with_resource(site_for(profile, transport, device, progress))
+        check_on_device(site, artifact, runtime=runtime, settings=settings, generates=greedy is not None)
+    elif not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
     if attribute and len(texts) > 1:
         raise UsageError("--attribute takes one --text", "attribute each domain by itself")
@@ -232,16 +268,21 @@ def command(
         found = resolve_domains(
             reference, texts=texts, context=context, chunks=chunks, store=store, top=store_top, progress=progress
         )
-        data = measure_domains(
-            artifact,
-            found,
-            chunks=chunks,
-            runtime=runtime,
-            settings=settings,
-            limits=limits,
-            source=source,
-            progress=progress,
-        )
+        if site is not None:
+            data = measure_drift_on(
+                site, artifact, found, chunks=chunks, runtime=runtime, settings=settings, limits=limits
+            )
+        else:
+            data = measure_domains(
+                artifact,
+                found,
+                chunks=chunks,
+                runtime=runtime,
+                settings=settings,
+                limits=limits,
+                source=source,
+                progress=progress,
+            )
         if attribute:
             from phi4edge.measurement.attribution_run import attribute as attribute_drift
 
@@ -269,6 +310,7 @@ def command(
             runtime=runtime,
             settings=settings,
             source=source,
+            site=site,
             progress=progress,
         )
     if asked is not None:

@@ -1,0 +1,150 @@
+"""How a device is reached and what measures on it: the options of the commands that go there."""
+
+from __future__ import annotations
+
+__all__ = ["DeviceOptions", "check_place", "device_options", "site_for"]
+
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import wraps
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeVar, cast
+
+import click
+
+from phi4edge.core.errors import UsageError
+from phi4edge.core.events import Progress
+from phi4edge.targets.catalog import open_catalog
+from phi4edge.targets.profile import LOCAL, Profile
+from phi4edge.transports._api import Address, load_transport
+
+if TYPE_CHECKING:
+    from phi4edge.measurement.on_device import Site
+
+F = TypeVar("F", bound=Callable[..., Any])
+ADDRESS = "PHI4EDGE_ADDRESS"
+
+
+@dataclass(frozen=True)
+class DeviceOptions:
+    """What the user said of the device."""
+
+    transport: str | None  # None: the target's first
+    address: Address
+    runners: tuple[str, ...]
+    timeout_s: float | None
+    clean: bool
+
+    @property
+    def given(self) -> bool:
+        """Whether anything was said that measuring in this machine's own Python has no use for."""
+        return self.address != Address() or bool(self.runners or self.clean) or self.timeout_s is not None
+
+
+_OPTIONS = (
+    click.option(
+        "--transport", metavar="NAME",
+        help="How the device is reached: local, ssh, adb.  [default: the target's first]",
+    ),
+    click.option(
+        "--address", metavar="PLACE",
+        help=f"Where: a host of your ssh config or user@host; a serial of adb devices.  [default: ${ADDRESS}, or the "
+        "only one]",
+    ),
+    click.option(
+        "--transport-option", "transport_options", multiple=True, metavar="KEY=VALUE",
+        help="For the transport's client, as ssh's -o takes them; may be repeated.",
+    ),
+    click.option(
+        "--device-folder", metavar="PATH", help="Our folder on the device.  [default: the transport's choice]"
+    ),
+    click.option(
+        "--runner", "runners", multiple=True, metavar="PATH",
+        help="On the device: a folder with llama.cpp's programs, one of them, or a Python; nothing else there is used. "
+        "May be repeated.  [default: what is found]",
+    ),
+    click.option(
+        "--device-timeout", type=click.FloatRange(min=0, min_open=True), metavar="SECONDS",
+        help="End a program on the device after so long.  [default: from the artifact's size and the tokens]",
+    ),
+    click.option(
+        "--clean/--keep", default=False, show_default=True,
+        help="Remove what was sent, at the end; kept, a second run sends nothing again.",
+    ),
+)  # fmt: skip
+
+
+def device_options(function: F) -> F:
+    """``--transport``, ``--address`` and the others; the command receives ``device: DeviceOptions``."""
+
+    @wraps(function)
+    def called(
+        *args: Any,
+        transport: str | None,
+        address: str | None,
+        transport_options: tuple[str, ...],
+        device_folder: str | None,
+        runners: tuple[str, ...],
+        device_timeout: float | None,
+        clean: bool,
+        **kwargs: Any,
+    ) -> Any:
+        where = Address(address, device_folder, transport_options)
+        return function(*args, device=DeviceOptions(transport, where, runners, device_timeout, clean), **kwargs)
+
+    for decorator in reversed(_OPTIONS):
+        called = decorator(called)
+    return cast(F, called)
+
+
+def check_place(target: str, device: DeviceOptions, folders: tuple[Path, ...] = ()) -> tuple[Profile, str]:
+    """The target's profile and the transport that reaches it.
+
+    Where that is "local" and no option of a device was given, this machine is measured in its own Python.
+
+    Raises:
+        UsageError: an unknown target or transport, or a transport that does not reach the target.
+    """
+    profile = open_catalog(folders).profile(target)
+    away = [name for name in profile.transports if name != LOCAL]
+    first = away if device.address.place is not None and away else profile.transports  # this machine has no address
+    name = device.transport or first[0]
+    load_transport(name)
+    if name not in profile.transports:
+        reached = ", ".join(profile.transports)
+        hint = (
+            "name the device: --target ID; phi4edge targets list shows them"
+            if profile.id == LOCAL
+            else f"--transport {profile.transports[0]}; a device of your own needs a file in a --target-path"
+        )
+        raise UsageError(f"target {target!r} is reached over {reached}, not {name}", hint)
+    return profile, name
+
+
+@contextmanager
+def site_for(profile: Profile, transport: str, device: DeviceOptions, progress: Progress) -> Iterator[Site]:
+    """Connect, and look at what is there.
+
+    Raises:
+        MissingToolError: no device answers, a program is missing here, or --runner has nothing that measures.
+        TargetError: the device is gone, or is of another kind than the target.
+    """
+    from phi4edge.measurement.on_device import open_site
+
+    address = device.address
+    if address.place is None and transport != LOCAL:
+        address = replace(address, place=os.environ.get(ADDRESS) or None)
+    with (
+        load_transport(transport).open(address) as connected,
+        open_site(
+            connected,
+            profile,
+            runners=device.runners,
+            timeout_s=device.timeout_s,
+            clean=device.clean,
+            progress=progress,
+        ) as site,
+    ):
+        yield site

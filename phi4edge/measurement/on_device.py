@@ -1,0 +1,293 @@
+"""A device that something is measured on: its fingerprint, what of ours lies on it, and who computes there.
+
+Everything goes through :mod:`phi4edge.transports._api`; which transport it is makes no difference here.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Site", "fingerprint", "open_session", "open_site", "time_limit"]
+
+import posixpath
+import re
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path, PurePosixPath
+from typing import Any
+
+from phi4edge import __version__
+from phi4edge.core.errors import TargetError
+from phi4edge.core.events import SILENT, Progress
+from phi4edge.core.hashing import sha256_bytes
+from phi4edge.measurement.artifact import describe
+from phi4edge.measurement.environment import FLAGS
+from phi4edge.runtimes._api import Session, Settings
+from phi4edge.runtimes._child import Place
+from phi4edge.runtimes._llama_tools import built
+from phi4edge.runtimes._remote import RUNNER_FOLDER, Found, Program, how_to_get, look, missing
+from phi4edge.runtimes._remote_python import PlacedRuntime, archive, placed_runtime, start_worker
+from phi4edge.targets.profile import Profile
+from phi4edge.transports._api import Device
+
+_ASK_S = 60.0
+_ALL_LAYERS = 999
+# A program that is slower than this has hung: a slow phone reads 10 · 10⁹ bytes of weights a second to decode.
+_START_S, _LOAD_BYTES_S, _PROMPT_BYTES_S, _DECODE_BYTES_S = 120.0, 20e6, 4e9, 1e9
+# One line for each fact, "key=value"; what a system does not have is left out. No name of a host or a user.
+_FACTS = """
+put() { [ -n "$2" ] && echo "$1=$2"; }
+put system "$(uname -s)"; put release "$(uname -r)"; put machine "$(uname -m)"
+put android "$(getprop ro.build.version.release 2>/dev/null)"
+put soc "$(getprop ro.soc.model 2>/dev/null)"
+put product "$(getprop ro.product.model 2>/dev/null)"
+put board "$(tr -d '\\0' < /proc/device-tree/model 2>/dev/null)"
+put l4t "$(head -n 1 /etc/nv_tegra_release 2>/dev/null)"
+put distribution "$(. /etc/os-release 2>/dev/null && echo "$PRETTY_NAME")"
+put ram_kb "$(sed -n 's/^MemTotal: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo 2>/dev/null)"
+put free_kb "$(sed -n 's/^MemAvailable: *\\([0-9]*\\) kB/\\1/p' /proc/meminfo 2>/dev/null)"
+put model "$(sed -n 's/^\\(model name\\|Hardware\\|Model\\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+put part "$(sed -n 's/^CPU part[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | sort -u | tr '\\n' ' ')"
+put flags "$(sed -n 's/^\\(flags\\|Features\\)[[:space:]]*: *//p' /proc/cpuinfo 2>/dev/null | head -n 1)"
+put logical "$(grep -c '^processor' /proc/cpuinfo 2>/dev/null)"
+put usable "$(nproc 2>/dev/null)"
+put cores "$(cat /sys/devices/system/cpu/cpu[0-9]*/topology/thread_siblings_list 2>/dev/null | sort -u | grep -c .)"
+put governor "$(cat /sys/devices/system/cpu/cpu0/cpufreq/scaling_governor 2>/dev/null)"
+put load "$(cut -d ' ' -f 1-3 /proc/loadavg 2>/dev/null)"
+put mac_model "$(sysctl -n machdep.cpu.brand_string 2>/dev/null)"
+put mac_ram "$(sysctl -n hw.memsize 2>/dev/null)"
+put mac_logical "$(sysctl -n hw.logicalcpu 2>/dev/null)"
+put mac_cores "$(sysctl -n hw.physicalcpu 2>/dev/null)"
+put mac_version "$(sw_vers -productVersion 2>/dev/null)"
+put disk_kb "$(df -Pk . 2>/dev/null | awk 'NR == 2 { print $4 }')"
+exit 0
+"""
+
+
+def fingerprint(device: Device) -> dict[str, Any]:
+    """The device's own ``environment`` of a document, in the fields of this machine's.
+
+    Raises:
+        TargetError: the device is gone, or has no POSIX shell.
+    """
+    done = device.run(["sh", "-c", _FACTS], timeout_s=_ASK_S)
+    facts = dict(line.split("=", 1) for line in done.text.splitlines() if "=" in line)
+    if done.code or "machine" not in facts:
+        raise TargetError(f"{device.name}: does not say what it is: {done.last_words}", "it needs a POSIX shell")
+    words = set(facts.get("flags", "").split())
+    logical = _number(facts, "logical", "mac_logical")
+    usable = _number(facts, "usable", "mac_logical") or logical
+    cores = _number(facts, "cores", "mac_cores") or usable
+    names = [facts[key] for key in ("soc", "board", "product") if key in facts]
+    arm = f"ARM part {facts['part'].strip()}" if "part" in facts else None
+    ram, free = _number(facts, "ram_kb"), _number(facts, "free_kb")
+    system = "Android" if "android" in facts else facts["system"]
+    macos = f"macOS {facts['mac_version']}" if "mac_version" in facts else None
+    return {
+        "cpu": {
+            "model": facts.get("model") or facts.get("mac_model") or ", ".join(names) or arm or "unknown",
+            "architecture": facts["machine"],
+            "flags": [flag for flag in FLAGS if flag in words],
+            "logical_cores": logical,
+            "usable_cores": usable,
+            "physical_cores": min(cores, usable) if cores and usable else cores or usable,
+            "governor": facts.get("governor"),
+        },
+        "ram_bytes": ram * 1024 if ram else _number(facts, "mac_ram"),
+        "available_bytes": free * 1024 if free else None,
+        "system": f"{facts['system']} {facts.get('release', '')}".strip(),
+        "distribution": f"Android {facts['android']}" if system == "Android" else facts.get("distribution") or macos,
+        "hardware": names or None,
+        "l4t": facts.get("l4t"),
+        "load_average": [float(part) for part in facts["load"].split()] if "load" in facts else None,
+        "disk_free_bytes": (_number(facts, "disk_kb") or 0) * 1024 or None,
+        "versions": {"phi4edge": __version__},
+        "transport": device.transport,
+    }
+
+
+def _number(facts: Mapping[str, str], *keys: str) -> int | None:
+    for key in keys:
+        if re.fullmatch(r"[1-9]\d*", facts.get(key, "")):
+            return int(facts[key])
+    return None
+
+
+@dataclass(frozen=True)
+class Site:
+    """A device, looked at: what is on it, and what the user said of it. :func:`open_site` makes one."""
+
+    device: Device
+    profile: Profile
+    environment: Mapping[str, Any]
+    found: Found
+    timeout_s: float | None = None  # for one program; None: from what it has to do
+    progress: Progress = SILENT
+    sent: list[PurePosixPath] = field(default_factory=list)  # what of ours lies there now
+    described: dict[Path, dict[str, Any]] = field(default_factory=dict)  # a hash of gigabytes is made once
+
+    @property
+    def arch(self) -> str:
+        """Its processor, as runners are named."""
+        machine = str(self.environment["cpu"]["architecture"])
+        return {"arm64": "aarch64", "amd64": "x86_64"}.get(machine, machine)
+
+    @property
+    def system(self) -> str:
+        """What uname says, or Android."""
+        words = str(self.environment["distribution"] or "").split()
+        return "Android" if words[:1] == ["Android"] else str(self.environment["system"]).split()[0]
+
+    @property
+    def threads(self) -> int:
+        """Threads of a worker of ours where nobody says."""
+        return int(self.environment["cpu"]["physical_cores"] or 1)
+
+    @property
+    def gpu_layers(self) -> int:
+        """All of them where the target's best llama.cpp computes on an accelerator; a build without one ignores it."""
+        backend = next((option.backend for option in self.profile.runtimes if option.name == "llama_cpp"), "cpu")
+        return 0 if backend == "cpu" else _ALL_LAYERS
+
+    def settings(self, settings: Settings, runtime: str) -> Settings:
+        """``settings`` for the device: what it has an accelerator for is computed there."""
+        return replace(settings, gpu_layers=self.gpu_layers) if runtime == "llama_cpp" else settings
+
+    def hint(self, runtime: str) -> str:
+        """How what measures comes onto the device."""
+        return how_to_get(self.system, self.arch, self.profile.kind, runtime)
+
+    def program(self, name: str) -> Program | None:
+        """llama.cpp's program of that name: the device's own, or the static one that was built here, sent there now."""
+        if name in self.found.programs:
+            return self.found.programs[name]
+        folder = built(self.arch) if self.system in ("Linux", "Android") else None
+        if folder is None or not (folder / name).is_file():
+            return None
+        where = PurePosixPath(RUNNER_FOLDER, folder.name, name)
+        self.send({where: folder / name})
+        path = str(self.device.folder / where)
+        done = self.device.run(["chmod", "755", path], timeout_s=_ASK_S)
+        if done.code:
+            raise TargetError(f"{self.device.name}: {path} cannot be made executable: {done.last_words}")
+        return Program(path)
+
+    def send(self, files: Mapping[PurePosixPath, Path]) -> None:
+        """Have ``files`` in our folder on the device, by their place in it; one that is there already is not sent.
+
+        Raises:
+            TargetError: the device is full, refuses, or is gone.
+        """
+        for remote, local in files.items():
+            _send(self.device, local, remote, self.progress)
+            self.sent.append(remote)
+
+    def describe(self, artifact: Path) -> dict[str, Any]:
+        """See :func:`phi4edge.measurement.artifact.describe`."""
+        if artifact not in self.described:
+            self.described[artifact] = describe(artifact)
+        return self.described[artifact]
+
+    def send_artifact(self, artifact: Path) -> str:
+        """Have ``artifact`` on the device; where it lies there."""
+        home = PurePosixPath("artifacts", str(self.describe(artifact)["sha256"])[:16])
+        if artifact.is_dir():
+            home /= artifact.resolve().name
+            files = sorted(path for path in artifact.rglob("*") if path.is_file())
+            self.send({home / path.relative_to(artifact).as_posix(): path for path in files})
+            return str(self.device.folder / home)
+        from phi4edge.writers._gguf_file import read_gguf
+
+        self.send({home / path.name: path for path in read_gguf(artifact).files})
+        return str(self.device.folder / home / artifact.name)
+
+    def python(self, module: PlacedRuntime, artifact: Path, timeout_s: float) -> Place:
+        """Where a worker of runtime ``module`` finds ``artifact``; both are sent first.
+
+        Raises:
+            MissingToolError: no Python there has the runtime.
+        """
+        interpreter = self.found.python
+        if interpreter is None or not self.found.has_python(module.NAME):
+            raise missing(self.device, self.found, module.NAME, "", self.hint(module.NAME))
+        path = self.send_artifact(artifact)
+        data = archive(module.WORKER)
+        where = PurePosixPath("worker", f"{sha256_bytes(data)[:16]}.zip")
+        with tempfile.TemporaryDirectory() as scratch:
+            file = Path(scratch, where.name)
+            file.write_bytes(data)
+            self.send({where: file})
+        return Place(
+            start=lambda name: start_worker(self.device, interpreter, name, self.device.folder / where, timeout_s),
+            path=path,
+            threads=self.threads,
+            version=self.found.packages[module.NAME],
+            install=self.hint(module.NAME),
+        )
+
+    def clean(self) -> None:
+        """Remove from the device what we sent there, in this run."""
+        files = [str(self.device.folder / path) for path in dict.fromkeys(self.sent)]
+        folders = sorted({posixpath.dirname(path) for path in files}, key=len, reverse=True)
+        if files:
+            self.device.run(["rm", "-f", "--", *files], timeout_s=_ASK_S)
+            self.device.run(["rmdir", "--", *folders], timeout_s=_ASK_S)  # those that are empty now
+        self.sent.clear()
+
+
+@contextmanager
+def open_site(
+    device: Device,
+    profile: Profile,
+    *,
+    runners: Sequence[str] = (),
+    timeout_s: float | None = None,
+    clean: bool = False,
+    progress: Progress = SILENT,
+) -> Iterator[Site]:
+    """Look at ``device``, which is connected; with ``clean`` what was sent is removed at the end.
+
+    Raises:
+        MissingToolError: a place of ``runners`` has nothing that measures.
+        TargetError: the device is gone, or it is none of the profile's kind.
+    """
+    progress.note(f"looking at {device.name}")
+    site = Site(device, profile, fingerprint(device), look(device, runners), timeout_s, progress)
+    if profile.transports != ("local",) and site.arch != profile.arch:
+        raise TargetError(
+            f"{device.name} is {site.arch}, and target {profile.id} is {profile.arch}",
+            "is it another device? phi4edge targets list shows them",
+        )
+    try:
+        yield site
+    finally:
+        if clean:
+            site.clean()
+
+
+def open_session(site: Site, artifact: Path, context: int, runtime: str, settings: Settings, tokens: int) -> Session:
+    """``artifact`` in our worker on the device, for ``tokens`` tokens in all; see :class:`Session`.
+
+    Raises:
+        MissingToolError: no Python there has the runtime.
+        UsageError, InputError, TargetError: as the runtime's own ``open``.
+    """
+    limit = site.timeout_s or time_limit(site.describe(artifact)["bytes"], tokens, 0)
+    module = placed_runtime(runtime)
+    place = site.python(module, artifact, limit)
+    return module.open(artifact, context, site.settings(settings, runtime), place=place)
+
+
+def time_limit(nbytes: int, prompt_tokens: int, gen_tokens: int) -> float:
+    """Seconds after which a program has hung that loads ``nbytes`` of weights and computes so many tokens."""
+    return (
+        _START_S
+        + nbytes / _LOAD_BYTES_S
+        + prompt_tokens * nbytes / _PROMPT_BYTES_S
+        + gen_tokens * nbytes / _DECODE_BYTES_S
+    )
+
+
+def _send(device: Device, local: Path, remote: PurePosixPath, progress: Progress) -> None:
+    """Have ``local`` at ``remote``, whole."""
+    device.push(local, remote, progress)
