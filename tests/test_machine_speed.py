@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import math
+import subprocess
+import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -75,16 +77,23 @@ def test_the_largest_cache_is_the_one_that_counts(tmp_path: Path) -> None:
     assert probe_memory.last_level_cache(tmp_path / "none") is None
 
 
+SMALL = """
+import json, sys
+from dataclasses import replace
+from pathlib import Path
+from phi4edge.targets import probe_decode as p
+
+p.SMALLEST, p.PROMPTS, p.PROMPT, p.STEPS = 1, 1, 2, 2
+p._WIDE = replace(p._WIDE, hidden_size=256, intermediate_size=256, num_heads=2, num_kv_heads=1)
+print(json.dumps(p.measure_decode(1, Path(sys.argv[1]), None)))
+"""
+
+
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
-def test_the_decode_probe_runs_every_type_in_llama_cpp(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_decode_probe_runs_every_type_in_llama_cpp(tmp_path: Path) -> None:
     """On models as small as can be: that each type loads and computes, not how fast."""
-    monkeypatch.setattr(probe_decode, "SMALLEST", 1)
-    monkeypatch.setattr(probe_decode, "PROMPTS", 1)
-    monkeypatch.setattr(probe_decode, "PROMPT", 2)
-    monkeypatch.setattr(probe_decode, "STEPS", 2)
-    small = replace(probe_decode._WIDE, hidden_size=256, intermediate_size=256, num_heads=2, num_kv_heads=1)
-    monkeypatch.setattr(probe_decode, "_WIDE", small)
-    found = probe_decode.measure_decode(1, tmp_path, None)
+    done = subprocess.run([sys.executable, "-c", SMALL, str(tmp_path)], capture_output=True, text=True, check=True)
+    found = json.loads(done.stdout.splitlines()[-1])
     assert set(found["kinds"]) == set(probe_decode.KINDS)
     for rates in found["kinds"].values():
         assert all(math.isfinite(rate) and rate > 0 for rate in rates["read_gb_s"] + rates["gflop_s"])

@@ -148,9 +148,9 @@ def table(document: dict[str, Any]) -> str:
             "",
             f"{cpu}, {threads} threads, {before['date'][:10]}. Read {before['read_gb_s']:.1f} GB/s (again at the end:"
             f" {after['read_gb_s']:.1f}), triad {before['triad_gb_s']:.1f} ({after['triad_gb_s']:.1f}). Measured:"
-            f" medians of {REQUEST.repetitions} repetitions, {REQUEST.prompt_tokens} tokens of prompt, {REQUEST.gen_tokens}"
-            f" generated. The largest error of a decode estimate is {100 * max(off):.0f} %. Load of the machine while"
-            f" measuring: {min(loads):.1f} to {max(loads):.1f} (our own {threads} threads are in it).",
+            f" medians of {REQUEST.repetitions} repetitions, prompts of {REQUEST.prompt_tokens} tokens,"
+            f" {REQUEST.gen_tokens} generated. The largest error of a decode estimate is {100 * max(off):.0f} %. Load"
+            f" of the machine while measuring: {min(loads):.1f} to {max(loads):.1f} (our {threads} threads are in it).",
         ]
     )
 

@@ -91,11 +91,18 @@ def fit_text(profile: Profile, model: str, fit: Fit) -> str:
     figure, left = profile.usable_ram_gb, fit.usable_bytes - fit.needed_bytes
     rows.append(("needed", f"{fit.needed_bytes / 1e9:.3f}", ""))
     rows.append(
-        ("usable", f"{fit.usable_bytes / 1e9:.3f}", figure.text("GB") if figure.estimated else figure.source or "")
+        (
+            "usable VRAM" if profile.memory == "vram" else "usable",
+            f"{fit.usable_bytes / 1e9:.3f}",
+            figure.text("GB") if figure.estimated else figure.source or "",
+        )
     )
     rows.append(("left" if left >= 0 else "missing", f"{abs(left) / 1e9:.3f}", "fits" if fit.fits else "does not fit"))
     title = f"{model} at {fit.request.text()}, {fit.request.format}, on {profile.id}"
     text = f"{title}\n\n" + table(("", "GB", ""), rows, numeric=(1,))
+    if profile.memory == "vram":
+        text += "\n\nNote: all layers are planned to be in video memory. llama.cpp leaves an embedding that is not the"
+        text += "\nhead in the host's memory; it is counted here all the same."
     if fit.fits and figure.low is not None and fit.needed_bytes > figure.low * 1e9:
         text += f"\n\nNote: as little as {figure.low:g} GB may be usable, which would not do: {figure.reason}"
     return text

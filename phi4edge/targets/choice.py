@@ -211,9 +211,10 @@ def refusal(model: str, config: ModelConfig, profile: Profile, option: RuntimeOp
     if figure.high is not None and fit.needed_bytes <= figure.high * 1e9:
         hint += f". Up to {figure.high:g} GB may be usable, which would do: {figure.reason or figure.source}"
     marked = " (estimated)" if figure.estimated else ""
+    where = " of video memory" if profile.memory == "vram" else ""
     return DoesNotFitError(
         f"{profile.id}: {model} at {request.text()} needs {gb(fit.needed_bytes)},"
-        f" and one process can use {gb(fit.usable_bytes)}{marked}",
+        f" and one process can use {gb(fit.usable_bytes)}{where}{marked}",
         hint,
         fit,
     )

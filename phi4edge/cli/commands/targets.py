@@ -136,7 +136,7 @@ def _describe(profile: Profile, path: Path | None) -> str:
         ("target", f"{profile.id} ({path or 'detected'})"),
         ("device", f"{profile.name} ({profile.kind})"),
         ("notes", profile.notes),
-        ("RAM", f"{profile.ram_gb:g} GB, {profile.memory}"),
+        ("VRAM" if profile.memory == "vram" else "RAM", f"{profile.ram_gb:g} GB, {profile.memory}"),
         *_figure_rows("usable by a process", profile.usable_ram_gb, "GB"),
         *_figure_rows("bandwidth", profile.bandwidth_gb_s, "GB/s"),
         (
@@ -146,6 +146,7 @@ def _describe(profile: Profile, path: Path | None) -> str:
         ("instruction sets", ", ".join(profile.isa)),
         *(("accelerator", f"{each.kind}: {each.name} ({each.api})") for each in profile.accelerators),
         ("reached by", ", ".join(profile.transports)),
+        ("your device", ", ".join(f"{k} {v}" for k, v in asdict(profile.connection).items() if v)),
         ("power", profile.power_interface),
         ("default context", f"{profile.default_context:,} tokens"),
         ("decode to keep", f"{profile.min_decode_tps:g} tok/s" if profile.min_decode_tps else ""),
