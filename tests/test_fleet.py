@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 
 from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.cli.main import main
 from phi4edge.core.errors import Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.measurement.artifact import describe
@@ -183,6 +184,25 @@ def test_an_address_for_no_target_is_refused_with_the_closest(tmp_path: Path) ->
     with pytest.raises(UsageError) as caught:
         check_places(catalog, ["jetson-orin-nano-8gb"], {"jetson-orin-nono-8gb": "nano"})
     assert caught.value.hint == "did you mean 'jetson-orin-nano-8gb'?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (("--address", "local"), "is not ID=PLACE"),
+        (("--address", "a=1", "--address", "a=2"), "names a twice"),
+        (("--address", "mac-m4=there"), "is none of the targets"),
+        (("--address", "local=there"), "local is this machine"),
+    ],
+)
+def test_run_refuses_a_wrong_address_before_any_work(
+    arguments: tuple[str, ...], words: str, phi4_checkpoint: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    code = main(["run", str(phi4_checkpoint), "--method", "rtn", "--scheme", "q8_0", "--out", str(out), *arguments])
+    assert code == 2
+    assert words in capsys.readouterr().err
+    assert not out.exists()
 
 
 # --- real artifacts

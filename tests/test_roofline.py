@@ -12,15 +12,18 @@ import pytest
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.main import main
+from phi4edge.cli.roofline_text import roofline_lines
 from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.resources import data_folder
 from phi4edge.measurement.calibrate import calibrate_target, calibration_file
+from phi4edge.measurement.connection import connection_of
 from phi4edge.measurement.plausible import artifact_traffic, assess
 from phi4edge.report.build import build_report, write_report
 from phi4edge.targets.catalog import TARGET_PATH, open_catalog
 from phi4edge.targets.profile import Profile
 from phi4edge.targets.roofline import estimate_decode, estimate_prefill
 from phi4edge.targets.schema import read_profile
+from phi4edge.transports._api import Address
 from phi4edge.writers._api import WriteOptions
 from phi4edge.writers.gguf import write_f16
 
@@ -127,6 +130,19 @@ def test_a_speed_above_the_roofline_is_implausible_and_one_below_is_not(untied: 
     above = assess(document(untied, 1.01 * limit), profile, untied)["roofline"]
     assert above["implausible"] is True
     assert "memory gives 50 GB/s" in above["reason"]
+
+
+def test_bench_s_text_begins_with_what_is_implausible_and_marks_estimates(untied: Path, mine: Path) -> None:
+    data = document(untied, 1e8)
+    data |= assess(data, read_profile(mine), untied)
+    lines = roofline_lines(data)
+    assert lines[1].startswith("IMPLAUSIBLE: decode of 100000000.00 tok/s would read")
+    assert lines[2].startswith("roofline ")
+    assert all("estimated" in line for line in lines[3:])
+    assert any(line.startswith("decode ") for line in lines[3:])
+    data = document(untied, 1.0)
+    data |= assess(data, read_profile(mine), untied)
+    assert not any("IMPLAUSIBLE" in line for line in roofline_lines(data))
 
 
 def test_without_a_bandwidth_nothing_is_called_implausible(untied: Path, mine: Path) -> None:
@@ -241,6 +257,7 @@ def test_bench_writes_a_target_of_this_machine_that_plan_then_uses(
     assert written["roofline"]["implausible"] is False
     profile = read_profile(path)
     assert profile.bandwidth_gb_s.value == 1e5
+    assert connection_of(profile) == ("local", Address())
     assert [entry.scheme for entry in profile.efficiency] == ["f16"]
     assert main(["plan", "phi-4-mini", "--target", "desk", "--target-path", str(mine.parent), "--json"]) == 0
     planned = json.loads(capsys.readouterr().out)["data"]["targets"][0]

@@ -21,7 +21,7 @@ from phi4edge.core.resources import data_folder
 from phi4edge.core.settings import read_toml
 from phi4edge.measurement.plausible import artifact_traffic, runtime_option
 from phi4edge.targets.catalog import TARGET_PATH, Entry
-from phi4edge.targets.profile import Figure, Profile, RuntimeOption
+from phi4edge.targets.profile import LOCAL, Figure, Profile, RuntimeOption
 from phi4edge.targets.roofline import Traffic
 from phi4edge.targets.schema import parse_profile
 
@@ -187,6 +187,7 @@ def _detected(profile: Profile) -> TOMLDocument:
             table["layer_us"] = _inline({"value": option.layer_us.value, "source": option.layer_us.source or ""})
         runtimes.append(table)
     document["runtimes"] = runtimes
+    document["connection"] = {"transport": LOCAL}
     return document
 
 

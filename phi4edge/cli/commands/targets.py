@@ -20,12 +20,13 @@ from phi4edge.cli.target_options import (
     target_path_option,
     writable_formats,
 )
+from phi4edge.cli.target_text import describe, short
 from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.targets.catalog import Catalog, open_catalog
 from phi4edge.targets.choice import DoesNotFitError, Wish, choose, context_for, process_bytes, refusal
 from phi4edge.targets.fit import LAYOUTS, Fit, Request, layout_holds, memory_needed
-from phi4edge.targets.profile import LOCAL, Compute, Efficiency, Figure, Profile, RuntimeOption
+from phi4edge.targets.profile import LOCAL, Profile, RuntimeOption
 from phi4edge.targets.schema import read_profile
 
 
@@ -56,17 +57,13 @@ def list_targets(target_path: tuple[Path, ...], as_json: bool, verbose: int, qui
         best = profile.runtimes[0]
         runtime = f"{best.name} {best.backend} {best.schemes[0]}"
         origin = "detected" if entry.path is None else "yours" if entry.user else ""
-        memory = f"{profile.ram_gb:g} / {_short(profile.usable_ram_gb)}"
-        bandwidth = _short(profile.bandwidth_gb_s)
+        memory = f"{profile.ram_gb:g} / {short(profile.usable_ram_gb)}"
+        bandwidth = short(profile.bandwidth_gb_s)
         rows.append((entry.id, profile.name, memory, bandwidth, runtime, profile.transports[0], origin))
         data.append(_summary(profile, str(entry.path) if entry.path else None, entry.user, entry.replaces))
     headers = ("target", "device", "RAM / usable GB", "GB/s", "best runtime", "reached by", "")
     text = table(headers, rows, numeric=(2, 3)) + "\n\n~ estimated: `phi4edge targets show ID` says why"
     emit("targets", {"targets": data, "notes": list(catalog.notes)}, text, as_json=as_json)
-
-
-def _short(figure: Figure) -> str:
-    return "–" if figure.value is None else f"{'~' if figure.estimated else ''}{figure.value:.4g}"
 
 
 def _summary(profile: Profile, path: str | None, user: bool, replaces: Path | None) -> dict[str, Any]:
@@ -104,7 +101,7 @@ def show(target: str, measure: bool, target_path: tuple[Path, ...], as_json: boo
     entry = catalog.entry(target)
     profile = entry.profile()
     data = profile.as_dict() | {"file": str(entry.path) if entry.path else None, "user": entry.user}
-    emit("targets", {"target": data, "notes": list(catalog.notes)}, _describe(profile, entry.path), as_json=as_json)
+    emit("targets", {"target": data, "notes": list(catalog.notes)}, describe(profile, entry.path), as_json=as_json)
 
 
 def _measure(target: str, quiet: bool) -> None:
@@ -129,62 +126,6 @@ def _measure(target: str, quiet: bool) -> None:
         click.echo(f"Note: {speed.source}", err=True)
     if "error" in speed.decode:
         click.echo(f"Note: no speed can be estimated, llama.cpp was not measured: {speed.decode['error']}", err=True)
-
-
-def _describe(profile: Profile, path: Path | None) -> str:
-    rows = [
-        ("target", f"{profile.id} ({path or 'detected'})"),
-        ("device", f"{profile.name} ({profile.kind})"),
-        ("notes", profile.notes),
-        ("VRAM" if profile.memory == "vram" else "RAM", f"{profile.ram_gb:g} GB, {profile.memory}"),
-        *_figure_rows("usable by a process", profile.usable_ram_gb, "GB"),
-        *_figure_rows("bandwidth", profile.bandwidth_gb_s, "GB/s"),
-        (
-            "processor",
-            " ".join(filter(None, (profile.arch, profile.cpu, f"({profile.cores} cores)" * bool(profile.cores)))),
-        ),
-        ("instruction sets", ", ".join(profile.isa)),
-        *(("accelerator", f"{each.kind}: {each.name} ({each.api})") for each in profile.accelerators),
-        ("reached by", ", ".join(profile.transports)),
-        ("your device", ", ".join(f"{k} {v}" for k, v in asdict(profile.connection).items() if v)),
-        ("power", profile.power_interface),
-        ("default context", f"{profile.default_context:,} tokens"),
-        ("decode to keep", f"{profile.min_decode_tps:g} tok/s" if profile.min_decode_tps else ""),
-    ]
-    rows += [("gate", f"{name} {limit:g}") for name, limit in profile.gates.given().items()]
-    for number, option in enumerate(profile.runtimes, 1):
-        formats, schemes, kv = (", ".join(v) for v in (option.formats, option.schemes, option.kv_types))
-        rows.append(
-            (f"runtime {number}", f"{option.name} on {option.backend}: {formats} with {schemes}; KV cache {kv}")
-        )
-        if option.overhead_gb is not None:
-            rows += _figure_rows("  its process", option.overhead_gb, "GB")
-        if option.layer_us is not None:
-            rows += _figure_rows("  a layer's own cost", option.layer_us, "µs")
-    for entry in profile.efficiency:
-        rows += _figure_rows(_rate_label("efficiency", entry), entry.figure, f"({entry.runtime} on {entry.backend})")
-    for rate in profile.compute:
-        rows += _figure_rows(_rate_label("prompts", rate), rate.figure, f"GFLOP/s ({rate.runtime} on {rate.backend})")
-    for anchor in profile.anchors:
-        rows.append(
-            ("published run", f"{anchor.decode_tps:g} tok/s, {anchor.model} {anchor.precision}, {anchor.runtime}")
-        )
-        rows.append(("", f"source: {anchor.source}"))
-    rows += [("sources", source) for source in profile.sources]
-    return "\n".join(f"{key:<20} {value}" for key, value in rows if value)
-
-
-def _rate_label(what: str, entry: Efficiency | Compute) -> str:
-    return f"{what}, {entry.scheme or f'{entry.bits} bit'}"
-
-
-def _figure_rows(label: str, figure: Figure, unit: str) -> list[tuple[str, str]]:
-    rows = [(label, figure.text(unit))]
-    if figure.reason:
-        rows.append(("", f"{'guess' if figure.estimated else 'because'}: {figure.reason}"))
-    if figure.source:
-        rows.append(("", f"source: {figure.source}"))
-    return rows
 
 
 @command.command("check")
