@@ -5,7 +5,8 @@ and done again from the codes, bit for bit the same.
 
     OUT/runs/<scheme>/           one run directory a scheme
     OUT/artifacts/               one artifact a scheme and format
-    OUT/results/                 a drift and a bench document an artifact, its answers, a quantize document a run
+    OUT/results/                 a drift document an artifact, its answers, a quantize document a run,
+                                 a bench document a target
     OUT/report/                  report.html, report.md, report.json
 """
 
@@ -22,14 +23,12 @@ from phi4edge.checkpoint.hub import resolve_model
 from phi4edge.checkpoint.index import open_index
 from phi4edge.core import registry
 from phi4edge.core.atomic import write_json
-from phi4edge.core.errors import GateError, TargetError, UsageError
+from phi4edge.core.errors import Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
-from phi4edge.measurement.artifact import default_runtime
 from phi4edge.measurement.drift_run import measure_domains, measure_greedy, resolve_domains
 from phi4edge.measurement.gates import Gate, Limits, gate_error
 from phi4edge.measurement.reference import ReferenceStore
-from phi4edge.measurement.speed import measure_speed
 from phi4edge.measurement.tasks.run import TaskRequest, check_tasks, measure_tasks, task_gates
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report
@@ -37,11 +36,12 @@ from phi4edge.report.card import fill_card
 from phi4edge.runtimes._api import SpeedRequest
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
+from phi4edge.stages.speeds import SpeedOrder, check_places, measure_speeds
 from phi4edge.stages.verify import verify
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
 from phi4edge.targets.fit import LAYOUTS, ROUNDED_TABLES, Request, memory_needed
-from phi4edge.targets.profile import LOCAL, Profile
+from phi4edge.targets.profile import Profile
 from phi4edge.writers._api import Artifact, WriteOptions
 
 
@@ -64,6 +64,8 @@ class Order:
     tasks: TaskRequest | None = None
     limits: Limits = field(default_factory=Limits)  # each stronger than a target's of the same name
     speed: SpeedRequest = field(default_factory=SpeedRequest)
+    places: Mapping[str, str] = field(default_factory=dict)  # target → where its device is, as --address
+    target_folders: tuple[Path, ...] = ()  # as --target-path
     ram_budget: int | None = None
     device: str = "cpu"
     restart: bool = False
@@ -71,10 +73,10 @@ class Order:
 
 @dataclass(frozen=True)
 class Outcome:
-    """Where everything lies, and the gates that failed."""
+    """Where everything lies, and what failed: a device, or else a gate."""
 
     data: dict[str, Any]
-    failure: GateError | None
+    failure: Phi4EdgeError | None
 
 
 @dataclass(frozen=True)
@@ -107,7 +109,9 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
         gates[artifact.path] = _measure_drift(order, artifact, stores, limits, progress)
         if artifact.path.is_dir():
             fill_card(artifact.path, [order.out / "results"])
-    measured = _measure_speed(order, planned, artifacts, progress)
+    paths = {plan.target: artifacts[plan.scheme, plan.format].path for plan in planned}
+    timed = SpeedOrder(paths, open_catalog(order.target_folders), order.speed, order.places)
+    measured, lost = measure_speeds(timed, order.out / "results", anew=order.restart, progress=progress)
     report = build_report([order.out / "results"])
     files = write_report(report, order.out / "report")
     data = {
@@ -126,7 +130,7 @@ def run(order: Order, progress: Progress = SILENT) -> Outcome:
         "report": {kind: str(path) for kind, path in files.items()},
         "summary": report.data["summary"],
     }
-    return Outcome(data, gate_error([gate for found in gates.values() for gate in found]))
+    return Outcome(data, lost or gate_error([gate for found in gates.values() for gate in found]))
 
 
 def plan(order: Order) -> list[dict[str, str]]:
@@ -137,7 +141,7 @@ def plan(order: Order) -> list[dict[str, str]]:
 def _plan(order: Order) -> list[_Planned]:
     """Scheme and format for every target, before any work; the catalog's rule, or the recipe's scheme if it fits."""
     index = open_index(resolve_model(order.model))
-    catalog, writable = open_catalog(), frozenset(registry.names("phi4edge.writers"))
+    catalog, writable = open_catalog(order.target_folders), frozenset(registry.names("phi4edge.writers"))
     planned = []
     for target in dict.fromkeys(order.targets):
         profile = catalog.profile(target)
@@ -148,6 +152,7 @@ def _plan(order: Order) -> list[_Planned]:
             scheme, layout = request.scheme.name, request.format
         planned.append(_Planned(target, scheme, layout, _target_limits(order.limits, profile)))
     _check_tasks(order, planned)
+    check_places(catalog, [plan.target for plan in planned], order.places)
     return planned
 
 
@@ -240,23 +245,3 @@ def _measure_drift(
         data["gates"] += [gate.as_dict() for gate in gates]
         _document(order, artifact, "drift", data)
     return [Gate(**gate) for gate in data["gates"]]
-
-
-def _measure_speed(
-    order: Order, planned: list[_Planned], artifacts: dict[tuple[str, str], Artifact], progress: Progress
-) -> dict[str, dict[str, Any]]:
-    """Speed on this machine where it is a target; of every other target, why it was not measured."""
-    measured: dict[str, dict[str, Any]] = {}
-    for plan in planned:
-        artifact = artifacts[plan.scheme, plan.format]
-        if plan.target != LOCAL:
-            reason = f"this version measures only the machine that it runs on, not {plan.target}"
-            measured[plan.target] = {"measured": False, "reason": reason}
-        elif default_runtime(artifact.path) == "torch_ref":
-            measured[plan.target] = {"measured": False, "reason": f"no runtime here serves {plan.format}"}
-        else:
-            progress.note(f"measuring speed of {artifact.path.name}")
-            data = measure_speed(artifact.path, target=plan.target, request=order.speed)
-            _document(order, artifact, "bench", data)
-            measured[plan.target] = {"measured": True, "metrics": data["metrics"]}
-    return measured

@@ -212,6 +212,25 @@ def test_a_checkpoint_folder_is_checked_without_its_weights(call: Any, mini_chec
     assert data["check"]["context"] == 2048, "the target's default; the model's own is as long"
 
 
+def test_a_graphics_card_is_held_against_its_video_memory(call: Any) -> None:
+    result = call("targets", "check", "laptop-rtx-4070", "--model", "phi-4")
+    assert result.code == 4
+    assert "one process can use 7.30 GB of video memory" in result.err
+    assert "usable VRAM" in result.out
+    assert "embedding that is not the" in result.out
+    assert "VRAM" in call("targets", "show", "laptop-rtx-4070").out
+
+
+def test_a_users_device_is_shown_with_its_connection(call: Any, tmp_path: Path) -> None:
+    (tmp_path / "mine.toml").write_text(MINE + '\n[connection]\ntransport = "adb"\naddress = "R5CT20ABCDE"\n')
+    assert "transport adb, address R5CT20ABCDE" in call("targets", "show", "mine", "--target-path", str(tmp_path)).out
+    (tmp_path / "mine.toml").write_text(MINE + '\n[connection]\nadress = "R5CT20ABCDE"\n')
+    result = call("targets", "show", "mine", "--target-path", str(tmp_path))
+    assert result.code == 3
+    assert "connection.adress: unknown key" in result.err
+    assert "did you mean 'address'?" in result.err
+
+
 # --- plan
 
 

@@ -192,7 +192,7 @@ def test_run_goes_from_a_checkpoint_to_a_report(phi4_checkpoint: Path, tmp_path:
     data = phi4edge("run", recipe(tmp_path, phi4_checkpoint), "--out", tmp_path / "out", *targets)["data"]
     speeds = {row["target"]: row["speed"] for row in data["targets"]}
     assert speeds["local"]["metrics"]["decode_tps"]["value"] > 0
-    assert "not jetson-agx-orin-64gb" in speeds["jetson-agx-orin-64gb"]["reason"]
+    assert "--address jetson-agx-orin-64gb=PLACE" in speeds["jetson-agx-orin-64gb"]["reason"]
     page = (tmp_path / "out" / "report" / "report.html").read_text()
     assert "<svg" in page
     document = json.loads((tmp_path / "out" / "report" / "report.json").read_text())

@@ -94,7 +94,14 @@ def test_figures_quoted_from_memory_are_marked_estimated(path: Path) -> None:
 
 def test_the_readme_names_every_key_of_the_schema_and_its_example_is_valid() -> None:
     text = README.read_text()
-    keys = {*schema.KEYS, *schema.RUNTIME_KEYS, *schema.EFFICIENCY_KEYS, *schema.ACCELERATOR_KEYS, *schema.ANCHOR_KEYS}
+    keys = {
+        *schema.KEYS,
+        *schema.RUNTIME_KEYS,
+        *schema.RATE_KEYS,
+        *schema.CONNECTION_KEYS,
+        *schema.ACCELERATOR_KEYS,
+        *schema.ANCHOR_KEYS,
+    }
     assert [key for key in sorted(keys) if not re.search(rf"\b{key}\b", text)] == []
     example = re.search(r"```toml\n(.*?)```", text, re.DOTALL)
     assert example is not None

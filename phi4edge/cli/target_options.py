@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
+__all__ = ["bandwidth_note", "fit_document", "fit_options", "fit_text", "target_path_option", "writable_formats"]
 
 from collections.abc import Callable
 from dataclasses import asdict
@@ -14,7 +14,7 @@ import click
 from phi4edge.cli.render import table
 from phi4edge.core import registry
 from phi4edge.targets.fit import HEAD_TYPES, KV_BYTES, Fit
-from phi4edge.targets.profile import Profile
+from phi4edge.targets.profile import LOCAL, Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -55,6 +55,15 @@ def fit_options(function: F) -> F:
     return function
 
 
+def bandwidth_note(profile: Profile) -> list[str]:
+    """Of this machine, what its bandwidth rests on: when it was measured, or how to have it measured; else nothing."""
+    if profile.id != LOCAL:
+        return []
+    figure = profile.bandwidth_gb_s
+    said = figure.reason if figure.value is None else f"{figure.value:.1f} GB/s read, {figure.source}"
+    return [f"bandwidth {said}"]
+
+
 def fit_document(profile: Profile, model: str, fit: Fit) -> dict[str, Any]:
     """A sum as JSON; byte counts are whole numbers."""
     request = fit.request
@@ -82,11 +91,18 @@ def fit_text(profile: Profile, model: str, fit: Fit) -> str:
     figure, left = profile.usable_ram_gb, fit.usable_bytes - fit.needed_bytes
     rows.append(("needed", f"{fit.needed_bytes / 1e9:.3f}", ""))
     rows.append(
-        ("usable", f"{fit.usable_bytes / 1e9:.3f}", figure.text("GB") if figure.estimated else figure.source or "")
+        (
+            "usable VRAM" if profile.memory == "vram" else "usable",
+            f"{fit.usable_bytes / 1e9:.3f}",
+            figure.text("GB") if figure.estimated else figure.source or "",
+        )
     )
     rows.append(("left" if left >= 0 else "missing", f"{abs(left) / 1e9:.3f}", "fits" if fit.fits else "does not fit"))
     title = f"{model} at {fit.request.text()}, {fit.request.format}, on {profile.id}"
     text = f"{title}\n\n" + table(("", "GB", ""), rows, numeric=(1,))
+    if profile.memory == "vram":
+        text += "\n\nNote: all layers are planned to be in video memory. llama.cpp leaves an embedding that is not the"
+        text += "\nhead in the host's memory; it is counted here all the same."
     if fit.fits and figure.low is not None and fit.needed_bytes > figure.low * 1e9:
         text += f"\n\nNote: as little as {figure.low:g} GB may be usable, which would not do: {figure.reason}"
     return text

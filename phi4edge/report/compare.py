@@ -118,6 +118,7 @@ class SpeedRow:
     artifact: Artifact
     file: str
     metrics: dict[str, Metric]
+    implausible: str | None = None  # why its decode speed cannot be right
 
     def metric(self, name: str) -> Metric:
         """A metric; one that the result lacks has that as its reason."""
@@ -267,7 +268,7 @@ def compare_speed(results: Sequence[Bench], labels: Labels) -> tuple[SpeedGroup,
             taken[sha] = taken.get(sha, 0) + 1
             suffix = f" (result {taken[sha]})" if taken[sha] > 1 else ""
             full, short, artifact = labels.full[sha] + suffix, labels.short[sha] + suffix, labels.artifacts[sha]
-            rows.append(SpeedRow(full, short, artifact, result.file, result.metrics))
+            rows.append(SpeedRow(full, short, artifact, result.file, result.metrics, result.implausible))
         first = group[0]
         machine = _machine(first.environment)
         groups.append(

@@ -152,6 +152,7 @@ class Bench:
     metrics: dict[str, Metric]
     estimates: dict[str, Metric]  # names end in _estimated
     environment: dict[str, Any]
+    implausible: str | None = None  # why the decode speed cannot be right
 
 
 @dataclass(frozen=True)

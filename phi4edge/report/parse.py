@@ -205,6 +205,8 @@ def _bench(data: Field, file: str) -> Bench:
     metrics, runtime = _metrics(data), _runtime(data)
     estimates = {name: metrics[name] for name in metrics if name.endswith("_estimated")}
     estimates |= {name: read_metric(field) for name, field in data.entries() if name.endswith("_estimated")}
+    roofline = data.get("roofline")
+    above = roofline is not None and roofline.object().get("implausible") is True
     return Bench(
         file=file,
         artifact=_artifact(data["artifact"], runtime),
@@ -215,6 +217,7 @@ def _bench(data: Field, file: str) -> Bench:
         metrics={name: metric for name, metric in metrics.items() if name not in estimates},
         estimates=estimates,
         environment=_object(data.get("environment")),
+        implausible=roofline["reason"].text() if roofline is not None and above else None,
     )
 
 

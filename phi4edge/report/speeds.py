@@ -64,13 +64,14 @@ def _table(group: SpeedGroup, rows: Sequence[SpeedRow]) -> Table:
         middles = [row.metric(name).median for name in medians]
         cells.append(
             (
-                Cell(row.label),
+                Cell(row.label, tag="implausible" if row.implausible else ""),
                 *(speed_cell(row, name) for name in names),
                 *(ABSENT if middle is None else Cell(plain(middle)) for middle in middles),
                 *(metric_cell(row.metric(name)) for name in others),
             )
         )
-    return Table(tuple(columns), tuple(cells), f"{group.title}{_repetitions(group, rows)}.")
+    notes = tuple(f"{row.label}, implausible: {row.implausible}." for row in rows if row.implausible)
+    return Table(tuple(columns), tuple(cells), f"{group.title}{_repetitions(group, rows)}.", notes)
 
 
 def _repetitions(group: SpeedGroup, rows: Sequence[SpeedRow]) -> str:

@@ -159,3 +159,6 @@ def _speed_sentences(comparisons: Sequence[Comparison], speeds: Sequence[SpeedGr
     elif measured:
         fastest = max(measured, key=lambda r: r.metric("decode_tps").value or 0.0)
         yield f"{fastest.label} decodes fastest, at {_value(fastest.metric('decode_tps'), 'tok/s')} ({group.place})."
+    doubtful = [f"{row.label} on {each.target}" for each in speeds for row in each.rows if row.implausible]
+    if doubtful:
+        yield f"Above the roofline, and so not plausible: the decode speed of {', '.join(doubtful)} (see Speed)."

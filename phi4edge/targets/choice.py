@@ -39,7 +39,7 @@ from phi4edge.targets.fit import (
     memory_needed,
 )
 from phi4edge.targets.profile import Profile, RuntimeOption
-from phi4edge.targets.roofline import DecodeEstimate, decode_estimate
+from phi4edge.targets.roofline import SpeedEstimate, estimate_decode, estimate_prefill, traffic_of
 
 TIGHT = 0.05  # share of the usable memory below which what is left is called tight
 
@@ -61,7 +61,8 @@ class Choice:
 
     runtime: RuntimeOption
     fit: Fit
-    decode: DecodeEstimate
+    decode: SpeedEstimate
+    prefill: SpeedEstimate
     steps: tuple[str, ...]
 
 
@@ -169,20 +170,21 @@ def choose(model: str, config: ModelConfig, profile: Profile, wish: Wish, writab
             if not fit.fits:
                 steps.append(f"{name}: does not fit, {need}")
                 continue
-            decode = decode_estimate(profile, option, config, fit.request)
+            traffic = traffic_of(config, fit.request)
+            decode, prefill = (estimate(profile, option, traffic) for estimate in (estimate_decode, estimate_prefill))
             if wanted and decode.typical is not None and decode.typical < wanted:
                 steps.append(f"{name}: fits ({need}), but {decode.text()}, is below the {wanted:g} tok/s to keep")
-                slow.append(Choice(option, fit, decode, ()))
+                slow.append(Choice(option, fit, decode, prefill, ()))
                 continue
             left = fit.usable_bytes - fit.needed_bytes
             tight = f", tight with {gb(left)} left" if left < TIGHT * fit.usable_bytes else ""
             steps.append(f"{name}: taken, {need}{tight}; decode {decode.text()}")
-            return Choice(option, fit, decode, tuple(steps))
+            return Choice(option, fit, decode, prefill, tuple(steps))
     if slow:
         best = max(slow, key=lambda choice: choice.decode.typical or 0.0)
         request = best.fit.request
         steps.append(f"{best.runtime.name}, {request.format}, {request.scheme.name}: taken as the fastest that fits")
-        return Choice(best.runtime, best.fit, best.decode, tuple(steps))
+        return Choice(best.runtime, best.fit, best.decode, best.prefill, tuple(steps))
     if not tried:
         raise TargetError(
             f"{profile.id}: phi4edge makes nothing yet that it runs",
@@ -209,9 +211,10 @@ def refusal(model: str, config: ModelConfig, profile: Profile, option: RuntimeOp
     if figure.high is not None and fit.needed_bytes <= figure.high * 1e9:
         hint += f". Up to {figure.high:g} GB may be usable, which would do: {figure.reason or figure.source}"
     marked = " (estimated)" if figure.estimated else ""
+    where = " of video memory" if profile.memory == "vram" else ""
     return DoesNotFitError(
         f"{profile.id}: {model} at {request.text()} needs {gb(fit.needed_bytes)},"
-        f" and one process can use {gb(fit.usable_bytes)}{marked}",
+        f" and one process can use {gb(fit.usable_bytes)}{where}{marked}",
         hint,
         fit,
     )

@@ -17,6 +17,7 @@
 from __future__ import annotations
 
 __all__ = [
+    "BLOCKS",
     "FLOAT_TYPES",
     "HEAD_TYPES",
     "KV_BYTES",

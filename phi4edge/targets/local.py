@@ -1,11 +1,12 @@
 """This machine as a target, detected: RAM as the system and its cgroups give it, cores, instruction sets.
 
-Nothing is assumed about speed: the memory bandwidth is "not measured" until it was.
+Nothing is assumed about speed: the memory bandwidth is "not measured" until it was; then the profile has what
+:mod:`phi4edge.targets.measured` kept of that, with its date.
 """
 
 from __future__ import annotations
 
-__all__ = ["CgroupLimit", "cgroup_limit", "detect_local", "instruction_sets"]
+__all__ = ["CgroupLimit", "cgroup_limit", "detect_local", "instruction_sets", "local_fingerprint"]
 
 import os
 import platform
@@ -17,8 +18,11 @@ from pathlib import Path
 
 import psutil
 
-from phi4edge.targets.profile import LOCAL, Figure, Profile, RuntimeOption
+from phi4edge.core.errors import Phi4EdgeError
+from phi4edge.targets.measured import figures, fingerprint, load_stored
+from phi4edge.targets.profile import LOCAL, Compute, Efficiency, Figure, Profile, RuntimeOption
 
+MEASURE = "phi4edge targets show local --measure"
 PROC, CGROUP, POWERCAP = Path("/proc"), Path("/sys/fs/cgroup"), Path("/sys/class/powercap")
 UNLIMITED = 1 << 60  # cgroup v1 writes "no limit" as a number near 2⁶³
 # /proc/cpuinfo's flags (x86) and Features (ARM) → the words of target files.
@@ -59,6 +63,8 @@ def detect_local(*, proc: Path = PROC, cgroup: Path = CGROUP) -> Profile:
     isa, cpu = instruction_sets(proc)
     machine = platform.machine().lower()
     battery = any(Path("/sys/class/power_supply").glob("BAT*"))
+    cores = _cores()
+    bandwidth, efficiency, compute, layer_us = _speed(fingerprint(cpu, isa, cores, total))
     return Profile(
         id=LOCAL,
         name=f"This machine ({platform.node() or 'no name'})",
@@ -68,10 +74,10 @@ def detect_local(*, proc: Path = PROC, cgroup: Path = CGROUP) -> Profile:
         ram_gb=round(total / 1e9, 2),
         memory="unified" if platform.system() == "Darwin" and machine == "arm64" else "system",
         usable_ram_gb=Figure(max(usable, 1) / 1e9, source=origin),
-        bandwidth_gb_s=Figure(None, reason="not measured yet on this machine"),
+        bandwidth_gb_s=bandwidth,
         arch={"amd64": "x86_64", "arm64": "aarch64"}.get(machine, machine),
         cpu=cpu,
-        cores=len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        cores=cores,
         isa=isa,
         accelerators=(),
         transports=("local",),
@@ -79,12 +85,36 @@ def detect_local(*, proc: Path = PROC, cgroup: Path = CGROUP) -> Profile:
         default_context=4096,
         min_decode_tps=None,
         runtimes=(
-            RuntimeOption("llama_cpp", "cpu", ("gguf",), ("q8_0", "q4_1", "q4_0"), ("f16", "q8_0", "q4_0"), None),
+            RuntimeOption(
+                "llama_cpp", "cpu", ("gguf",), ("q8_0", "q4_1", "q4_0"), ("f16", "q8_0", "q4_0"), None, layer_us
+            ),
             RuntimeOption("onnxruntime_genai", "cpu", ("onnx",), ("w8g32", "w4g32"), ("f32",), None),
         ),
-        efficiency=(),
+        efficiency=efficiency,
         anchors=(),
+        compute=compute,
     )
+
+
+def local_fingerprint() -> str:
+    """This machine's key among the measurements that are kept."""
+    isa, cpu = instruction_sets()
+    return fingerprint(cpu, isa, _cores(), _memory(PROC)[0])
+
+
+def _cores() -> int | None:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+
+
+def _speed(machine: str) -> tuple[Figure, tuple[Efficiency, ...], tuple[Compute, ...], Figure | None]:
+    """What is kept of an earlier measurement, as the profile has it."""
+    try:
+        kept = load_stored(machine)
+    except Phi4EdgeError as error:
+        return Figure(None, reason=f"not measured, as what was kept is of no use: {error.message}"), (), (), None
+    if kept is None:
+        return Figure(None, reason=f"not measured yet on this machine: {MEASURE}"), (), (), None
+    return figures(kept)
 
 
 def _memory(proc: Path) -> tuple[int, int]:

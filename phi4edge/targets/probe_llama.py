@@ -16,11 +16,17 @@ import re
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from phi4edge.checkpoint.config import ModelConfig, RopeConfig
+from phi4edge.targets.fit import BLOCKS
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
 
 TOKENS = 8
+# Where a block keeps its float16 scales, bytes from its start; as in ggml-common.h.
+_SCALES = {"q8_0": (0,), "q4_0": (0,), "q4_1": (0, 2), "q4_k": (0, 2), "q6_k": (208,)}
 PROBE_MODEL = ModelConfig(
     vocab_size=256,
     hidden_size=256,
@@ -42,8 +48,13 @@ PROBE_MODEL = ModelConfig(
 )
 
 
-def write_probe_model(path: Path, config: ModelConfig, linear: str = "q4_0", head: str = "q8_0") -> None:
-    """Write a GGUF of architecture phi3 with random weights and no vocabulary."""
+def write_probe_model(
+    path: Path, config: ModelConfig, linear: str = "q4_0", head: str = "q8_0", *, repeat: bool = False
+) -> None:
+    """Write a GGUF of architecture phi3 with random weights and no vocabulary.
+
+    With ``repeat``, rows are copies of a few random blocks, whatever the type: written in no time, and for timing only.
+    """
     import gguf
     import numpy as np
 
@@ -69,8 +80,11 @@ def write_probe_model(path: Path, config: ModelConfig, linear: str = "q4_0", hea
         if len(shape) == 1:
             writer.add_tensor(name, np.ones(shape, dtype=np.float32))
             return
-        weights = generator.standard_normal(shape, dtype=np.float32) / math.sqrt(shape[1])
         block = gguf.GGMLQuantizationType[kind.upper()]
+        if repeat:
+            writer.add_tensor(name, _repeated_blocks(shape, kind), raw_dtype=block)
+            return
+        weights = generator.standard_normal(shape, dtype=np.float32) / math.sqrt(shape[1])
         writer.add_tensor(name, gguf.quants.quantize(weights, block), raw_dtype=block)
 
     names = {
@@ -92,6 +106,25 @@ def write_probe_model(path: Path, config: ModelConfig, linear: str = "q4_0", hea
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
+
+
+def _repeated_blocks(shape: tuple[int, ...], kind: str) -> NDArray[Any]:
+    """Rows of ``kind`` as a file has them, one row again and again: [rows, bytes of a row] uint8; f16 [rows, columns].
+
+    Codes are random, and the float16 scales that a block has are small: no value is a NaN, or denormal in float32.
+    """
+    import numpy as np
+
+    generator = np.random.default_rng(0)
+    if kind == "f16":
+        values = (generator.standard_normal(shape[1]) / math.sqrt(shape[1])).astype(np.float16)
+        return np.broadcast_to(values, shape)
+    weights, size = BLOCKS[kind]
+    row = generator.integers(0, 256, (shape[1] // weights, size), dtype=np.uint8)
+    scale = np.frombuffer(np.float16(1 / 1024).tobytes(), dtype=np.uint8)
+    for offset in _SCALES[kind]:
+        row[:, offset : offset + 2] = scale
+    return np.broadcast_to(row.reshape(1, -1), (shape[0], row.size))
 
 
 def probe(path: Path, context: int, kv_type: int = 1) -> dict[str, Any]:

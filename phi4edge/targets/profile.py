@@ -22,6 +22,8 @@ __all__ = [
     "TRANSPORTS",
     "Accelerator",
     "Anchor",
+    "Compute",
+    "Connection",
     "Efficiency",
     "Figure",
     "Gates",
@@ -29,8 +31,9 @@ __all__ = [
     "RuntimeOption",
 ]
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 KINDS = ("laptop", "desktop", "jetson", "phone", "board")
 MEMORY = ("system", "unified", "vram")
@@ -104,6 +107,7 @@ class RuntimeOption:
     schemes: tuple[str, ...]  # what it runs fast, preferred first
     kv_types: tuple[str, ...]  # of the KV cache, its default first
     overhead_gb: Figure | None  # what the process takes beside weights, KV cache and compute buffers
+    layer_us: Figure | None = None  # what a layer costs in a decode step beside its bytes, microseconds
 
 
 @dataclass(frozen=True)
@@ -114,6 +118,28 @@ class Efficiency:
     backend: str
     bits: int
     figure: Figure  # in (0, 1]
+    scheme: str | None = None  # type of the weights it was measured with; None: whatever has these bits
+
+
+@dataclass(frozen=True)
+class Compute:
+    """What a prompt is computed at: 2 · weights · tokens ÷ seconds."""
+
+    runtime: str
+    backend: str
+    bits: int
+    figure: Figure  # 10⁹ operations a second
+    scheme: str | None = None  # as an efficiency's
+
+
+@dataclass(frozen=True)
+class Connection:
+    """Where the user's own device is found; None: what the transport finds by itself."""
+
+    transport: str | None = None
+    address: str | None = None
+    folder: str | None = None  # ours, on the device
+    options: tuple[str, ...] = ()  # for the transport's client
 
 
 @dataclass(frozen=True)
@@ -168,6 +194,8 @@ class Profile:
     efficiency: tuple[Efficiency, ...]
     anchors: tuple[Anchor, ...]
     gates: Gates = Gates()
+    compute: tuple[Compute, ...] = ()
+    connection: Connection = Connection()
 
     @property
     def usable_bytes(self) -> int:
@@ -175,18 +203,33 @@ class Profile:
         assert self.usable_ram_gb.value is not None  # the schema and the detection of `local` give one
         return int(self.usable_ram_gb.value * 1e9)
 
-    def efficiency_of(self, option: RuntimeOption, bits: int) -> Efficiency | None:
-        """The efficiency of a runtime at the bit width nearest to ``bits``; None when none is known."""
-        known = [e for e in self.efficiency if (e.runtime, e.backend) == (option.name, option.backend)]
-        return min(known, key=lambda entry: abs(entry.bits - bits), default=None)
+    def efficiency_of(self, option: RuntimeOption, scheme: str, bits: int) -> Efficiency | None:
+        """The efficiency of a runtime for ``scheme``, else at the nearest bit width; None when none is known."""
+        return _nearest(self.efficiency, option, scheme, bits)
+
+    def compute_of(self, option: RuntimeOption, scheme: str, bits: int) -> Compute | None:
+        """The compute rate of a runtime for ``scheme``, else at the nearest bit width; None when none is known."""
+        return _nearest(self.compute, option, scheme, bits)
 
     def estimates(self) -> list[tuple[str, Figure]]:
         """Every figure that is a guess, with its place in the file."""
         figures = [("usable_ram_gb", self.usable_ram_gb), ("bandwidth_gb_s", self.bandwidth_gb_s)]
         figures += [(f"efficiency {e.runtime} {e.backend} {e.bits} bit", e.figure) for e in self.efficiency]
+        figures += [(f"compute {c.runtime} {c.backend} {c.bits} bit", c.figure) for c in self.compute]
         figures += [(f"overhead_gb {r.name}", r.overhead_gb) for r in self.runtimes if r.overhead_gb]
+        figures += [(f"layer_us {r.name}", r.layer_us) for r in self.runtimes if r.layer_us]
         return [(place, figure) for place, figure in figures if figure.estimated]
 
     def as_dict(self) -> dict[str, Any]:
         """The profile as a JSON object, figures with their provenance."""
         return asdict(self)
+
+
+Rate = TypeVar("Rate", Efficiency, Compute)
+
+
+def _nearest(entries: Sequence[Rate], option: RuntimeOption, scheme: str, bits: int) -> Rate | None:
+    """The entry measured with ``scheme``, else that of the nearest bits, a general one before another scheme's."""
+    known = [e for e in entries if (e.runtime, e.backend) == (option.name, option.backend)]
+    exact = [e for e in known if e.scheme == scheme]
+    return exact[0] if exact else min(known, key=lambda e: (abs(e.bits - bits), e.scheme is not None), default=None)

@@ -34,6 +34,8 @@ from phi4edge.targets.profile import (
     TRANSPORTS,
     Accelerator,
     Anchor,
+    Compute,
+    Connection,
     Efficiency,
     Figure,
     Gates,
@@ -63,11 +65,14 @@ KEYS = (
     "accelerators",
     "runtimes",
     "efficiency",
+    "compute",
     "anchors",
     "gates",
+    "connection",
 )
-RUNTIME_KEYS = ("name", "backend", "formats", "schemes", "kv_types", "overhead_gb")
-EFFICIENCY_KEYS = ("runtime", "backend", "bits", *FIGURE_KEYS)
+RUNTIME_KEYS = ("name", "backend", "formats", "schemes", "kv_types", "overhead_gb", "layer_us")
+RATE_KEYS = ("runtime", "backend", "bits", "scheme", *FIGURE_KEYS)
+CONNECTION_KEYS = tuple(field.name for field in fields(Connection))
 GATE_KEYS = tuple(field.name for field in fields(Gates))
 ACCELERATOR_KEYS = ("kind", "name", "api")
 ANCHOR_KEYS = ("model", "decode_tps", "runtime", "precision", "source")
@@ -118,11 +123,16 @@ def parse_profile(data: dict[str, Any], name: str, file: str) -> Profile:
         default_context=table.integer("default_context", default=4096),
         min_decode_tps=table.number("min_decode_tps") if "min_decode_tps" in table else None,
         runtimes=runtimes,
+        # Above 1 a device would read faster than its memory can: the figure or the bandwidth is wrong.
         efficiency=tuple(
-            _efficiency(entry, runtimes, sources) for entry in table.tables("efficiency", EFFICIENCY_KEYS)
+            Efficiency(*_rate(entry, runtimes, sources, most=1.0)) for entry in table.tables("efficiency", RATE_KEYS)
+        ),
+        compute=tuple(
+            Compute(*_rate(entry, runtimes, sources, most=1e7)) for entry in table.tables("compute", RATE_KEYS)
         ),
         anchors=tuple(_anchor(entry) for entry in table.tables("anchors", ANCHOR_KEYS)),
         gates=_gates(table.table("gates", GATE_KEYS)) if "gates" in table else Gates(),
+        connection=_connection(table.table("connection", CONNECTION_KEYS)) if "connection" in table else Connection(),
     )
     _check(profile, table)
     return profile
@@ -177,6 +187,7 @@ def _runtime(table: Table, sources: Iterable[str]) -> RuntimeOption:
         schemes=tuple(schemes),
         kv_types=tuple(table.strings("kv_types", KV_TYPES, default=["f16"])),
         overhead_gb=_figure(table, "overhead_gb", sources) if "overhead_gb" in table else None,
+        layer_us=_figure(table, "layer_us", sources) if "layer_us" in table else None,
     )
     for key, values in (("formats", option.formats), ("schemes", option.schemes), ("kv_types", option.kv_types)):
         if not values:
@@ -184,14 +195,26 @@ def _runtime(table: Table, sources: Iterable[str]) -> RuntimeOption:
     return option
 
 
-def _efficiency(table: Table, runtimes: Sequence[RuntimeOption], sources: Iterable[str]) -> Efficiency:
+def _rate(
+    table: Table, runtimes: Sequence[RuntimeOption], sources: Iterable[str], most: float
+) -> tuple[str, str, int, Figure, str | None]:
+    """Runtime, backend, bits, figure and scheme of an efficiency or a compute rate."""
     runtime, bits = table.choice("runtime", tuple(dict.fromkeys(r.name for r in runtimes))), table.integer("bits")
     backends = [option.backend for option in runtimes if option.name == runtime]
     backend = table.choice("backend", backends, default=backends[0])
     if bits not in (4, 8, 16):
         raise InputError(f"{table.where('bits')}: is {bits}, expected 4, 8 or 16")
-    # Above 1 a device would read faster than its memory can: the figure or the bandwidth is wrong.
-    return Efficiency(runtime, backend, bits, _figure_table(table, sources, most=1.0))
+    scheme = table.string("scheme") if "scheme" in table else None
+    return runtime, backend, bits, _figure_table(table, sources, most=most), scheme
+
+
+def _connection(table: Table) -> Connection:
+    return Connection(
+        transport=table.choice("transport", TRANSPORTS) if "transport" in table else None,
+        address=table.string("address") if "address" in table else None,
+        folder=table.string("folder") if "folder" in table else None,
+        options=tuple(table.strings("options", default=[])),
+    )
 
 
 def _anchor(table: Table) -> Anchor:
@@ -224,11 +247,11 @@ def _check(profile: Profile, table: Table) -> None:
             f"{table.where('usable_ram_gb')}: {usable[1]:g} GB is more than ram_gb {profile.ram_gb:g} ({ram:.1f} GB)",
             "usable_ram_gb is what one process can take, below ram_gb",
         )
-    entries = [(entry.runtime, entry.backend, entry.bits) for entry in profile.efficiency]
-    for entry in entries:
-        if entries.count(entry) > 1:
-            raise InputError(
-                f"{table.where('efficiency')}: {entry[0]} {entry[1]} at {entry[2]} bits stands there twice"
-            )
+    for key, rates in (("efficiency", profile.efficiency), ("compute", profile.compute)):
+        entries = [(entry.runtime, entry.backend, entry.bits, entry.scheme) for entry in rates]
+        for entry in entries:
+            if entries.count(entry) > 1:
+                what = f"{entry[0]} {entry[1]} at {entry[2]} bits{f' with {entry[3]}' if entry[3] else ''}"
+                raise InputError(f"{table.where(key)}: {what} stands there twice")
     if not profile.transports:
         raise InputError(f"{table.where('transports')}: is empty, expected at least one of {', '.join(TRANSPORTS)}")

@@ -12,6 +12,7 @@ from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, r
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, envelope, table
+from phi4edge.cli.roofline_text import calibration_line, roofline_lines
 from phi4edge.cli.target_options import target_path_option
 from phi4edge.core.atomic import write_json
 from phi4edge.core.memory import format_bytes
@@ -51,6 +52,7 @@ def _text(data: dict[str, Any]) -> str:
             "",
             memory,
             f"power: {power_text(data['power'])}",
+            *roofline_lines(data),
         ]
     )
 
@@ -73,6 +75,14 @@ def _text(data: dict[str, Any]) -> str:
     "--repetitions", type=click.IntRange(min=1), default=5, show_default=True, metavar="R", help="Times each is timed."
 )
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Repetitions not counted.")
+@click.option(
+    "--calibrate-target",
+    "calibrate",
+    is_flag=False,
+    flag_value="",
+    metavar="[FILE.toml]",
+    help="Write the efficiency that was measured into a target file of yours; it is made where there is none.",
+)
 @device_options
 @target_path_option
 @runtime_options
@@ -84,6 +94,7 @@ def command(
     gen_tokens: int,
     repetitions: int,
     warmup: int,
+    calibrate: str | None,
     device: DeviceOptions,
     target_path: tuple[Path, ...],
     runtime: str | None,
@@ -98,17 +109,26 @@ def command(
     """Measure ARTIFACT's prefill and decode speed, TTFT, TPOT and peak RSS in the runtime that serves it.
 
     Prompt and generation are timed apart and from an empty cache, as llama-bench does; tokenization and sampling are
-    not in the times. Every sample is kept in the document.
+    not in the times. Every sample is kept in the document. A decode speed above what the target's memory can deliver
+    for the bytes that a token reads of ARTIFACT is flagged as implausible.
 
     On another device than this machine the artifact is sent there, and llama-bench times it, or a Python with the
     runtime. What is missing there is said with how to get it; phi4edge doctor --target ID looks beforehand.
+
+    --calibrate-target makes plans for the target rest on what was measured. Without a FILE it is your own file of the
+    target, or a new one in the first folder of --target-path or $PHI4EDGE_TARGET_PATH. Built-in files stay as they are.
     """
+    from phi4edge.measurement.calibrate import calibrate_target, calibration_file
     from phi4edge.measurement.device_speed import measure_speed_on
+    from phi4edge.measurement.plausible import assess
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
+    from phi4edge.targets.catalog import open_catalog
 
     profile, transport = check_place(target, device, target_path)
     checked_out(out)
+    entry = open_catalog(target_path).entry(target)
+    file = None if calibrate is None else calibration_file(entry, Path(calibrate) if calibrate else None, target_path)
     request = SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup)
     settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv))
     if transport == LOCAL and not device.given:
@@ -118,6 +138,9 @@ def command(
     else:
         with site_for(profile, transport, device, progress_for(quiet)) as site:
             data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
+    data |= assess(data, profile, artifact)
+    if file is not None:
+        data["calibration"] = calibrate_target(file, data, profile, entry, artifact)
     if out is not None:
         write_json(out, envelope(COMMAND, data))
-    emit(COMMAND, data, _text(data), as_json=as_json)
+    emit(COMMAND, data, "\n".join([_text(data), *calibration_line(data)]), as_json=as_json)

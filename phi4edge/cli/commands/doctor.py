@@ -34,7 +34,8 @@ from phi4edge.core import registry
 from phi4edge.core.errors import MissingToolError, Phi4EdgeError
 from phi4edge.core.events import Progress
 from phi4edge.targets.catalog import open_catalog
-from phi4edge.targets.local import detect_local
+from phi4edge.targets.local import detect_local, local_fingerprint
+from phi4edge.targets.measured import load_stored
 from phi4edge.targets.profile import LOCAL, Profile
 from phi4edge.transports._api import load_transport
 
@@ -143,8 +144,18 @@ def _machine(local: Profile) -> list[Check]:
         Check("cpu", "info", f"{local.arch} {local.cpu}, {local.cores} cores: {', '.join(local.isa) or 'unknown'}"),
         Check("memory", "info", f"{ram:.1f} GB, {usable.value or 0:.1f} GB usable ({usable.source})"),
         Check("disk", "info", f"{disk.free / 1e9:.1f} GB free of {disk.total / 1e9:.1f} in {Path.cwd()}"),
-        Check("bandwidth", "info", local.bandwidth_gb_s.text("GB/s")),
+        _bandwidth(local),
     ]
+
+
+def _bandwidth(local: Profile) -> Check:
+    """What was measured earlier; nothing is measured here."""
+    figure = local.bandwidth_gb_s
+    if figure.value is None:
+        return Check("bandwidth", "info", f"{figure.text()} ({figure.reason})")
+    kept = load_stored(local_fingerprint())
+    triad = f" (triad {kept.triad_gb_s:.1f})" if kept else ""
+    return Check("bandwidth", "info", f"{figure.value:.1f} GB/s read{triad}, {figure.source}")
 
 
 def _target(profile: Profile, transport: str) -> list[Check]:

@@ -12,6 +12,7 @@ from phi4edge.checkpoint.published import model_shapes
 from phi4edge.cli.options import common
 from phi4edge.cli.render import emit, emit_failure
 from phi4edge.cli.target_options import (
+    bandwidth_note,
     fit_document,
     fit_options,
     target_path_option,
@@ -75,12 +76,14 @@ def command(
 
 
 def _document(profile: Profile, model: str, choice: Choice) -> dict[str, Any]:
-    estimate = choice.decode.as_dict()
+    decode, prefill = choice.decode.as_dict(), choice.prefill.as_dict()
     return fit_document(profile, model, choice.fit) | {
         "runtime": choice.runtime.name,
         "backend": choice.runtime.backend,
-        "decode_tps_estimated": estimate,
-        "decode_tps_estimated_missing": None if estimate else choice.decode.basis,
+        "decode_tps_estimated": decode,
+        "decode_tps_estimated_missing": None if decode else choice.decode.basis,
+        "prefill_tps_estimated": prefill,
+        "prefill_tps_estimated_missing": None if prefill else choice.prefill.basis,
         "steps": list(choice.steps),
     }
 
@@ -91,7 +94,11 @@ def _paragraph(profile: Profile, config: ModelConfig, choice: Choice) -> str:
     lines = [
         f"context {request.context:,} of the model's {config.context_length:,} tokens, KV cache {request.kv}",
         f"memory {gb(choice.fit.needed_bytes)} of {profile.usable_ram_gb.text('GB')} usable",
-        f"decode {choice.decode.text()}" + (f" ({choice.decode.basis})" if choice.decode.low is not None else ""),
+        *(
+            f"{name} {estimate.text()}" + (f" ({estimate.basis})" if estimate.low is not None else "")
+            for name, estimate in (("decode", choice.decode), ("prefill", choice.prefill))
+        ),
+        *bandwidth_note(profile),
         "how it was chosen:",
         *(f"  {step}" for step in choice.steps),
     ]

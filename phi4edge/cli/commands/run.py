@@ -12,6 +12,7 @@ from phi4edge.cli.gate_options import GATES, gate_line, gate_options
 from phi4edge.cli.options import common, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, emit_failure
+from phi4edge.cli.target_options import target_path_option
 from phi4edge.cli.task_options import task_options, task_request
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.memory import parse_bytes
@@ -70,6 +71,19 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     return found
 
 
+def _places(addresses: tuple[str, ...]) -> dict[str, str]:
+    """``ID=PLACE`` of each --address."""
+    found: dict[str, str] = {}
+    for text in addresses:
+        target, equals, place = text.partition("=")
+        if not (target and equals and place):
+            raise UsageError(f"--address {text}: is not ID=PLACE", "for example --address my-phone=R5CT20ABCDE")
+        if target in found:
+            raise UsageError(f"--address names {target} twice: {found[target]} and {place}")
+        found[target] = place
+    return found
+
+
 @click.command("run")
 @click.argument("what", metavar="RECIPE.toml|MODEL")
 @click.option("--target", "targets", multiple=True, metavar="ID", help="A target; may be repeated.  [default: local]")
@@ -93,8 +107,16 @@ def _read(path: Path) -> dict[str, dict[str, Any]]:
     help="Evaluation text; several are domains.  [default: builtin:eval]",
 )
 @click.option("--chunks", type=int, help="Chunks of it.  [default: all of a file, 32 of a corpus]")
+@click.option(
+    "--address",
+    "addresses",
+    multiple=True,
+    metavar="ID=PLACE",
+    help="Where the device of target ID is: a host for ssh, a serial for adb; stronger than [connection] in its file.",
+)
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
 @click.option("--resume/--restart", default=True, help="Go on with a run, or begin it anew.  [default: resume]")
+@target_path_option
 @gate_options
 @task_options
 @dry_run_option
@@ -110,7 +132,9 @@ def command(
     samples: int | None,
     texts: tuple[str, ...],
     chunks: int | None,
+    addresses: tuple[str, ...],
     ram_budget: str | None,
+    target_path: tuple[Path, ...],
     resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -121,9 +145,11 @@ def command(
     """The whole pipeline: plan, quantize, export, verify, drift, bench and report, into folder --out.
 
     Takes a MODEL (folder or hub id) with --target, or a RECIPE.toml; a flag given here is stronger than the recipe.
-    Each target gets the scheme and format that its profile calls for. What cannot be measured here is said to be
-    not measured. [drift] of a recipe takes what `phi4edge drift` takes, tasks and domains too, by the same names with _
-    for -. Questions that were answered are not asked again when a run is started again.
+    Each target gets the scheme and format that its profile calls for. A target's device is timed where its file's
+    [connection] or --address says how it is reached: different machines at the same time, and one that fails or
+    vanishes leaves the others alone (exit code 4 or 5, all else written; run again, only what is missing is measured).
+    What is not measured is said to be so. [drift] of a recipe takes what `phi4edge drift` takes, tasks and domains too,
+    by the same names with _ for -. Questions that were answered are not asked again when a run is started again.
 
     Exit code 6 when a gate fails, with all results written. Gates come from the targets' files, the recipe, or the
     options here; of the same name the recipe's is stronger than a target's, and the option's than both. A gate fails
@@ -169,6 +195,8 @@ def command(
             tasks=task_request(tasks),
             limits=limits,
             speed=SpeedRequest(**settings["bench"]),
+            places=_places(addresses),
+            target_folders=target_path,
             ram_budget=parse_bytes(budget) if budget else None,
             device=device,
             restart=not resume,

@@ -13,18 +13,20 @@ from phi4edge.checkpoint.published import model_shapes
 from phi4edge.cli.options import common
 from phi4edge.cli.render import emit, emit_failure, table
 from phi4edge.cli.target_options import (
+    bandwidth_note,
     fit_document,
     fit_options,
     fit_text,
     target_path_option,
     writable_formats,
 )
-from phi4edge.core.errors import InputError, TargetError
+from phi4edge.cli.target_text import describe, short
+from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.targets.catalog import Catalog, open_catalog
 from phi4edge.targets.choice import DoesNotFitError, Wish, choose, context_for, process_bytes, refusal
 from phi4edge.targets.fit import LAYOUTS, Fit, Request, layout_holds, memory_needed
-from phi4edge.targets.profile import Figure, Profile, RuntimeOption
+from phi4edge.targets.profile import LOCAL, Profile, RuntimeOption
 from phi4edge.targets.schema import read_profile
 
 
@@ -55,17 +57,13 @@ def list_targets(target_path: tuple[Path, ...], as_json: bool, verbose: int, qui
         best = profile.runtimes[0]
         runtime = f"{best.name} {best.backend} {best.schemes[0]}"
         origin = "detected" if entry.path is None else "yours" if entry.user else ""
-        memory = f"{profile.ram_gb:g} / {_short(profile.usable_ram_gb)}"
-        bandwidth = _short(profile.bandwidth_gb_s)
+        memory = f"{profile.ram_gb:g} / {short(profile.usable_ram_gb)}"
+        bandwidth = short(profile.bandwidth_gb_s)
         rows.append((entry.id, profile.name, memory, bandwidth, runtime, profile.transports[0], origin))
         data.append(_summary(profile, str(entry.path) if entry.path else None, entry.user, entry.replaces))
     headers = ("target", "device", "RAM / usable GB", "GB/s", "best runtime", "reached by", "")
     text = table(headers, rows, numeric=(2, 3)) + "\n\n~ estimated: `phi4edge targets show ID` says why"
     emit("targets", {"targets": data, "notes": list(catalog.notes)}, text, as_json=as_json)
-
-
-def _short(figure: Figure) -> str:
-    return "–" if figure.value is None else f"{'~' if figure.estimated else ''}{figure.value:.4g}"
 
 
 def _summary(profile: Profile, path: str | None, user: bool, replaces: Path | None) -> dict[str, Any]:
@@ -87,63 +85,47 @@ def _summary(profile: Profile, path: str | None, user: bool, replaces: Path | No
 
 @command.command("show")
 @click.argument("target", metavar="ID")
+@click.option(
+    "--measure",
+    is_flag=True,
+    help="Of local: measure memory bandwidth and llama.cpp's rates first (half a minute), and keep them.",
+)
 @target_path_option
 @common
-def show(target: str, target_path: tuple[Path, ...], as_json: bool, verbose: int, quiet: bool) -> None:
+def show(target: str, measure: bool, target_path: tuple[Path, ...], as_json: bool, verbose: int, quiet: bool) -> None:
     """Show all that is known of the target ID, every figure with its source or the reason of the guess."""
+    if measure:
+        _measure(target, quiet)
     catalog = open_catalog(target_path)
     _say_notes(catalog, quiet)
     entry = catalog.entry(target)
     profile = entry.profile()
     data = profile.as_dict() | {"file": str(entry.path) if entry.path else None, "user": entry.user}
-    emit("targets", {"target": data, "notes": list(catalog.notes)}, _describe(profile, entry.path), as_json=as_json)
+    emit("targets", {"target": data, "notes": list(catalog.notes)}, describe(profile, entry.path), as_json=as_json)
 
 
-def _describe(profile: Profile, path: Path | None) -> str:
-    rows = [
-        ("target", f"{profile.id} ({path or 'detected'})"),
-        ("device", f"{profile.name} ({profile.kind})"),
-        ("notes", profile.notes),
-        ("RAM", f"{profile.ram_gb:g} GB, {profile.memory}"),
-        *_figure_rows("usable by a process", profile.usable_ram_gb, "GB"),
-        *_figure_rows("bandwidth", profile.bandwidth_gb_s, "GB/s"),
-        (
-            "processor",
-            " ".join(filter(None, (profile.arch, profile.cpu, f"({profile.cores} cores)" * bool(profile.cores)))),
-        ),
-        ("instruction sets", ", ".join(profile.isa)),
-        *(("accelerator", f"{each.kind}: {each.name} ({each.api})") for each in profile.accelerators),
-        ("reached by", ", ".join(profile.transports)),
-        ("power", profile.power_interface),
-        ("default context", f"{profile.default_context:,} tokens"),
-        ("decode to keep", f"{profile.min_decode_tps:g} tok/s" if profile.min_decode_tps else ""),
-    ]
-    rows += [("gate", f"{name} {limit:g}") for name, limit in profile.gates.given().items()]
-    for number, option in enumerate(profile.runtimes, 1):
-        formats, schemes, kv = (", ".join(v) for v in (option.formats, option.schemes, option.kv_types))
-        rows.append(
-            (f"runtime {number}", f"{option.name} on {option.backend}: {formats} with {schemes}; KV cache {kv}")
+def _measure(target: str, quiet: bool) -> None:
+    """Measure this machine's speed with the threads that would compute, and keep it."""
+    from phi4edge.runtimes._threads import physical_cores
+    from phi4edge.targets.local import local_fingerprint
+    from phi4edge.targets.measured import measure_machine, store
+
+    if target != LOCAL:
+        raise UsageError(
+            f"--measure is for {LOCAL}, this machine, not {target}",
+            f"bench ARTIFACT --target {target} --calibrate-target measures the device",
         )
-        if option.overhead_gb is not None:
-            rows += _figure_rows("  its process", option.overhead_gb, "GB")
-    for entry in profile.efficiency:
-        rows += _figure_rows(f"efficiency, {entry.bits} bit", entry.figure, f"({entry.runtime} on {entry.backend})")
-    for anchor in profile.anchors:
-        rows.append(
-            ("published run", f"{anchor.decode_tps:g} tok/s, {anchor.model} {anchor.precision}, {anchor.runtime}")
-        )
-        rows.append(("", f"source: {anchor.source}"))
-    rows += [("sources", source) for source in profile.sources]
-    return "\n".join(f"{key:<20} {value}" for key, value in rows if value)
-
-
-def _figure_rows(label: str, figure: Figure, unit: str) -> list[tuple[str, str]]:
-    rows = [(label, figure.text(unit))]
-    if figure.reason:
-        rows.append(("", f"{'guess' if figure.estimated else 'because'}: {figure.reason}"))
-    if figure.source:
-        rows.append(("", f"source: {figure.source}"))
-    return rows
+    if not quiet:
+        click.echo("measuring memory and llama.cpp, half a minute", err=True)
+    speed = measure_machine(local_fingerprint(), physical_cores())
+    path = store(speed)
+    if quiet:
+        return
+    click.echo(f"kept in {path}", err=True)
+    if speed.busy:
+        click.echo(f"Note: {speed.source}", err=True)
+    if "error" in speed.decode:
+        click.echo(f"Note: no speed can be estimated, llama.cpp was not measured: {speed.decode['error']}", err=True)
 
 
 @command.command("check")
@@ -182,7 +164,7 @@ def check(
             data = fit_document(profile, name, error.fit)
             emit_failure("targets", {"check": data}, fit_text(profile, name, error.fit), error, as_json=as_json)
         data = fit_document(profile, name, choice.fit) | {"runtime": choice.runtime.name, "steps": list(choice.steps)}
-        steps = "\n".join(f"  {step}" for step in choice.steps)
+        steps = "\n".join(f"  {step}" for step in (*choice.steps, *bandwidth_note(profile)))
         emit(
             "targets",
             {"check": data},
