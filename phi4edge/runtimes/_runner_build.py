@@ -83,8 +83,8 @@ def plan(arch: str, *, march: str | None = None, compiler: str = "auto", sources
     return Plan(recipe, tools, sources, runners_folder(arch) / recipe.key)
 
 
-def build(made: Plan, *, jobs: int | None = None, progress: Progress = SILENT) -> Runner:
-    """The runner of ``made``: as it lies in the cache, or built now, with ``jobs`` compilers at a time.
+def build(made: Plan, *, jobs: int | None = None, progress: Progress = SILENT) -> tuple[Runner, bool]:
+    """The runner of ``made``, and whether it was built now, with ``jobs`` compilers at a time, or lay in the cache.
 
     Raises:
         InputError: the sources are damaged.
@@ -94,7 +94,7 @@ def build(made: Plan, *, jobs: int | None = None, progress: Progress = SILENT) -
     made.folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(made.folder.with_name(made.folder.name + ".lock"), progress) as lock:
         if (runner := made.finished()) is not None:
-            return runner
+            return runner, False
         work = made.partial
         if not (work / "sources").is_dir():
             progress.note("fetching llama.cpp's sources" if made.sources is None else f"reading {made.sources}")
@@ -107,7 +107,7 @@ def build(made: Plan, *, jobs: int | None = None, progress: Progress = SILENT) -
         result.replace(made.folder)
         fsync_directory(made.folder.parent)
         shutil.rmtree(work)
-        return read_runner(made.folder)
+        return read_runner(made.folder), True
 
 
 @contextmanager

@@ -80,8 +80,7 @@ def identify(given: Path | None) -> tuple[tuple[str, str], ...]:
     digest = hashlib.sha256()
     for name in _COMPILED:
         place = root / name
-        files = sorted(p for p in place.rglob("*") if p.is_file()) if place.is_dir() else [place]
-        for file in files:
+        for file in sorted(p for p in (place, *place.rglob("*")) if p.is_file()):
             digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_file(file)}\n".encode())
     return (("folder", digest.hexdigest()),)
 

@@ -85,8 +85,7 @@ def build(
     if dry_run:
         emit("runner", {"plan": _plan_document(made)}, _plan_text(made), as_json=as_json)
         return
-    before = made.finished()
-    runner = build_runner(made, jobs=jobs, progress=progress_for(quiet))
+    runner, fresh = build_runner(made, jobs=jobs, progress=progress_for(quiet))
     folder = runner.folder
     if out is not None:
         with atomic_directory(out, replace=force) as scratch:
@@ -94,8 +93,8 @@ def build(
                 copy = shutil.copytree if path.is_dir() else shutil.copy2
                 copy(path, scratch / path.name)
         folder = out
-    data = {"runner": _document(runner), "folder": str(folder), "built": before is None}
-    head = "built" if before is None else "was built before"
+    data = {"runner": _document(runner), "folder": str(folder), "built": fresh}
+    head = "built" if fresh else "was built before"
     text = f"{head}: {folder}\n{_programs(runner)}\n\n{_UNMEASURED}"
     emit("runner", data, text, as_json=as_json)
 
