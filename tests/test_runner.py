@@ -222,6 +222,9 @@ def test_a_build_killed_while_cmake_worked_begins_cmake_anew(commands: Commands,
     (partial / "sources.unpacking").mkdir()
     assert commands.build(sources)["built"] is True
     assert commands.folders() == [plan["key"]]
+    partial.mkdir()  # as a kill between the rename and the end leaves it
+    assert commands.build(sources)["built"] is False
+    assert commands.folders() == [plan["key"]]
 
 
 @needs_a_compiler

@@ -8,7 +8,7 @@ waits until they have ended.
 
 from __future__ import annotations
 
-__all__ = ["build", "plan"]
+__all__ = ["Plan", "build", "plan"]
 
 import fcntl
 import json
@@ -38,6 +38,7 @@ from phi4edge.runtimes._runner_tools import Tools, find_tools, toolchain_flags
 _NOT_INHERITED = re.compile(r"(C|CXX|CPP|LD|AS)FLAGS|CC|CXX|AR|RANLIB|CMAKE_.*|NINJA_STATUS|CPATH|C_INCLUDE_PATH")
 _STEP = re.compile(r"\[(\d+)/(\d+)\] (.*)")
 _CONFIGURED = "configured"
+_C_LIBRARY = {"gcc": "glibc", "zig": "musl"}  # inside the programs: who passes them on keeps its licence too
 
 
 @dataclass(frozen=True)
@@ -93,9 +94,10 @@ def build(made: Plan, *, jobs: int | None = None, progress: Progress = SILENT) -
     """
     made.folder.parent.mkdir(parents=True, exist_ok=True)
     with _locked(made.folder.with_name(made.folder.name + ".lock"), progress) as lock:
-        if (runner := made.finished()) is not None:
-            return runner, False
         work = made.partial
+        if (runner := made.finished()) is not None:
+            shutil.rmtree(work, ignore_errors=True)  # of a build that was killed after its rename
+            return runner, False
         if not (work / "sources").is_dir():
             progress.note("fetching llama.cpp's sources" if made.sources is None else f"reading {made.sources}")
             unpack(made.sources, work / "sources")
@@ -176,9 +178,7 @@ def _call(command: list[str], work: Path, lock: int, progress: Progress) -> None
     if began:
         progress.finish()
     if process.returncode:
-        words = next(
-            (line for line in last if re.search(r"\berror\b|\bError\b|not found", line)), last[-1] if last else ""
-        )
+        words = next((line for line in last if re.search(r"\b[Ee]rror\b", line)), last[-1] if last else "")
         raise Phi4EdgeError(
             f"{Path(command[0]).name} ended with exit status {process.returncode}: {words}",
             f"all it said is in {work / 'build.log'}",
@@ -209,6 +209,7 @@ def _gather(made: Plan, origin: dict[str, Any]) -> Path:
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
         **made.recipe.as_dict(),
         **origin,
+        "c_library": _C_LIBRARY[made.recipe.compiler],
         "files": files,
     }
     write_json(result / MANIFEST, manifest)
