@@ -26,7 +26,7 @@ needs_a_compiler = pytest.mark.skipif(
 # `gate` stops a program's compilation until a file appears: the place where a test kills.
 _TOP = """
 cmake_minimum_required(VERSION 3.21)
-project(outline C CXX)
+project(outline CXX)
 set(CMAKE_RUNTIME_OUTPUT_DIRECTORY ${CMAKE_BINARY_DIR}/bin)
 foreach(name llama-bench llama-completion llama-perplexity)
   add_executable(${name} tools/main.cpp)

@@ -9,7 +9,7 @@ import json
 import platform
 import shutil
 import subprocess
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 import numpy as np
 import pytest
@@ -98,3 +98,30 @@ def test_llama_completion_of_a_runner_writes_what_our_own_forward_would(
 def test_llama_bench_of_a_runner_gives_its_json(where: tuple[list[str], Path], f32: Path) -> None:
     found = json.loads(run(where, "llama-bench", "-m", f32, "-p", "16", "-n", "4", "-r", "2", "-t", "1", "-o", "json"))
     assert [(each["n_prompt"], each["n_gen"], len(each["samples_ns"])) for each in found] == [(16, 0, 2), (0, 4, 2)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not QEMU, reason="qemu-aarch64 (Debian's qemu-user-static) is not installed")
+@pytest.mark.skipif(built("aarch64") is None, reason="no runner is cached: phi4edge runner build --arch aarch64")
+def test_a_runner_pushed_over_ssh_runs_there(f32: Path, tmp_path: Path) -> None:
+    """The loopback's device has an x86-64 kernel: a script under the program's name calls qemu."""
+    ssh = pytest.importorskip("phi4edge.transports.ssh", reason="the ssh transport is not in this version")
+    support = pytest.importorskip("ssh_support", reason="the ssh transport's tests are not in this version")
+    folder = built("aarch64")
+    assert folder is not None
+    script = tmp_path / "script"
+    script.write_text(f'#!/bin/sh\nexec {QEMU} -cpu cortex-a76 "$0.aarch64" "$@"\n')
+    script.chmod(0o755)
+    with (
+        support.serving(support.OpenSsh(support.Keys(tmp_path / "keys"), tmp_path / "server")) as server,
+        ssh.open(server.address()) as device,
+    ):
+        device.push(folder / "llama-bench", PurePosixPath("llama-bench.aarch64"))
+        device.push(script, PurePosixPath("llama-bench"))
+        device.push(f32, PurePosixPath("tiny.gguf"))
+        words = ["./llama-bench", "-m", "tiny.gguf", "-p", "8", "-n", "0", "-r", "1", "-t", "1", "-o", "json"]
+        done = device.run(words, timeout_s=120)
+    assert done.code == 0, done.last_words
+    (found,) = json.loads(done.stdout)
+    assert found["n_prompt"] == 8
+    assert found["model_filename"] == "tiny.gguf"
