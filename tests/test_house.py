@@ -24,7 +24,7 @@ from phi4edge.cli.main import SUMMARIES, cli
 
 PACKAGE = ROOT / "phi4edge"
 LIGHT = ("core", "targets", "transports", "report", "cli")  # layers that start without torch
-LIGHT_COMMANDS = ("doctor", "inspect", "plan", "report", "targets")
+LIGHT_COMMANDS = ("doctor", "inspect", "plan", "report", "runner", "targets")
 HEAVY = ("torch", "transformers", "onnxruntime", "llama_cpp")
 
 
