@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CHUNKS",
+    "Elsewhere",
     "check_artifact",
     "compare_session",
     "measure_domains",
@@ -15,8 +16,8 @@ __all__ = [
 ]
 
 import time
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -47,6 +48,15 @@ from phi4edge.runtimes._api import Session, Settings, default_settings, load_run
 from phi4edge.runtimes.torch_ref import TorchSession
 
 CHUNKS = "chunks"  # prompts: the first tokens of the chunks that are measured
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A runtime that is none of this machine's, such as one in a browser."""
+
+    name: str
+    version: str
+    open: Callable[[int], Session]  # for a context of so many tokens
 
 
 def resolve_reference(
@@ -196,13 +206,15 @@ def measure_domains(
     settings: Settings | None = None,
     limits: Limits | Sequence[Limits] = (),
     source: WeightSource | None = None,
+    elsewhere: Elsewhere | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run the tokens of ``stores``, by domain, through ``artifact`` and compare; the ``data`` of a drift document.
 
     Figures are over all positions of all domains, every position counting the same; where there are several domains,
     each has its own as well, and ``limits`` hold for the whole and for each. ``chunks`` are of each domain. ``source``
-    gives the weights of something that only the PyTorch reference can run, such as a run directory.
+    gives the weights of something that only the PyTorch reference can run, such as a run directory. ``elsewhere`` takes
+    the place of ``runtime``.
 
     Raises:
         UsageError: more chunks than a store has, or none; or domains of several contexts.
@@ -218,7 +230,8 @@ def measure_domains(
     one = next(iter(stores.values()))
     if any(_condition(store) != _condition(one) for store in stores.values()):
         raise UsageError("the domains' references differ in model, encoding or context", "compute them together")
-    with _open(artifact, one.context, runtime, settings, source) as session:
+    opened = elsewhere.open(one.context) if elsewhere else _open(artifact, one.context, runtime, settings, source)
+    with opened as session:
         found = {d: compare_session(artifact, session, store, counts[d], progress) for d, store in stores.items()}
         details = dict(session.details)
     figures = PositionFigures.stack(list(found.values()))
@@ -234,7 +247,11 @@ def measure_domains(
     floors = [store.header["noise_floor_kld"] for store in stores.values()]
     return {
         "artifact": description,
-        "runtime": {"name": name, "version": load_runtime(name).version(), "settings": details},
+        "runtime": {
+            "name": elsewhere.name if elsewhere else name,
+            "version": elsewhere.version if elsewhere else load_runtime(name).version(),
+            "settings": details,
+        },
         "reference": {
             "model": one.header["model"],
             "fingerprint": one.header["key"]["fingerprint"],

@@ -7,8 +7,10 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.browser_options import BROWSER, browser_options, guest_for, memory_line, warning_lines
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
+from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, envelope, table
 from phi4edge.cli.target_options import target_path_option
 from phi4edge.core import registry
@@ -33,16 +35,16 @@ def _text(data: dict[str, Any]) -> str:
         value, error = plus_minus(metrics[key], spec, scale)
         middle = metrics[key].get("median")
         rows.append((label, value, error, "" if middle is None else format(middle * scale, spec)))
-    peak, idle = (format_bytes(metrics[key]["value"]) for key in ("peak_rss_bytes", "idle_rss_bytes"))
     return "\n".join(
         [
+            *warning_lines(data),
             f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
             f"in {runtime['name']} {runtime['version']} on {data['target']} ({data['environment']['cpu']['model']}), "
             f"{settings['threads']} threads, {settings['repetitions']} repetitions after {settings['warmup']} warm-up",
             "",
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
-            f"peak RSS {peak} (of that {idle} before the model was loaded)",
+            memory_line(metrics),
         ]
     )
 
@@ -56,7 +58,11 @@ def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None
     from phi4edge.targets.catalog import open_catalog
 
     registry.load("phi4edge.transports", transport)
+    if transport == BROWSER and target == BROWSER:
+        return  # whatever device opens the link; the document has what its browser says of it
     profile = open_catalog(folders).profile(target)
+    if transport == BROWSER and BROWSER in profile.transports:
+        return
     if transport != LOCAL or LOCAL not in profile.transports:
         reached = ", ".join(profile.transports)
         raise UsageError(
@@ -67,7 +73,7 @@ def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None
 
 @click.command("bench")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--target", default=LOCAL, show_default=True, metavar="ID", help="The device; local: this machine.")
+@click.option("--target", metavar="ID", help="The device.  [default: local, this machine; or what opens the page]")
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=0),
@@ -84,12 +90,13 @@ def _check_place(target: str, transport: str, folders: tuple[Path, ...]) -> None
 )
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Repetitions not counted.")
 @click.option("--transport", default=LOCAL, show_default=True, metavar="NAME", help="How the device is reached.")
+@browser_options
 @target_path_option
 @runtime_options
 @common
 def command(
     artifact: Path,
-    target: str,
+    target: str | None,
     prompt_tokens: int,
     gen_tokens: int,
     repetitions: int,
@@ -104,25 +111,32 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **page: Any,
 ) -> None:
     """Measure ARTIFACT's prefill and decode speed, TTFT, TPOT and peak RSS in the runtime that serves it.
 
     Prompt and generation are timed apart and from an empty cache, as llama-bench does; tokenization and sampling are
     not in the times. Every sample is kept in the document.
+
+    With --transport browser a page is served, and a phone or laptop that opens its link runs the GGUF there.
     """
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
 
+    target = target or (BROWSER if transport == BROWSER else LOCAL)
     _check_place(target, transport, target_path)
     checked_out(out)
-    data = measure_speed(
-        artifact,
-        target=target,
-        transport=transport,
-        runtime=runtime,
-        request=SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup),
-        settings=Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv)),
-    )
+    request = SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup)
+    settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv))
+    if transport == BROWSER:
+        from phi4edge.measurement.in_browser import measure_speed_in_browser
+
+        guest = guest_for(artifact, settings, page, progress_for(quiet))
+        data = measure_speed_in_browser(guest, target=target, request=request)
+    else:
+        data = measure_speed(
+            artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
+        )
     if out is not None:
         write_json(out, envelope(COMMAND, data))
     emit(COMMAND, data, _text(data), as_json=as_json)

@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
+from phi4edge.cli.browser_options import BROWSER, browser_options, guest_for, warning_lines
 from phi4edge.cli.gate_options import gate_line, gate_options
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
@@ -47,6 +48,7 @@ def _text(data: dict[str, Any]) -> str:
         lines += ["", task_table(data["tasks"])] if "tasks" in data else []
         return "\n".join([*lines, *_gate_lines(data)])
     lines = [
+        *warning_lines(data),
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
         f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e}"
@@ -123,6 +125,14 @@ def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@click.option(
+    "--transport",
+    type=click.Choice(["local", BROWSER]),
+    default="local",
+    show_default=True,
+    help="Where ARTIFACT runs: on this machine, or in the browser that opens a link.",
+)
+@browser_options
 @gate_options
 @greedy_options
 @attribution_options
@@ -143,6 +153,7 @@ def command(
     chunks: int | None,
     store: Path | None,
     store_top: int | None,
+    transport: str,
     max_kld: float | None,
     max_ppl_ratio: float | None,
     min_top1: float | None,
@@ -164,7 +175,7 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
-    **tasks: Any,
+    **tasks: Any,  # and the page's
 ) -> None:
     """Measure how far ARTIFACT's predictions drift from the full-precision model's, in the runtime that serves it.
 
@@ -213,10 +224,18 @@ def command(
         source = open_run(artifact) if (artifact / RUN_FILE).is_file() else None
         written_from = open_run(against) if against is not None else None
     progress = progress_for(quiet)
+    guest = None
+    if transport == BROWSER:
+        if attribute or greedy is not None or tasks["tasks"] or len(texts) > 1:
+            raise UsageError(
+                "in a browser, drift is measured on one text alone",
+                "leave --attribute, --greedy, --tasks and a second --text out",
+            )
+        guest = guest_for(artifact, settings, tasks, progress)
     asked = task_request(tasks | {"max_task_drop": max_task_drop, "min_reference_share": min_reference_share})
     if asked is not None:
         check_tasks(asked, reference)
-    if not is_store(Path(reference)):
+    if guest is None and not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
     if attribute and len(texts) > 1:
         raise UsageError("--attribute takes one --text", "attribute each domain by itself")
@@ -232,16 +251,21 @@ def command(
         found = resolve_domains(
             reference, texts=texts, context=context, chunks=chunks, store=store, top=store_top, progress=progress
         )
-        data = measure_domains(
-            artifact,
-            found,
-            chunks=chunks,
-            runtime=runtime,
-            settings=settings,
-            limits=limits,
-            source=source,
-            progress=progress,
-        )
+        if guest is not None:
+            from phi4edge.measurement.in_browser import measure_drift_in_browser
+
+            data = measure_drift_in_browser(guest, found, chunks=chunks, limits=limits)
+        else:
+            data = measure_domains(
+                artifact,
+                found,
+                chunks=chunks,
+                runtime=runtime,
+                settings=settings,
+                limits=limits,
+                source=source,
+                progress=progress,
+            )
         if attribute:
             from phi4edge.measurement.attribution_run import attribute as attribute_drift
 
