@@ -74,10 +74,13 @@ def _cut(file: GgufFile, most: int, size: int) -> list[Part]:
     for tensor, end in zip(tensors, ends, strict=True):
         head = len(keys) if len(groups) == 1 else 0
         if groups[-1] and head + end - begin > most:
-            groups.append(_taken_off(groups[-1]))
-            begin = (groups[-1] or [tensor])[0].offset
+            factors = _taken_off(groups[-1])
+            if groups[-1]:
+                groups.append(factors)
+            else:
+                groups[-1] = factors
+            begin = (factors or [tensor])[0].offset
         groups[-1].append(tensor)
-    groups = [group for group in groups if group]
     firsts = [group[0].offset for group in groups] + [size]
     parts = []
     for number, group in enumerate(groups):
@@ -91,7 +94,7 @@ def _cut(file: GgufFile, most: int, size: int) -> list[Part]:
 def _taken_off(group: list[GgufTensor]) -> list[GgufTensor]:
     """The rope factors that ``group`` ends with, which may not be a file's last."""
     taken: list[GgufTensor] = []
-    while len(group) > 1 and group[-1].name in FACTORS.values():
+    while group and group[-1].name in FACTORS.values():
         taken.insert(0, group.pop())
     return taken
 
