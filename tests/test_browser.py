@@ -376,3 +376,12 @@ def test_the_command_says_how_to_get_the_runtime_and_takes_no_other_archive(
 def test_a_target_that_no_browser_reaches_is_refused(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(probe), "--transport", "browser", "--target", "jetson-thor-128gb"]) == 2
     assert "reached over ssh" in capsys.readouterr().err
+
+
+def test_drift_in_a_browser_takes_no_work_that_needs_text_written(
+    probe: Path, checkpoint: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    there = ["drift", str(probe), "--reference", str(checkpoint), "--transport", "browser"]
+    for more in (["--greedy", "chunks"], ["--attribute"], ["--tasks", "gsm8k"], ["--text", "a=x", "--text", "b=y"]):
+        assert main([*there, *more]) == 2
+        assert "drift is measured on one text alone" in capsys.readouterr().err

@@ -20,22 +20,21 @@ if TYPE_CHECKING:
 
 F = TypeVar("F", bound=Callable[..., Any])
 BROWSER = "browser"
-_PREFIX = "page_"
 
 
 def browser_options(function: F) -> F:
-    """``--host``, ``--port``, ``--tls``, ``--wait`` and ``--limit``, all of them of a page in a browser.
+    """``--host``, ``--port``, ``--tls``, ``--page-wait`` and ``--page-limit``, all of them of a page in a browser.
 
     The command receives ``page_host: str``, ``page_port: int``, ``page_tls: bool``, ``page_wait: float`` and
     ``page_limit: float``; :func:`place_from` takes them all.
     """
     for decorator in (
         click.option(
-            "--limit", "page_limit", type=click.FloatRange(min=1), default=14400.0, show_default=True,
+            "--page-limit", "page_limit", type=click.FloatRange(min=1), default=14400.0, show_default=True,
             metavar="SECONDS", help="In a browser: how long everything may take.",
         ),
         click.option(
-            "--wait", "page_wait", type=click.FloatRange(min=1), default=600.0, show_default=True,
+            "--page-wait", "page_wait", type=click.FloatRange(min=1), default=600.0, show_default=True,
             metavar="SECONDS", help="In a browser: how long to wait until somebody opens the link.",
         ),
         click.option(

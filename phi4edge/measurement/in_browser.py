@@ -9,7 +9,8 @@ The figures are those of the other runtimes, with these differences, which stand
                  decoded by itself, where llama-perplexity decodes a batch, which can round differently
     peak RSS     not measured: a browser tells no page what memory it takes
 
-Everything that a page says of its device is the browser's word, and browsers round it or leave it out.
+Everything that a page says of its device is the browser's word, and browsers round it or leave it out. All of this was
+run in Chromium on a PC; on a phone, and in Safari, it is not measured on hardware.
 """
 
 from __future__ import annotations

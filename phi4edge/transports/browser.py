@@ -7,7 +7,7 @@ says what it measured; :class:`Visit` hands that on. A browser has no shell and 
 
 from __future__ import annotations
 
-__all__ = ["DESCRIPTION", "TOOLS", "Piece", "Place", "Visit", "runtime_version"]
+__all__ = ["DESCRIPTION", "TOOLS", "Piece", "Place", "Visit", "open", "runtime_version"]
 
 import queue
 import socket
@@ -20,9 +20,10 @@ from dataclasses import dataclass
 from ipaddress import ip_address
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NoReturn, Self
 
 from phi4edge.core.errors import MissingToolError, TargetError, UsageError
+from phi4edge.transports._api import Address
 from phi4edge.transports._certificate import certify
 from phi4edge.transports._page_messages import Done, Failed, Gone, Message
 from phi4edge.transports._page_server import Piece, Site, make_server
@@ -55,6 +56,15 @@ class Place:
             raise UsageError(
                 f"--host {self.host!r} is not an address of this machine", "127.0.0.1, or 0.0.0.0 for a phone"
             ) from None
+
+
+def open(address: Address) -> NoReturn:
+    """Nobody can connect to a browser.
+
+    Raises:
+        UsageError: always.
+    """
+    raise UsageError("a browser cannot be connected to: it opens a link", "bench or drift --transport browser shows it")
 
 
 def runtime_version() -> tuple[str, str]:
@@ -149,7 +159,8 @@ class Visit:
                     ) from None
                 if now - began > place.limit_s:
                     raise TargetError(
-                        f"the page was not done within {place.limit_s:.0f} s", "measure less, or give a larger --limit"
+                        f"the page was not done within {place.limit_s:.0f} s",
+                        "measure less, or give a larger --page-limit",
                     ) from None
                 continue
             if isinstance(message, Failed):
@@ -168,7 +179,7 @@ class Visit:
             if time.monotonic() > end:
                 raise MissingToolError(
                     f"nobody opened the link within {self._place.wait_s:.0f} s",
-                    "is the device on the same network, and does a firewall let it in? --wait SECONDS waits longer",
+                    "is the device on the same network, and does a firewall let it in? --page-wait SECONDS waits longer",
                 )
             time.sleep(0.05)
 

@@ -226,7 +226,7 @@ def command(
     progress = progress_for(quiet)
     guest = None
     if transport == BROWSER:
-        if attribute or greedy is not None or tasks["tasks"] or len(texts) > 1:
+        if attribute or greedy is not None or tasks["task_names"] or len(texts) > 1:
             raise UsageError(
                 "in a browser, drift is measured on one text alone",
                 "leave --attribute, --greedy, --tasks and a second --text out",

@@ -29,7 +29,7 @@ export async function deviceFacts() {
   return {
     user_agent: navigator.userAgent,
     platform: high.platform ?? hints?.platform ?? navigator.platform ?? null,
-    platform_version: high.platformVersion ?? null,
+    platform_version: high.platformVersion || null,
     model: high.model || null,
     architecture: high.architecture || null,
     hardware_concurrency: navigator.hardwareConcurrency ?? null,

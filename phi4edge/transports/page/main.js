@@ -38,8 +38,9 @@ function list(id, rows) {
   at(id).hidden = false;
 }
 
-function note(text) {
+function note(text, loud = false) {
   const item = document.createElement("li");
+  item.classList.toggle("loud", loud);
   item.textContent = text;
   at("notes").append(item);
 }
@@ -70,12 +71,19 @@ async function stayAwake() {
   }
 }
 
+const NAMES = {
+  user_agent: "Browser", platform: "System", platform_version: "Version", model: "Model", architecture: "Processor",
+  hardware_concurrency: "Cores", device_memory_gib: "Memory, GiB", cross_origin_isolated: "Isolated",
+  secure_context: "Secure", wasm_simd: "SIMD", wasm_threads: "Threads", clock_step_s: "Clock, s", screen: "Screen",
+};
+const inWords = (value) => ({ true: "yes", false: "no", null: "not told" }[value]
+  ?? (typeof value === "number" && value < 1 ? value.toPrecision(2) : value));
 const amount = (bytes) => (bytes < 1e9 ? `${(bytes / 1e6).toFixed(bytes < 1e7 ? 1 : 0)} MB` : `${(bytes / 1e9).toFixed(2)} GB`);
 const middle = (values) => [...values].sort((a, b) => a - b)[values.length >> 1];
 
 async function main() {
   const facts = await deviceFacts();
-  list("device", Object.entries(facts).map(([name, value]) => [name.replaceAll("_", " "), value ?? "not told"]));
+  list("device", Object.entries(NAMES).map(([key, name]) => [name, inWords(facts[key])]));
   await post("hello", facts);
   if (!facts.wasm_simd) {
     return fail("This browser has no WebAssembly SIMD, without which a language model cannot be run in it. "
@@ -92,9 +100,9 @@ async function main() {
   });
   await post("loaded", told);
   if (told.threads === 1) {
-    note(facts.cross_origin_isolated
-      ? "One thread computes."
-      : "One thread computes, since this page is not isolated: open it over https (--tls) or on the same machine.");
+    if (facts.cross_origin_isolated) note("One thread computes.");
+    else note("One thread computes, because this page came over plain http. This device can do more: end the "
+      + "measurement, and start it with --tls.", true);
   }
   const rows = [["Model", amount(told.transferred)], ["Threads", told.threads], ["Load", `${told.load_s.toFixed(2)} s`]];
   const times = { prefill: [], decode: [] };

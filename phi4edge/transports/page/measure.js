@@ -31,7 +31,7 @@ export async function measureSpeed(wllama, speed, show, post) {
   if (speed.prompt.length) {
     const tokens = begin(speed.prompt);
     for (let i = 0; i < rounds; i++) {
-      show(`Reading a prompt of ${tokens.length} tokens`, i < warmup ? "warm-up, not counted" : `${i - warmup + 1} of ${repetitions}`, i, rounds);
+      show(`Reading a prompt of ${tokens.length} tokens`, i < warmup ? "warm-up, not counted" : `round ${i - warmup + 1} of ${repetitions}`, i, rounds);
       const found = await timePrompt(wllama, tokens);
       if (i >= warmup) await post("prefill", found);
     }
@@ -40,7 +40,7 @@ export async function measureSpeed(wllama, speed, show, post) {
     const tokens = begin(speed.generated);
     const total = rounds * tokens.length;
     for (let i = 0; i < rounds; i++) {
-      const round = i < warmup ? "warm-up, not counted" : `${i - warmup + 1} of ${repetitions}`;
+      const round = i < warmup ? "warm-up, not counted" : `round ${i - warmup + 1} of ${repetitions}`;
       const found = await timeTokens(wllama, tokens, (done) => {
         show(`Writing ${tokens.length} tokens`, round, i * tokens.length + done, total);
       });
