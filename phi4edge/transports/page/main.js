@@ -100,7 +100,7 @@ async function main() {
   });
   await post("loaded", told);
   if (told.threads === 1) {
-    if (facts.cross_origin_isolated) note("One thread computes.");
+    if (facts.cross_origin_isolated || told.info.threads_asked === 1) note("One thread computes.");
     else note("One thread computes, because this page came over plain http. This device can do more: end the "
       + "measurement, and start it with --tls.", true);
   }
