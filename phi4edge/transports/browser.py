@@ -160,7 +160,7 @@ class Visit:
                 if now - began > place.limit_s:
                     raise TargetError(
                         f"the page was not done within {place.limit_s:.0f} s",
-                        "measure less, or give a larger --page-limit",
+                        "ask for less, or --page-limit SECONDS",
                     ) from None
                 continue
             if isinstance(message, Failed):
@@ -179,7 +179,7 @@ class Visit:
             if time.monotonic() > end:
                 raise MissingToolError(
                     f"nobody opened the link within {self._place.wait_s:.0f} s",
-                    "is the device on the same network, and does a firewall let it in? --page-wait SECONDS waits longer",
+                    "is the device on the same network, and is the port open? --page-wait SECONDS waits longer",
                 )
             time.sleep(0.05)
 

@@ -111,8 +111,8 @@ async function main() {
       times[kind].push(kind === "prefill" ? job.speed.prompt.length / said.prefill_s : 1 / middle(said.token_s));
       await post(kind, said);
     });
-    if (times.prefill.length) rows.push(["Prompt", `${middle(times.prefill).toFixed(2)} tokens a second`]);
-    if (times.decode.length) rows.push(["Generation", `${middle(times.decode).toFixed(2)} tokens a second`]);
+    if (times.prefill.length) rows.push(["Prompt", `${middle(times.prefill).toFixed(2)} tok/s`]);
+    if (times.decode.length) rows.push(["Generation", `${middle(times.decode).toFixed(2)} tok/s`]);
   }
   if (job.drift) {
     await measureDrift(wllama, job.drift, show, postRow);
@@ -125,6 +125,7 @@ async function main() {
   at("state").textContent = "Everything was measured";
   at("detail").textContent = "The results are on the computer. You may close this page.";
   at("bar").value = 1;
+  for (const item of document.querySelectorAll("#notes li:not(.loud)")) item.remove();
   list("results", rows);
 }
 
