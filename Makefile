@@ -28,7 +28,7 @@ $(DONE): pyproject.toml constraints.txt benchmarks/setup/build_llama.py
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup: build tools"
-	@$(BIN)/python -m pip install -qq -c constraints.txt pip hatchling editables
+	@$(BIN)/python -m pip install -qq -c constraints.txt pip hatchling editables setuptools wheel
 	@echo "setup: llama.cpp (compiled the first time, minutes; later taken from the cache)"
 	@wheel=$$($(BIN)/python benchmarks/setup/build_llama.py) && \
 		$(BIN)/python -m pip install -qq --no-deps --force-reinstall "$$wheel"

@@ -37,7 +37,7 @@ def logits(
     artifact: Path, settings: Settings, runtime: str = "torch_ref", tokens: NDArray[np.int64] = TOKENS
 ) -> Tensor:
     with load_runtime(runtime).open(artifact, tokens.shape[1], settings) as session:
-        return torch.from_numpy(np.stack(list(session.logits(tokens))))
+        return torch.from_numpy(np.stack([rows.copy() for rows in session.logits(tokens)]))
 
 
 def served(artifact: Path, tokens: NDArray[np.int64] = TOKENS) -> Tensor:

@@ -68,7 +68,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def logits(folder: Path, tokens: np.ndarray, settings: Settings = ONE, first: int = 0) -> torch.Tensor:
     with runtime.open(folder, tokens.shape[1], settings) as session:
-        return torch.stack([torch.from_numpy(rows) for rows in session.logits(tokens, first=first)])
+        return torch.stack([torch.tensor(rows) for rows in session.logits(tokens, first=first)])
 
 
 # Logits
@@ -109,7 +109,7 @@ def test_int8_activations_are_those_that_torch_ref_simulates(
     tokens = tokens_of(1, rows=64)
     exact, served = (logits(folders["phi4", level], tokens) for level in (1, 4))
     with torch_ref.open(folders["phi4", 4], 1, replace(ONE, activations="int8-b32")) as session:
-        simulated = torch.stack([torch.from_numpy(rows) for rows in session.logits(tokens)])
+        simulated = torch.stack([torch.tensor(rows) for rows in session.logits(tokens)])
     moved, left = (sorted(map(relative, served, other)) for other in (exact, simulated))
     assert moved[0] > 2e-3
     assert left[48] <= TOLERANCE  # three quarters of them

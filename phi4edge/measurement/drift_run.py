@@ -16,7 +16,8 @@ __all__ = [
 ]
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -402,10 +403,23 @@ def compare_session(
         )
     tokens = store.tokens[:count]
     found = []
-    for number, logits in enumerate(session.logits(tokens, first=store.first, progress=progress)):
-        following = torch.from_numpy(tokens[number, store.first + 1 :])
-        try:
-            found.append(compare_chunk(torch.from_numpy(logits[:-1]), store.chunk(number), following))
-        except InputError as error:
-            raise InputError(f"{artifact}: chunk {number}: {error.message}", error.hint) from error
+    with _cores_left(session):
+        for number, logits in enumerate(session.logits(tokens, first=store.first, progress=progress)):
+            following = torch.from_numpy(tokens[number, store.first + 1 :])
+            try:
+                found.append(compare_chunk(torch.from_numpy(logits[:-1]), store.chunk(number), following))
+            except InputError as error:
+                raise InputError(f"{artifact}: chunk {number}: {error.message}", error.hint) from error
     return PositionFigures.stack(found)
+
+
+@contextmanager
+def _cores_left(session: Session) -> Iterator[None]:
+    """Leave the cores that ``session`` is at work on to it: a thread of ours beside each of its own slows both."""
+    before = torch.get_num_threads()
+    if session.busy:
+        torch.set_num_threads(max(1, before - session.busy))
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)

@@ -330,6 +330,12 @@ class BrowserSession:
         """See :class:`phi4edge.runtimes._api.Session`; known after the visit."""
         return self.told.details()
 
+    @property
+    def busy(self) -> int:
+        """See :class:`phi4edge.runtimes._api.Session`: the browser's threads, where it may run on this machine."""
+        loaded = self.told.loaded
+        return loaded.threads if loaded is not None and self._guest.place.local else 0
+
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = SILENT) -> Iterator[Logits]:
         """See :class:`phi4edge.runtimes._api.Session`; ln of the probabilities, which are logits but for a constant.
 
@@ -360,7 +366,7 @@ class BrowserSession:
                     progress.advance()
                     if row == rows:
                         yield found
-                        chunk, row, found = chunk + 1, 0, np.empty_like(found)
+                        chunk, row = chunk + 1, 0
             except TargetError as error:
                 so_far = f"{chunk} of {count} chunks, and {row} positions of the next, were read until then"
                 raise TargetError(f"{error.message}; {so_far}", error.hint) from error

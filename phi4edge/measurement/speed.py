@@ -7,13 +7,15 @@
     load_s        model and context, files as warm as they happened to be
     peak_rss_bytes, idle_rss_bytes   of the runtime's own process at its height, and before it loaded the model
 
-Tokenization and sampling are excluded: the tokens that are fed are fixed.
+Tokenization and sampling are excluded: the tokens that are fed are fixed. Beside the times stands what the machine
+said of its clocks, heat and power meanwhile (:mod:`phi4edge.measurement.power`), which costs it nothing that shows.
 """
 
 from __future__ import annotations
 
 __all__ = ["measure_speed", "summarize_speed"]
 
+import time
 from dataclasses import asdict
 from itertools import chain
 from pathlib import Path
@@ -23,6 +25,8 @@ from typing import Any
 from phi4edge.core.errors import MissingToolError
 from phi4edge.measurement.artifact import default_runtime, describe
 from phi4edge.measurement.environment import environment
+from phi4edge.measurement.power._api import Decoded
+from phi4edge.measurement.power.sampler import local_sampler
 from phi4edge.measurement.result import Measurement, mean_of
 from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples, default_settings, load_runtime
 
@@ -79,7 +83,12 @@ def measure_speed(
     if reason:
         raise MissingToolError(reason, getattr(module, "INSTALL", None))
     before = environment()  # its load average is the one that the measurement met
-    samples = module.speed(artifact, request, settings)
+    with local_sampler() as sampler:
+        sampler.before()
+        sampler.start()
+        samples = module.speed(artifact, request, settings)
+        sampler.stop(_decoded(samples))
+        power = sampler.after()
     return {
         "artifact": description,
         "target": target,
@@ -88,4 +97,11 @@ def measure_speed(
         "settings": asdict(settings) | asdict(request) | {"threads": samples.details.get("threads")},
         "metrics": {key: metric.as_dict() for key, metric in summarize_speed(samples, request).items()},
         "environment": before,
+        "power": power,
     }
+
+
+def _decoded(samples: SpeedSamples) -> Decoded | None:
+    """Decoding comes last in a measurement of speed, so it is the last of the time that the machine was watched."""
+    tokens = list(chain.from_iterable(samples.token_s))
+    return Decoded(len(tokens), sum(tokens), time.monotonic()) if tokens else None

@@ -78,10 +78,16 @@ class Session(Protocol):
         """What the settings came to: threads, flash attention, instruction sets, types of buffers."""
         ...
 
+    @property
+    def busy(self) -> int:
+        """Cores of this machine that are at work on the next row of :meth:`logits` while the caller has one."""
+        ...
+
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = ...) -> Iterator[Logits]:
         """Logits of every row of ``tokens`` [n, length], from position ``first`` on, each row on its own.
 
-        Yields n arrays [length − first, vocab] float32, in order; an array is the caller's to keep or change.
+        Yields n arrays [length − first, vocab] float32, in order. An array is the caller's to change, and gone when the
+        next one is asked for: copy what shall stay.
         """
         ...
 

@@ -29,6 +29,7 @@ import phi4edge
 from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.runtimes._api import Logits, Settings, SpeedRequest, SpeedSamples
+from phi4edge.runtimes._shared import SharedRows
 from phi4edge.runtimes._threads import physical_cores
 
 
@@ -49,7 +50,9 @@ class ChildSession:
 
     def __init__(self, child: Child, artifact: Path, settings: Settings, load: Mapping[str, Any]) -> None:
         self.artifact, self._kind = artifact, child
-        self._ahead: tuple[object, int] | None = None  # whose rows the child is making beforehand, and how many
+        self._ahead: object | None = None  # whose rows the child is making beforehand
+        self._at: tuple[int, int] = (0, 0)  # where the rows that were asked for last will be, and how many
+        self._shared: SharedRows | None = SharedRows()
         self._words = tempfile.TemporaryFile()  # noqa: SIM115  the child's stderr, read when it dies
         self._child = subprocess.Popen(
             [sys.executable, "-m", child.module],
@@ -57,8 +60,11 @@ class ChildSession:
             stdout=subprocess.PIPE,
             stderr=self._words,
             env=_environment(),
+            pass_fds=() if self._shared is None else (self._shared.descriptor,),
         )
-        resolved = replace(settings, threads=settings.threads or physical_cores())
+        self._settings = resolved = replace(settings, threads=settings.threads or physical_cores())
+        if self._shared is not None:
+            load = {**load, "shared": self._shared.descriptor}
         try:
             answer = self.call({"op": "load", "path": str(artifact), "settings": asdict(resolved), **load})
         except BaseException:
@@ -78,6 +84,11 @@ class ChildSession:
         """What the settings came to, as the runtime tells it."""
         return self._details
 
+    @property
+    def busy(self) -> int:
+        """See :class:`phi4edge.runtimes._api.Session`."""
+        return 0 if self._settings.gpu_layers else self._settings.threads or 0
+
     def add_details(self, more: Mapping[str, Any]) -> None:
         """Add what the parent knows."""
         self._details |= more
@@ -88,24 +99,35 @@ class ChildSession:
         The child is at work on the next row of ``tokens`` while the caller has the logits of one.
         """
         progress.start(self._kind.title, tokens.shape[0], "chunk")
-        own, rows = object(), tokens.shape[1] - first
+        own = object()
         for number, row in enumerate(tokens):
-            if self._ahead is None or self._ahead[0] is not own:
+            if self._ahead is not own:
                 self._ask(row, first)
             self._ahead = None
-            out = self._rows(rows)
+            out = self._rows()
             for following in tokens[number + 1 : number + 2]:
                 self._ask(following, first)
-                self._ahead = own, rows
+                self._ahead = own
             yield out
             progress.advance()
         progress.finish()
 
     def _ask(self, row: NDArray[np.int64], first: int) -> None:
-        self._send({"op": "logits", "tokens": row.tolist(), "first": first})
+        self._settle()
+        request, rows = {"op": "logits", "tokens": row.tolist(), "first": first}, len(row) - first
+        self._at = 0, rows
+        if self._shared is not None:
+            offset, size = self._shared.place(4 * rows * self._vocab_size)
+            self._at = offset, rows
+            request |= {"offset": offset, "size": size}
+        self._send(request)
 
-    def _rows(self, rows: int) -> Logits:
+    def _rows(self) -> Logits:
         """The answer to :meth:`_ask`, [rows, vocab]."""
+        offset, rows = self._at
+        if self._shared is not None:
+            self._receive()
+            return self._shared.rows(offset, (rows, self._vocab_size))
         out = np.empty((rows, self._vocab_size), dtype="<f4")
         view, done = out.reshape(-1).view(np.uint8).data, 0
         while done < len(view):
@@ -113,6 +135,13 @@ class ChildSession:
             self._fill(view[done : done + nbytes])
             done += nbytes
         return out
+
+    def _settle(self) -> None:
+        """Take the answer that nobody has taken: the next one's would be mistaken for it."""
+        if self._ahead is not None:
+            self._ahead = None
+            with suppress(Phi4EdgeError):  # a child that died over it says so now
+                self._rows()
 
     def generate(self, tokens: list[int]) -> Iterator[int]:
         """See :class:`phi4edge.runtimes._api.Session`; a token is one request, a small share of what it costs."""
@@ -141,10 +170,7 @@ class ChildSession:
 
     def _send(self, request: dict[str, Any]) -> None:
         assert self._child.stdin is not None
-        if self._ahead is not None:  # nobody has taken that answer, and this one's would be mistaken for it
-            (_, rows), self._ahead = self._ahead, None
-            with suppress(Phi4EdgeError):  # a child that died over it says so now
-                self._rows(rows)
+        self._settle()
         try:
             self._child.stdin.write(json.dumps(request).encode() + b"\n")
             self._child.stdin.flush()
@@ -197,6 +223,8 @@ class ChildSession:
         """End the child; it holds nothing that must be kept."""
         self._child.kill()
         self._child.wait()
+        if self._shared is not None:
+            self._shared.close()
         for stream in (self._child.stdin, self._child.stdout, self._words):
             if stream is not None:
                 try:

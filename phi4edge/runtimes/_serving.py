@@ -6,6 +6,8 @@ bytes. Whatever else writes to stdout lands on stderr.
     {"op": "load", "path", "settings", …}           → {"ok", "vocab_size", "load_s", "details"}
     {"op": "logits", "tokens": […], "first": n}     → {"ok", "nbytes"} + bytes, again and again until length − first
                                                       rows of vocab_size float32 have come
+    {… "offset": o, "size": s}                      → {"ok"}: the rows lie at offset o of the s bytes of memory that
+                                                      both sides see, whose descriptor ``shared`` came with ``load``
     {"op": "generate", "tokens": […], "fresh": b}   → {"ok", "token"}: the most likely one behind all that was fed since
                                                       the last fresh request; stop strings are the parent's business
     {"op": "speed", "request"}                      → {"ok", "prefill_s", "ttft_s", "token_s", …}
@@ -18,6 +20,7 @@ __all__ = ["Engine", "WorkerError", "most_likely", "random_tokens", "serve", "ti
 
 import ctypes
 import json
+import mmap
 import os
 import random
 import sys
@@ -29,6 +32,7 @@ from numpy.typing import NDArray
 
 from phi4edge.core.memory import peak_rss_bytes, rss_bytes
 from phi4edge.runtimes._api import SpeedRequest
+from phi4edge.runtimes._shared import copy_rows
 
 
 class WorkerError(Exception):
@@ -124,19 +128,27 @@ def _serve(
     more: Callable[[Engine, dict[str, Any]], dict[str, Any]] | None,
 ) -> None:
     engine: Engine | None = None
-    idle_rss = 0
+    memory: mmap.mmap | None = None
+    shared = idle_rss = 0
     for line in requests:
         request = json.loads(line)
         try:
             if request["op"] == "load":
                 _import(prepare)
                 idle_rss = rss_bytes()  # what the interpreter and the bindings take is not the model's
-                engine = load(request)
+                engine, shared = load(request), request.get("shared", 0)
                 body = {"vocab_size": engine.vocab_size, "load_s": engine.load_s, "details": engine.details()}
                 _answer(answers, body)
                 continue
             assert engine is not None
-            if request["op"] == "logits":
+            if request["op"] == "logits" and "offset" in request:
+                if memory is None or len(memory) != request["size"]:
+                    memory = mmap.mmap(shared, request["size"])
+                at = request["offset"]
+                for part in _parts(engine, request["tokens"], request["first"]):
+                    at = copy_rows(memory, at, part)
+                _answer(answers, {})
+            elif request["op"] == "logits":
                 _send_logits(answers, engine, request["tokens"], request["first"])
             elif request["op"] == "generate":
                 _answer(answers, {"token": engine.feed(request["tokens"], fresh=request["fresh"])})
@@ -150,17 +162,22 @@ def _serve(
             _answer(answers, {"kind": error.kind, "message": str(error)}, ok=False)
 
 
-def _send_logits(answers: BinaryIO, engine: Engine, tokens: list[int], first: int) -> None:
+def _parts(engine: Engine, tokens: list[int], first: int) -> Iterator[NDArray[np.float32]]:
     """As many rows as the other side waits for, or an error: it would wait for ever, or take rows for an answer."""
     left = len(tokens) - first
     for part in engine.logits(tokens, first):
         left -= len(part)
         if left < 0:
             break
-        _answer(answers, {"nbytes": part.nbytes})
-        answers.write(part.data)
+        yield part
     if left:
         raise WorkerError("runtime", f"the runtime gave {abs(left)} rows of logits too {'few' if left > 0 else 'many'}")
+
+
+def _send_logits(answers: BinaryIO, engine: Engine, tokens: list[int], first: int) -> None:
+    for part in _parts(engine, tokens, first):
+        _answer(answers, {"nbytes": part.nbytes})
+        answers.write(part.data)
     answers.flush()
 
 

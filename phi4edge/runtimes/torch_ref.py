@@ -123,6 +123,11 @@ class TorchSession:
         """Threads, dtype and device, and activations where they are rounded."""
         return self._details
 
+    @property
+    def busy(self) -> int:
+        """See :class:`phi4edge.runtimes._api.Session`: a row is computed when it is asked for."""
+        return 0
+
     def logits(self, tokens: NDArray[np.int64], *, first: int = 0, progress: Progress = SILENT) -> Iterator[Logits]:
         """See :class:`phi4edge.runtimes._api.Session`; all rows go through a block before the next is read."""
         group = sequences_in_ram(self._source, tokens.shape[1])

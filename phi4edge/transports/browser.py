@@ -57,6 +57,11 @@ class Place:
                 f"--host {self.host!r} is not an address of this machine", "127.0.0.1, or 0.0.0.0 for a phone"
             ) from None
 
+    @property
+    def local(self) -> bool:
+        """Whether only this machine reaches it."""
+        return ip_address(self.host).is_loopback
+
 
 def open(address: Address) -> NoReturn:
     """Nobody can connect to a browser.
@@ -223,9 +228,8 @@ def _bracketed(address: str) -> str:
 
 
 def _notes(place: Place, others: Sequence[str]) -> list[str]:
-    local = ip_address(place.host).is_loopback
     notes = ["The first who opens it is measured, and nobody else gets in."]
-    if local:
+    if place.local:
         notes.append("Only this machine reaches it; for a phone: --host 0.0.0.0")
     elif not place.tls:
         notes.append("Without --tls a browser gives the page one thread only, and the measured speed is of that one.")

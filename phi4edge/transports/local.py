@@ -80,13 +80,17 @@ class LocalDevice:
             raise TargetError(f"{argv[0]}: took longer than {timeout_s:g} s") from error
         finally:
             _end(process)
+            for stream in (process.stdin, process.stdout, process.stderr):
+                if stream is not None:
+                    with suppress(BrokenPipeError):  # what the program never read
+                        stream.close()
         return Finished(_status(process.returncode), stdout, stderr)
 
     def start(
         self, argv: Sequence[str], *, timeout_s: float, environment: Mapping[str, str] | None = None
     ) -> LocalStream:
         """See :class:`phi4edge.transports._api.Device`; the limit is the caller's to keep here."""
-        words: BinaryIO = tempfile.TemporaryFile()  # type: ignore[assignment]  # noqa: SIM115
+        words: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         return LocalStream(self._popen(argv, environment, words), words)
 
     def _popen(

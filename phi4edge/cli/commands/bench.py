@@ -23,6 +23,8 @@ LOCAL = "local"
 
 
 def _text(data: dict[str, Any]) -> str:
+    from phi4edge.measurement.power.text import power_text
+
     artifact, runtime, settings, metrics = data["artifact"], data["runtime"], data["settings"], data["metrics"]
     rows = []
     for label, key, spec, scale in (
@@ -45,6 +47,7 @@ def _text(data: dict[str, Any]) -> str:
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
             memory_line(metrics),
+            *([f"power: {power_text(data['power'])}"] if "power" in data else []),
         ]
     )
 
