@@ -142,7 +142,7 @@ def test_only_the_first_who_has_the_token_gets_in_and_paths_lead_nowhere_else(pr
         seen["head"] = stranger.ask("HEAD", client.url.path)[0]
         seen["first"] = client.open()
         seen["second"] = stranger.open()
-        stranger.cookie = "phi4edge=" + "B" * 43
+        stranger.cookie = client.cookie.split("=")[0] + "=" + "B" * 43
         seen["forged"] = stranger.ask("GET", "/job")[0]
         seen["stranger posts"] = stranger.ask("POST", "/say/error", b'{"message": "no"}')[0]
         seen["again"] = client.ask("GET", client.url.path)[0]
@@ -376,6 +376,20 @@ def test_the_command_says_how_to_get_the_runtime_and_takes_no_other_archive(
 def test_a_target_that_no_browser_reaches_is_refused(probe: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["bench", str(probe), "--transport", "browser", "--target", "jetson-thor-128gb"]) == 2
     assert "reached over ssh" in capsys.readouterr().err
+    assert main(["bench", str(probe), "--transport", "browser", "--runtime", "llama_cpp"]) == 2
+    assert "which runs wllama" in capsys.readouterr().err
+
+
+def test_the_link_for_a_phone_has_an_address_that_it_can_reach_and_says_what_plain_http_costs(probe: Path) -> None:
+    visitor = Visitor()
+
+    def act(client: Client) -> None:
+        assert client.url.hostname not in (None, "0.0.0.0", "::")
+        assert any("one thread only" in note for note in visitor.notes)
+
+    place = Place(host="0.0.0.0", wait_s=0.5)
+    with acting(visitor, act), pytest.raises(MissingToolError):
+        measure_speed_in_browser(guest(probe, visitor, place=place), target="browser", request=SMALL)
 
 
 def test_drift_in_a_browser_takes_no_work_that_needs_text_written(

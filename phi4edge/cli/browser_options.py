@@ -11,11 +11,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
 
 if TYPE_CHECKING:
     from phi4edge.core.events import Progress
     from phi4edge.measurement.in_browser import Guest
+    from phi4edge.runtimes._api import Settings
     from phi4edge.transports.browser import Place
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -72,14 +74,19 @@ def place_from(options: Mapping[str, Any]) -> Place:
     )
 
 
-def guest_for(artifact: Path, settings: Any, options: Mapping[str, Any], progress: Progress) -> Guest:
+def guest_for(
+    artifact: Path, runtime: str | None, settings: Settings, options: Mapping[str, Any], progress: Progress
+) -> Guest:
     """``artifact``, checked and ready to be served; its link will stand on stderr.
 
     Raises:
+        UsageError: a ``runtime``, of which a browser has its own.
         As :func:`phi4edge.measurement.in_browser.open_guest`.
     """
     from phi4edge.measurement.in_browser import open_guest
 
+    if runtime is not None:
+        raise UsageError(f"--runtime {runtime} is none of a browser's, which runs wllama", "leave --runtime out")
     return open_guest(artifact, settings, place_from(options), announcer(), progress)
 
 

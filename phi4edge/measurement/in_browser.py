@@ -125,6 +125,8 @@ def open_guest(
         raise UsageError(f"--kv {settings.kv_type} is unknown to wllama", f"one of {', '.join(_KV_TYPES)}")
     if settings.flash_attention == "on":
         raise UsageError("--flash-attention on cannot be forced in a browser", "auto, or off")
+    if settings.activations != "none":
+        raise UsageError("--activations rounds in torch_ref, not in a browser", "leave it out")
     file = read_gguf(artifact)
     total = sum(path.stat().st_size for path in file.files)
     if total + _ROOM > _MEMORY:
@@ -204,7 +206,7 @@ class _Told:
         """The device as its browser describes it, in the place of a fingerprint that nobody can take there."""
         return {
             "cpu": {
-                "model": "not told by a browser",
+                "model": f"{self.facts.get('model') or self.facts.get('platform') or 'unknown'}, as its browser says",
                 "architecture": self.facts.get("architecture"),
                 "logical_cores": self.facts.get("hardware_concurrency"),
             },

@@ -30,7 +30,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from phi4edge.transports._page_messages import ROW, Failed, Message, NonsenseError, Row, read_message
+from phi4edge.transports._page_messages import ROW, Done, Failed, Message, NonsenseError, Row, read_message
 
 _COOKIE = "phi4edge"
 _SLICE = 1 << 20  # bytes read and sent at a time
@@ -182,8 +182,12 @@ class _Handler(BaseHTTPRequestHandler):
             except NonsenseError as error:
                 self._bad(str(error))
                 return
+            last = isinstance(message, Done | Failed)
+            if last:  # after which nobody may be here to answer
+                self._say(HTTPStatus.NO_CONTENT, "")
             self.site.put(message)
-            self._say(HTTPStatus.NO_CONTENT, "")
+            if not last:
+                self._say(HTTPStatus.NO_CONTENT, "")
 
     # --- who it is ----------------------------------------------------------------------------------------------
 
@@ -195,15 +199,20 @@ class _Handler(BaseHTTPRequestHandler):
         elif cookie := self.site.admit(token):
             self.site.heard = time.monotonic()
             flags = "; Secure" if self.site.secure else ""
-            self._page({"Set-Cookie": f"{_COOKIE}={cookie}; Path=/; HttpOnly; SameSite=Lax{flags}"})
+            self._page({"Set-Cookie": f"{self._cookie_name}={cookie}; Path=/; HttpOnly; SameSite=Lax{flags}"})
         elif self._is_visitor():
             self._page()
         else:
             self._refuse()
 
+    @property
+    def _cookie_name(self) -> str:
+        """Cookies know hosts, not ports: of two measurements beside each other each has its own."""
+        return f"{_COOKIE}-{self.server.server_address[1]}"  # type: ignore[index]  # a pair, or four of IPv6
+
     def _is_visitor(self) -> bool:
         try:
-            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
+            morsel = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie_name)
         except CookieError:
             return False
         if morsel is None or not self.site.knows(morsel.value):

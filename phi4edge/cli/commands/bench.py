@@ -135,7 +135,7 @@ def command(
     if transport == BROWSER:
         from phi4edge.measurement.in_browser import measure_speed_in_browser
 
-        guest = guest_for(artifact, settings, page, progress_for(quiet))
+        guest = guest_for(artifact, runtime, settings, page, progress_for(quiet))
         data = measure_speed_in_browser(guest, target=target, request=request)
     else:
         data = measure_speed(

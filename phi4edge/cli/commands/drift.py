@@ -231,7 +231,7 @@ def command(
                 "in a browser, drift is measured on one text alone",
                 "leave --attribute, --greedy, --tasks and a second --text out",
             )
-        guest = guest_for(artifact, settings, tasks, progress)
+        guest = guest_for(artifact, runtime, settings, tasks, progress)
     asked = task_request(tasks | {"max_task_drop": max_task_drop, "min_reference_share": min_reference_share})
     if asked is not None:
         check_tasks(asked, reference)
