@@ -17,8 +17,9 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError, MissingToolError, TargetError, UsageError
 from phi4edge.core.hashing import sha256_bytes
-from phi4edge.measurement import in_browser
-from phi4edge.measurement.in_browser import Guest, measure_drift_in_browser, measure_speed_in_browser, open_guest
+from phi4edge.measurement import browser_guest
+from phi4edge.measurement.browser_guest import Guest, open_guest
+from phi4edge.measurement.in_browser import measure_drift_in_browser, measure_speed_in_browser
 from phi4edge.measurement.reference import ReferenceStore, build_store
 from phi4edge.measurement.texts import Chunks
 from phi4edge.report.parse import parse_document
@@ -112,7 +113,7 @@ def test_a_browser_gives_the_reference_s_distributions_from_a_file_that_it_gets_
     f32: Path, store: ReferenceStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Over plain http from another host's name, where a page has one thread."""
-    monkeypatch.setattr(in_browser, "_PIECE", 200_000)
+    monkeypatch.setattr(browser_guest, "_PIECE", 200_000)
     visitor = Visitor()
     with chromium(visitor, tmp_path, host="phone.test"):
         settings = Settings(threads=2, flash_attention="off", kv_type="f32")
@@ -353,7 +354,7 @@ def test_what_cannot_run_in_a_browser_is_refused_before_a_page_is_served(
         refused(flash_attention="on")
     with pytest.raises(UsageError, match="not an address"):
         Place(host="phone")
-    monkeypatch.setattr(in_browser, "_MEMORY", in_browser._ROOM + 1000)
+    monkeypatch.setattr(browser_guest, "_MEMORY", browser_guest._ROOM + 1000)
     with pytest.raises(TargetError, match="do not fit WebAssembly's"):
         refused()
 

@@ -16,7 +16,7 @@ from phi4edge.core.memory import format_bytes
 
 if TYPE_CHECKING:
     from phi4edge.core.events import Progress
-    from phi4edge.measurement.in_browser import Guest
+    from phi4edge.measurement.browser_guest import Guest
     from phi4edge.runtimes._api import Settings
     from phi4edge.transports.browser import Place
 
@@ -81,9 +81,9 @@ def guest_for(
 
     Raises:
         UsageError: a ``runtime``, of which a browser has its own.
-        As :func:`phi4edge.measurement.in_browser.open_guest`.
+        As :func:`phi4edge.measurement.browser_guest.open_guest`.
     """
-    from phi4edge.measurement.in_browser import open_guest
+    from phi4edge.measurement.browser_guest import open_guest
 
     if runtime is not None:
         raise UsageError(f"--runtime {runtime} is none of a browser's, which runs wllama", "leave --runtime out")

@@ -26,7 +26,8 @@ from phi4edge.core.errors import MissingToolError, TargetError, UsageError
 from phi4edge.transports._api import Address
 from phi4edge.transports._certificate import certify
 from phi4edge.transports._page_messages import Done, Failed, Gone, Message
-from phi4edge.transports._page_server import Piece, Site, make_server
+from phi4edge.transports._page_server import make_server
+from phi4edge.transports._page_site import Piece, Site
 from phi4edge.transports._wllama import NAME, VERSION, installed
 
 DESCRIPTION = "a page that a phone or laptop opens in its browser"
