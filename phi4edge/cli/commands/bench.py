@@ -122,7 +122,8 @@ def command(
     not in the times. Every sample is kept in the document.
 
     With --transport browser a page is served, and a phone or laptop that opens its link runs the GGUF there, in
-    WebAssembly. This was run in Chromium on a PC; on a phone it is not measured on hardware.
+    WebAssembly, on half of the processors that the browser counts, or on --threads. This was run in Chromium on a PC;
+    on a phone it is not measured on hardware.
     """
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
