@@ -55,6 +55,9 @@ def test_wheel_holds_code_data_and_licence_and_nothing_else(wheel: Path) -> None
         assert expected, f"{folder}/ has TOML files"
         assert expected <= set(names)
     assert "phi4edge/py.typed" in names
+    page = {f"phi4edge/transports/page/{path.name}" for path in (ROOT / "phi4edge/transports/page").iterdir()}
+    assert "phi4edge/transports/page/index.html" in page
+    assert page <= set(names)
     assert any(name.endswith("dist-info/licenses/LICENSE") for name in names)
     assert {name.split("/")[0].split("-")[0] for name in names} == {"phi4edge"}
 

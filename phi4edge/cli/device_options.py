@@ -47,7 +47,7 @@ class DeviceOptions:
 _OPTIONS = (
     click.option(
         "--transport", metavar="NAME",
-        help="How the device is reached: local, ssh, adb.  [default: the target's first]",
+        help="How the device is reached: local, ssh, adb, or browser, a link to open.  [default: the target's first]",
     ),
     click.option(
         "--address", metavar="PLACE",

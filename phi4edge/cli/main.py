@@ -34,7 +34,7 @@ SUMMARIES = {
     "verify": "Read an artifact back and compare it with its run, bit for bit.",
     "drift": "Measure PPL, KLD and top-1 agreement inside the runtime that serves.",
     "bench": "Measure prefill and decode speed, TTFT and memory on a device.",
-    "runner": "Build llama.cpp's programs for a device, statically, and list them.",
+    "runner": "Build llama.cpp's programs for a device, and get what a browser runs.",
     "report": "Put results side by side: JSON, Markdown and one HTML page.",
     "run": "The whole pipeline, from checkpoint to report.",
     "doctor": "Say which tools and runtimes are here, and how to get the others.",

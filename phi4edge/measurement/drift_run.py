@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = [
     "CHUNKS",
+    "Elsewhere",
     "check_artifact",
     "compare_session",
     "measure_domains",
@@ -16,9 +17,9 @@ __all__ = [
 ]
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -50,6 +51,15 @@ from phi4edge.runtimes._api import Session, Settings, default_settings, load_run
 from phi4edge.runtimes.torch_ref import TorchSession
 
 CHUNKS = "chunks"  # prompts: the first tokens of the chunks that are measured
+
+
+@dataclass(frozen=True)
+class Elsewhere:
+    """A runtime that is none of this machine's, such as one in a browser."""
+
+    name: str
+    version: str
+    open: Callable[[int], Session]  # for a context of so many tokens
 
 
 def resolve_reference(
@@ -200,6 +210,7 @@ def measure_domains(
     limits: Limits | Sequence[Limits] = (),
     source: WeightSource | None = None,
     site: Site | None = None,
+    elsewhere: Elsewhere | None = None,
     progress: Progress = SILENT,
 ) -> dict[str, Any]:
     """Run the tokens of ``stores``, by domain, through ``artifact`` and compare; the ``data`` of a drift document.
@@ -207,7 +218,7 @@ def measure_domains(
     Figures are over all positions of all domains, every position counting the same; where there are several domains,
     each has its own as well, and ``limits`` hold for the whole and for each. ``chunks`` are of each domain. ``source``
     gives the weights of something that only the PyTorch reference can run, such as a run directory; ``site`` is the
-    device that the artifact runs on, in our worker there.
+    device that the artifact runs on, in our worker there; ``elsewhere`` takes the place of ``runtime``.
 
     Raises:
         UsageError: more chunks than a store has, or none; or domains of several contexts.
@@ -225,7 +236,11 @@ def measure_domains(
     if any(_condition(store) != _condition(one) for store in stores.values()):
         raise UsageError("the domains' references differ in model, encoding or context", "compute them together")
     tokens = sum(counts.values()) * one.context
-    with _open(artifact, one.context, runtime, settings, source, site, tokens) as session:
+    if elsewhere is not None:
+        opened = elsewhere.open(one.context)
+    else:
+        opened = _open(artifact, one.context, runtime, settings, source, site, tokens)
+    with opened as session:
         found = {d: compare_session(artifact, session, store, counts[d], progress) for d, store in stores.items()}
         details = dict(session.details)
     figures = PositionFigures.stack(list(found.values()))
@@ -243,7 +258,11 @@ def measure_domains(
     return {
         "artifact": description,
         **({} if site is None else {"target": site.profile.id, "transport": site.device.transport}),
-        "runtime": {"name": name, "version": version, "settings": details},
+        "runtime": {
+            "name": elsewhere.name if elsewhere else name,
+            "version": elsewhere.version if elsewhere else version,
+            "settings": details,
+        },
         "reference": {
             "model": one.header["model"],
             "fingerprint": one.header["key"]["fingerprint"],

@@ -3,6 +3,10 @@
 A transport is one module, its name the value of ``--transport``, with the names of :class:`Transport`. What is done on
 a device (which files it needs, what runs there, what that says) is the business of the layers above; a transport
 carries bytes and commands, and says clearly when it cannot.
+
+A browser is no such device: it has neither a shell nor a folder, and nobody can connect to it; it comes to us, opens a
+page and answers what the page asks. :mod:`phi4edge.transports.browser` has an interface of its own for that, and of
+:class:`Transport` only ``DESCRIPTION`` and ``TOOLS``.
 """
 
 from __future__ import annotations

@@ -7,7 +7,8 @@ from typing import Any
 
 import click
 
-from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for
+from phi4edge.cli.browser_options import BROWSER, browser_options, guest_for, memory_line, place_of, warning_lines
+from phi4edge.cli.device_options import DeviceOptions, device_options, site_for
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options
 from phi4edge.cli.options import common
 from phi4edge.cli.progress import progress_for
@@ -15,6 +16,7 @@ from phi4edge.cli.render import emit, envelope, table
 from phi4edge.cli.roofline_text import calibration_line, roofline_lines
 from phi4edge.cli.target_options import target_path_option
 from phi4edge.core.atomic import write_json
+from phi4edge.core.errors import UsageError
 from phi4edge.core.memory import format_bytes
 from phi4edge.targets.profile import LOCAL
 
@@ -36,22 +38,17 @@ def _text(data: dict[str, Any]) -> str:
         value, error = plus_minus(metrics[key], spec, scale)
         middle = metrics[key].get("median")
         rows.append((label, value, error, "" if middle is None else format(middle * scale, spec)))
-    peak, idle = metrics["peak_rss_bytes"], metrics["idle_rss_bytes"]
-    if peak["value"] is None:
-        memory = f"peak RSS not measured: {peak['reason']}"
-    else:
-        before = format_bytes(idle["value"])
-        memory = f"peak RSS {format_bytes(peak['value'])} (of that {before} before the model was loaded)"
     return "\n".join(
         [
+            *warning_lines(data),
             f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
             f"in {runtime['name']} {runtime['version']} on {data['target']} ({data['environment']['cpu']['model']}), "
             f"{settings['threads']} threads, {settings['repetitions']} repetitions after {settings['warmup']} warm-up",
             "",
             table(["", "mean", "", "median"], rows, numeric=(1, 3)),
             "",
-            memory,
-            f"power: {power_text(data['power'])}",
+            memory_line(metrics),
+            *([f"power: {power_text(data['power'])}"] if "power" in data else []),
             *roofline_lines(data),
         ]
     )
@@ -59,7 +56,7 @@ def _text(data: dict[str, Any]) -> str:
 
 @click.command("bench")
 @click.argument("artifact", type=click.Path(path_type=Path))
-@click.option("--target", default=LOCAL, show_default=True, metavar="ID", help="The device; local: this machine.")
+@click.option("--target", metavar="ID", help="The device.  [default: local, this machine; or what opens the page]")
 @click.option(
     "--prompt-tokens",
     type=click.IntRange(min=0),
@@ -84,12 +81,13 @@ def _text(data: dict[str, Any]) -> str:
     help="Write the efficiency that was measured into a target file of yours; it is made where there is none.",
 )
 @device_options
+@browser_options
 @target_path_option
 @runtime_options
 @common
 def command(
     artifact: Path,
-    target: str,
+    target: str | None,
     prompt_tokens: int,
     gen_tokens: int,
     repetitions: int,
@@ -105,6 +103,7 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
+    **page: Any,
 ) -> None:
     """Measure ARTIFACT's prefill and decode speed, TTFT, TPOT and peak RSS in the runtime that serves it.
 
@@ -114,6 +113,10 @@ def command(
 
     On another device than this machine the artifact is sent there, and llama-bench times it, or a Python with the
     runtime. What is missing there is said with how to get it; phi4edge doctor --target ID looks beforehand.
+
+    With --transport browser a page is served, and a phone or laptop that opens its link runs the GGUF there, in
+    WebAssembly, on half of the processors that the browser counts, or on --threads. This was run in Chromium on a PC;
+    on a phone it is not measured on hardware.
 
     --calibrate-target makes plans for the target rest on what was measured. Without a FILE it is your own file of the
     target, or a new one in the first folder of --target-path or $PHI4EDGE_TARGET_PATH. Built-in files stay as they are.
@@ -125,22 +128,33 @@ def command(
     from phi4edge.runtimes._api import Settings, SpeedRequest
     from phi4edge.targets.catalog import open_catalog
 
-    profile, transport = check_place(target, device, target_path)
-    checked_out(out)
-    entry = open_catalog(target_path).entry(target)
-    file = None if calibrate is None else calibration_file(entry, Path(calibrate) if calibrate else None, target_path)
+    target = target or (BROWSER if device.transport == BROWSER else LOCAL)
     request = SpeedRequest(prompt_tokens, gen_tokens, repetitions, warmup)
     settings = Settings(threads=threads, flash_attention=flash_attention, kv_type=kv_type_for(artifact, runtime, kv))
-    if transport == LOCAL and not device.given:
-        data = measure_speed(
-            artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
-        )
+    profile, transport = place_of(target, device, target_path)
+    checked_out(out)
+    if transport == BROWSER:
+        if calibrate is not None:
+            raise UsageError("--calibrate-target is not for a browser", "its figures are wllama's, not llama.cpp's")
+        from phi4edge.measurement.in_browser import measure_speed_in_browser
+
+        guest = guest_for(artifact, runtime, settings, page, progress_for(quiet))
+        data = measure_speed_in_browser(guest, target=target, request=request)
     else:
-        with site_for(profile, transport, device, progress_for(quiet)) as site:
-            data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
-    data |= assess(data, profile, artifact)
-    if file is not None:
-        data["calibration"] = calibrate_target(file, data, profile, entry, artifact)
+        assert profile is not None
+        entry = open_catalog(target_path).entry(target)
+        own = Path(calibrate) if calibrate else None
+        file = None if calibrate is None else calibration_file(entry, own, target_path)
+        if transport == LOCAL and not device.given:
+            data = measure_speed(
+                artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
+            )
+        else:
+            with site_for(profile, transport, device, progress_for(quiet)) as site:
+                data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
+        data |= assess(data, profile, artifact)
+        if file is not None:
+            data["calibration"] = calibrate_target(file, data, profile, entry, artifact)
     if out is not None:
         write_json(out, envelope(COMMAND, data))
     emit(COMMAND, data, "\n".join([_text(data), *calibration_line(data)]), as_json=as_json)

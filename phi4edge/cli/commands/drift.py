@@ -8,7 +8,8 @@ from typing import Any
 import click
 
 from phi4edge.cli.attribution import attribution_options, attribution_text, greedy_options, greedy_text, tensor_count
-from phi4edge.cli.device_options import DeviceOptions, check_place, device_options, site_for
+from phi4edge.cli.browser_options import BROWSER, browser_options, guest_for, place_of, warning_lines
+from phi4edge.cli.device_options import DeviceOptions, device_options, site_for
 from phi4edge.cli.gate_options import gate_line, gate_options
 from phi4edge.cli.measure_options import checked_out, kv_type_for, plus_minus, runtime_options, table
 from phi4edge.cli.options import common
@@ -50,6 +51,7 @@ def _text(data: dict[str, Any]) -> str:
         lines += ["", task_table(data["tasks"])] if "tasks" in data else []
         return "\n".join([*lines, *_gate_lines(data)])
     lines = [
+        *warning_lines(data),
         f"{artifact['name']}: {artifact['format']} {artifact['scheme'] or ''}, {format_bytes(artifact['bytes'])}",
         f"in {runtime['name']} {runtime['version']}, {runtime['settings']['threads']} threads, "
         f"against {reference['model']} in {reference['dtype']} (noise floor {reference['noise_floor_kld']:.1e}"
@@ -136,11 +138,12 @@ def _domain_lines(domains: list[dict[str, Any]]) -> list[str]:
     show_default=True,
     help="In torch_ref: round inputs of linears to 8 bits as llama.cpp (q8_0, q8_k) or ONNX Runtime (int8) do.",
 )
+@browser_options
 @gate_options
 @greedy_options
 @attribution_options
 @task_options
-@click.option("--target", default=LOCAL, show_default=True, metavar="ID", help="The device; local: this machine.")
+@click.option("--target", metavar="ID", help="The device.  [default: local, this machine; or what opens the page]")
 @target_path_option
 @device_options
 @click.option(
@@ -172,7 +175,7 @@ def command(
     against: Path | None,
     attribute_tensors: str,
     attribute_chunks: int | None,
-    target: str,
+    target: str | None,
     target_path: tuple[Path, ...],
     device: DeviceOptions,
     runtime: str | None,
@@ -183,7 +186,7 @@ def command(
     as_json: bool,
     verbose: int,
     quiet: bool,
-    **tasks: Any,
+    **tasks: Any,  # and the page's
 ) -> None:
     """Measure how far ARTIFACT's predictions drift from the full-precision model's, in the runtime that serves it.
 
@@ -227,7 +230,8 @@ def command(
         activations=activations,
     )
     checked_out(out)
-    profile, transport = check_place(target, device, target_path)
+    target = target or (BROWSER if device.transport == BROWSER else LOCAL)
+    profile, transport = place_of(target, device, target_path)
     elsewhere = transport != LOCAL or device.given
     tensors, source, written_from = tensor_count(attribute_tensors), None, None
     if against is not None and not attribute:
@@ -238,11 +242,22 @@ def command(
         source = open_run(artifact) if (artifact / RUN_FILE).is_file() else None
         written_from = open_run(against) if against is not None else None
     progress = progress_for(quiet)
+    guest = None
+    if transport == BROWSER:
+        if attribute or greedy is not None or tasks["task_names"] or len(texts) > 1:
+            raise UsageError(
+                "in a browser, drift is measured on one text alone",
+                "leave --attribute, --greedy, --tasks and a second --text out",
+            )
+        guest = guest_for(artifact, runtime, settings, tasks, progress)
     asked = task_request(tasks | {"max_task_drop": max_task_drop, "min_reference_share": min_reference_share})
     if asked is not None:
         check_tasks(asked, reference)
     site = None
-    if elsewhere:
+    if guest is not None:
+        pass  # the page says what is wrong with the artifact when it opens
+    elif elsewhere:
+        assert profile is not None
         if attribute or asked is not None or source is not None:
             raise UsageError(
                 "--attribute, --tasks and run directories are measured on this machine only",
@@ -268,7 +283,11 @@ def command(
         found = resolve_domains(
             reference, texts=texts, context=context, chunks=chunks, store=store, top=store_top, progress=progress
         )
-        if site is not None:
+        if guest is not None:
+            from phi4edge.measurement.in_browser import measure_drift_in_browser
+
+            data = measure_drift_in_browser(guest, found, chunks=chunks, limits=limits)
+        elif site is not None:
             data = measure_drift_on(
                 site, artifact, found, chunks=chunks, runtime=runtime, settings=settings, limits=limits
             )

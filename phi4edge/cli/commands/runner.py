@@ -1,4 +1,4 @@
-"""``phi4edge runner build | list``: llama.cpp's programs for a device, compiled here."""
+"""``phi4edge runner build | list | fetch-web``: llama.cpp's programs for a device, and what a browser runs."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from phi4edge.cli.fetch_web import fetch_web
 from phi4edge.cli.options import common, dry_run_option, force_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, table
@@ -177,3 +178,6 @@ def _plan_text(made: Plan) -> str:
         ("folder", f"{made.folder} ({state})"),
     ]
     return "\n".join(f"{key:<9} {value}" for key, value in rows)
+
+
+command.add_command(fetch_web)
