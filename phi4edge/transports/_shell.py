@@ -34,7 +34,8 @@ _LEAD = 'kill -0 -$$ 2>/dev/null && exec "$@"; exec setsid "$@"'
 
 # $1 secret word, $2 seconds, $3 folder, $4 the keeper's folder, then KEY=VALUE …, --, and the program.
 # The shell's own stderr is closed: it would speak of killed children. The words of the limit go out in the background,
-# because a connection that is stuck would keep the limit from being kept.
+# because a connection that is stuck would keep the limit from being kept, and what else is said in a shell of its own,
+# because SIGPIPE from a lost one would end the guard before it ends the others.
 _GUARD = r"""
 exec 3>&2 2>/dev/null
 id=$1 limit=$2 folder=$3 running=$4
@@ -57,12 +58,11 @@ printf '' >"$mine" || refuse closed
     sleep 1
     kill -KILL -$$
 ) </dev/null >/dev/null &
-printf '%s start\n' "$id"
-printf '%s start\n' "$id" >&3
+(printf '%s start\n' "$id"; printf '%s start\n' "$id" >&3) || kill -KILL -$$
 (exec "$@" 2>&3 3>&-)
 code=$?
 rm -f "$mine"
-printf '\n%s end %s\n' "$id" "$code" >&3
+(printf '\n%s end %s\n' "$id" "$code" >&3)
 kill -KILL -$$
 """
 
