@@ -13,6 +13,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePosixPath
 
+import psutil
 import pytest
 from ssh_support import AsyncSsh, Keys, OpenSsh, Server, free_port, need, new_key, serving
 from transport_contract import FAMILY, NASTY, Counted, noise, none_alive, shell
@@ -28,6 +29,18 @@ from phi4edge.transports._shell import guard_line, keeper_line, program_stderr, 
 def keys(tmp_path_factory: pytest.TempPathFactory) -> Keys:
     need("ssh", "ssh-keygen")
     return Keys(tmp_path_factory.mktemp("ssh") / "keys")
+
+
+@pytest.fixture(autouse=True)
+def nothing_left_running(tmp_path: Path) -> Iterator[None]:
+    """After each test, neither a program nor what watches over it: both have the device's folder among their words."""
+    yield
+    wait_until(lambda: not [p for p in psutil.process_iter(["cmdline"]) if _is_of(p, str(tmp_path))])
+
+
+def _is_of(process: psutil.Process, folder: str) -> bool:
+    words = process.info["cmdline"] or []
+    return words[:2] == ["sh", "-c"] and any(word.startswith(folder) for word in words)
 
 
 @pytest.fixture(params=[OpenSsh, AsyncSsh])
