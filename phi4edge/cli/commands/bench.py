@@ -116,7 +116,7 @@ def command(
             artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
         )
     else:
-        with site_for(profile, transport, device, progress_for(quiet)) as site:
+        with site_for(profile, transport, device, progress_for(quiet), artifact) as site:
             data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
     if out is not None:
         write_json(out, envelope(COMMAND, data))
