@@ -144,3 +144,13 @@ def test_places_that_do_not_go_together_are_refused(
         code, document = run(*arguments)
         assert code == 2
         assert words in document["error"]["message"]
+
+
+def test_an_artifact_that_is_not_here_is_told_before_a_device_is_reached(
+    run: Any, target: tuple[object, ...], model: Path, text: Path, tmp_path: Path
+) -> None:
+    nowhere = ("--address", "no.such.host.invalid", *target)
+    for command in (("bench", tmp_path / "none.gguf"), ("drift", tmp_path / "none.gguf", "--reference", model)):
+        code, document = run(*command, *(("--text", text) if "drift" in command else ()), *nowhere)
+        assert code == 3
+        assert "no such file" in document["error"]["message"]

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import click
 
-from phi4edge.core.errors import UsageError
+from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.events import Progress
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.profile import LOCAL, Profile
@@ -129,10 +129,13 @@ def transport_for(profile: Profile, device: DeviceOptions) -> str:
 
 
 @contextmanager
-def site_for(profile: Profile, transport: str, device: DeviceOptions, progress: Progress) -> Iterator[Site]:
-    """Connect, and look at what is there.
+def site_for(
+    profile: Profile, transport: str, device: DeviceOptions, progress: Progress, artifact: Path | None = None
+) -> Iterator[Site]:
+    """Connect, and look at what is there; ``artifact`` shall be measured on it.
 
     Raises:
+        InputError: there is no such artifact here, which is said before a device is bothered.
         MissingToolError: no device answers, a program is missing here, or --runner has nothing that measures.
         TargetError: the device is gone, or is of another kind than the target.
     """
@@ -140,6 +143,8 @@ def site_for(profile: Profile, transport: str, device: DeviceOptions, progress: 
 
     if transport in NO_SHELL:
         raise UsageError(f"nothing can be sent to or run on a device over {transport}", "use its own options")
+    if artifact is not None and not artifact.exists():
+        raise InputError(f"{artifact}: no such file or folder")
     address = device.address
     if address.place is None and transport != LOCAL:
         address = replace(address, place=os.environ.get(ADDRESS) or None)

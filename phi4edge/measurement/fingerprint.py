@@ -43,7 +43,7 @@ put mac_ram "$(sysctl -n hw.memsize 2>/dev/null)"
 put mac_logical "$(sysctl -n hw.logicalcpu 2>/dev/null)"
 put mac_cores "$(sysctl -n hw.physicalcpu 2>/dev/null)"
 put mac_version "$(sw_vers -productVersion 2>/dev/null)"
-put disk_kb "$(df -Pk . 2>/dev/null | awk 'NR == 2 { print $4 }')"
+put disk_kb "$(df -Pk . 2>/dev/null | { read -r _; read -r _ _ _ free _; echo "$free"; })"
 exit 0
 """
 

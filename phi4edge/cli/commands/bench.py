@@ -150,7 +150,7 @@ def command(
                 artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
             )
         else:
-            with site_for(profile, transport, device, progress_for(quiet)) as site:
+            with site_for(profile, transport, device, progress_for(quiet), artifact) as site:
                 data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
         data |= assess(data, profile, artifact)
         if file is not None:

@@ -265,7 +265,7 @@ def command(
             )
         if not texts and not is_store(Path(reference)):
             raise UsageError("drift on a device is measured on a text", "give a --text, or a store as --reference")
-        site = click.get_current_context().with_resource(site_for(profile, transport, device, progress))
+        site = click.get_current_context().with_resource(site_for(profile, transport, device, progress, artifact))
         check_on_device(site, artifact, runtime=runtime, settings=settings, generates=greedy is not None)
     elif not is_store(Path(reference)):
         check_artifact(artifact, runtime=runtime, settings=settings, source=source)
