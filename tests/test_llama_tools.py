@@ -171,12 +171,18 @@ def test_a_program_for_another_processor_is_no_crash_of_ours(tmp_path: Path) -> 
         help_of(site.device, site.found.programs["llama-bench"])
 
 
-def test_places_of_the_user_are_looked_at_alone_and_named_when_they_are_empty(tmp_path: Path) -> None:
+def test_places_of_the_user_are_looked_at_alone_and_named_when_they_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program(tmp_path / "bin", "llama-bench")
     with this_machine(tmp_path / "device", tmp_path / "bin") as site:
         assert set(site.found.programs) == {"llama-bench"}
         assert site.found.programs["llama-bench"].path == str(tmp_path / "bin" / "llama-bench")
         assert site.found.python is None, "the Python of this machine was not named"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for of_home in ("~/bin", "~/bin/llama-bench"):
+        with this_machine(tmp_path / "device", of_home) as site:
+            assert site.found.programs["llama-bench"].path == str(tmp_path / "bin" / "llama-bench")
     (tmp_path / "empty").mkdir()
     for wrong, words in (("empty", "has neither"), ("nowhere", "there is no such program")):
         with pytest.raises(MissingToolError, match=words), this_machine(tmp_path / "device", tmp_path / wrong):
