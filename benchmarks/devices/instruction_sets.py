@@ -179,6 +179,8 @@ def main() -> None:
     parser.add_argument("--without-i8mm", action="store_true", help="qemu's max is five times slower than cortex-a76.")
     parser.add_argument("--work", type=Path, help="Keep what is made here: of one model, text and size.")
     a = parser.parse_args()
+    if a.chunks * (a.context - 1 - a.context // 2) < 100:
+        parser.error("llama-perplexity gives no figures for fewer than 100 positions")
     if platform.machine() != "x86_64":
         sys.exit("the machine that writes the logits has to be x86-64")
     qemu = subprocess.run([_qemu(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
