@@ -142,7 +142,7 @@ def pull(device: PosixDevice, carrier: Carrier, source: PurePosixPath, local: Pa
     raise _differs(f"{device.name}: {source}", digest, arrived)
 
 
-def append(device: PosixDevice, parcel: Parcel, done: int, progress: Progress, stalled_s: float = STALLED_S) -> None:
+def append(device: PosixDevice, parcel: Parcel, done: int, progress: Progress, stalled_s: float) -> None:
     """Send what is missing after the first ``done`` bytes, by ``cat`` on the device, which every device has.
 
     Raises:

@@ -27,7 +27,16 @@ def carry(device: PosixDevice, shell: str, paths: list[str], done: int, size: in
         TargetError: the connection was lost.
     """
     how = ["--append"] if done else ["--inplace", "--fuzzy"]
-    words = ["rsync", "-s", "-e", shell, *how, f"--timeout={_STALLED_S:.0f}", "--info=progress2", "--no-human-readable"]
+    words = [
+        "rsync",
+        "-sL",
+        "-e",
+        shell,
+        *how,
+        f"--timeout={_STALLED_S:.0f}",
+        "--info=progress2",
+        "--no-human-readable",
+    ]
     said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
     with (
         said,

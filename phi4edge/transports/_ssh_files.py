@@ -41,7 +41,7 @@ class SshCarrier:
     def send(self, parcel: Parcel, done: int, progress: Progress) -> None:
         """See :class:`phi4edge.transports._files.Carrier`."""
         if self._rsync_shell is None:
-            append(self._device, parcel, done, progress)
+            append(self._device, parcel, done, progress, STALLED_S)
         else:
             paths = [str(parcel.local.resolve()), f"device:{parcel.partial}"]
             carry(self._device, self._rsync_shell, paths, done, parcel.size, progress)
