@@ -332,6 +332,21 @@ def test_a_target_whose_transport_is_not_there_is_exit_5(call: Any, monkeypatch:
     assert "transport ssh is missing" in result.document["error"]["message"]
 
 
+def test_adb_is_found_where_the_transport_finds_it(call: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(doctor, "REQUIRED", {})
+    monkeypatch.setattr(doctor, "OPTIONAL", {})
+    monkeypatch.setattr(doctor, "_llama", lambda: doctor.Check("llama_cpp", "ok", "", True))
+    adb = tmp_path / "sdk" / "platform-tools" / "adb"
+    adb.parent.mkdir(parents=True)
+    adb.write_text("#!/bin/sh\nexit 1\n")
+    adb.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setenv("ANDROID_HOME", str(tmp_path / "sdk"))
+    result = call("doctor", "--target", "phone-pixel-9-12gb", "--json")
+    [line] = [check for check in result.data["checks"] if check["name"] == "adb"]
+    assert (line["status"], line["detail"]) == ("ok", str(adb))
+
+
 # --- start-up
 
 

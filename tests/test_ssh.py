@@ -20,7 +20,7 @@ from transport_contract import FAMILY, NASTY, Counted, noise, none_alive, shell
 
 from phi4edge.core.errors import MissingToolError, Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT
-from phi4edge.transports import _folder, ssh
+from phi4edge.transports import _folder, _ssh_files, ssh
 from phi4edge.transports._api import Address, load_transport
 from phi4edge.transports._shell import guard_line, keeper_line, program_stderr, quote
 
@@ -363,6 +363,30 @@ def test_link_that_falls_silent_is_noticed(openssh: OpenSsh) -> None:
         openssh.go_on()
         family = [int(pid) for pid in pids.read_text().split()]
         wait_until(lambda: not any(map(alive_here, family)))
+
+
+def test_push_of_which_nothing_is_taken_is_an_error(
+    keys: Keys, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(_ssh_files, "STALLED_S", 1.0)
+    path = Path(tools_but(tmp_path / "bin", "rsync", "cat"))
+    (path / "cat").write_text("#!/bin/sh\nexec sleep 300\n")
+    (path / "cat").chmod(0o755)
+    (tmp_path / "x").write_bytes(noise(8_000_000))
+    with serving(OpenSsh(keys, tmp_path / "server", path=str(path))) as server, ssh.open(server.address()) as device:
+        begun = time.monotonic()
+        with pytest.raises(TargetError, match="nothing was taken for 1 s"):
+            device.push(tmp_path / "x", PurePosixPath("x"))
+        assert time.monotonic() - begun < 20
+
+
+def test_loss_that_stdout_shows_first_is_one_of_a_program_that_ran(keys: Keys, tmp_path: Path) -> None:
+    """Of the two words of the start, the one on stdout is lost: here the login shell keeps it to itself."""
+    lossy = 'ForceCommand case "$SSH_ORIGINAL_COMMAND" in *" guard "*) exec >/dev/null ;; esac; '
+    settings = (lossy + 'eval "$SSH_ORIGINAL_COMMAND"',)
+    with serving(OpenSsh(keys, tmp_path / "server", settings=settings)) as server:
+        with ssh.open(server.address()) as device, pytest.raises(TargetError, match="lost while sh ran: last words"):
+            device.run(["sh", "-c", "echo last words >&2"], timeout_s=20)
 
 
 def test_stream_whose_server_is_killed_ends_with_a_clear_error(server: Server) -> None:

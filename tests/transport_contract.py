@@ -272,6 +272,14 @@ def missing_file_is_an_error(given: Given) -> None:
     assert list(given.local.iterdir()) == []
 
 
+def link_is_fetched_as_its_file(given: Given) -> None:
+    shell(given.device, "printf text >file; chmod 640 file; ln -s file link")
+    given.device.pull(PurePosixPath("link"), given.local / "back")
+    assert (given.local / "back").read_bytes() == b"text"
+    assert (given.local / "back").stat().st_mode & 0o777 == 0o640
+    assert not (given.local / "back").is_symlink()
+
+
 def files_are_sent_once(given: Given) -> None:
     device, model, program = given.device, given.local / "model", given.local / "program"
     model.write_bytes(noise(200_000))
@@ -349,6 +357,7 @@ CONTRACT: tuple[Claim, ...] = (
     names_may_have_any_character,
     absolute_names_are_taken_as_they_are,
     missing_file_is_an_error,
+    link_is_fetched_as_its_file,
     files_are_sent_once,
     file_that_was_changed_or_lost_there_is_sent_again,
     files_outside_the_folder_are_not_sent,

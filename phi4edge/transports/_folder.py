@@ -22,7 +22,7 @@ from phi4edge.transports._api import Device
 
 _QUICK_S = 60.0
 _SLOW_S = 600.0
-_HASHED_A_SECOND = 10e6  # bytes that the slowest card reads
+_HASHED_A_SECOND = 500_000  # bytes; what is slower is taken for stuck
 
 # Its first line: whether the folder is ours. It is, from now on, where it is empty.
 _CLAIM = r"""
@@ -123,12 +123,12 @@ def _local_sha256(path: Path, _size: int, _mtime: int, _inode: int) -> str:
 
 
 def hashing_s(size: int) -> float:
-    """Seconds in which a file of ``size`` bytes is surely hashed on a device."""
+    """Seconds in which a file of ``size`` bytes is surely hashed on a device, were its card the slowest."""
     return _QUICK_S + size / _HASHED_A_SECOND
 
 
-def digest_in(said: bytes, device: Device) -> str:
-    """The digest that ``sha256_of`` printed.
+def digest_in(said: bytes, name: str) -> str:
+    """The digest that ``sha256_of`` printed on the device of that name.
 
     Raises:
         MissingToolError: nothing on the device computes it.
@@ -136,7 +136,7 @@ def digest_in(said: bytes, device: Device) -> str:
     word = said.split()[0].decode()
     if word == "none":
         raise MissingToolError(
-            f"{device.name}: has none of sha256sum, shasum and openssl, so that files cannot be compared",
+            f"{name}: has none of sha256sum, shasum and openssl, so that files cannot be compared",
             "install one of them on the device (coreutils and busybox have sha256sum)",
         )
     return word
@@ -177,7 +177,7 @@ def _holds(device: Device, name: str, stamp: str, local: Path, digest: str) -> b
     if not stamp or (stamp != "unknown" and stamp.split()[0] != str(size)):
         return False
     said = _script(device, SHA256_OF + 'sha256_of "./$1"', name, timeout_s=hashing_s(size))
-    return digest_in(said, device) == digest
+    return digest_in(said, device.name) == digest
 
 
 def _script(device: Device, script: str, *words: str, timeout_s: float = _QUICK_S, stdin: bytes = b"") -> bytes:

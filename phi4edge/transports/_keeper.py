@@ -14,7 +14,7 @@ from contextlib import suppress
 from pathlib import PurePosixPath
 from typing import BinaryIO, Protocol
 
-from phi4edge.core.errors import MissingToolError, TargetError
+from phi4edge.core.errors import MissingToolError, Phi4EdgeError, TargetError
 from phi4edge.transports._api import Finished
 from phi4edge.transports._shell import keeper_line, word_of_its_own
 
@@ -42,13 +42,16 @@ class Watch(Protocol):
 class Keeper:
     """The script that keeps watch on the device, and the facts that it told: see ``_shell``.
 
+    A line that is not the script's (a login shell that speaks) is the fact ``noise``. A transport whose client says
+    itself why nobody answers overrides :meth:`silent` and :meth:`gone`.
+
     Raises:
         MissingToolError: nothing answers, or the device cannot give a program a group of its own.
         TargetError: the folder cannot be made.
     """
 
     def __init__(self, start: Start, place: str, folder: str | None) -> None:
-        self.word, self._place, self._lock = word_of_its_own(), place, threading.Lock()
+        self.word, self.place, self._lock = word_of_its_own(), place, threading.Lock()
         self._said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
         self._process = start(keeper_line(self.word, folder), stdin=subprocess.PIPE, stderr=self._said)
         assert self._process.stdin is not None
@@ -84,6 +87,14 @@ class Keeper:
         self._heard.close()
         self._said.close()
 
+    def silent(self, waited_s: float) -> Phi4EdgeError:
+        """The error of a device that has said nothing for so long."""
+        return MissingToolError(f"{self.place}: its shell has not answered within {waited_s:g} s")
+
+    def gone(self, stderr: bytes) -> Phi4EdgeError:
+        """The error of a client that ended before a shell answered."""
+        return MissingToolError(f"{self.place}: its shell does not answer{_after_colon(stderr)}")
+
     def _facts(self, folder: str | None) -> dict[str, str]:
         facts: dict[str, str] = {}
         deadline = time.monotonic() + _OPEN_S
@@ -91,27 +102,30 @@ class Keeper:
             try:
                 line = self._line(deadline)
             except TimeoutError as error:
-                raise MissingToolError(f"{self._place}: its shell has not answered within {_OPEN_S:g} s") from error
+                raise self.silent(_OPEN_S) from error
             if line is None:
-                raise MissingToolError(f"{self._place}: its shell does not answer{self._words()}")
+                raise self.gone(self._last_said())
             word, key, value = [*line.split(" ", 2), "", ""][:3]
-            if word == self.word:
-                facts[key] = value
+            facts.update({key: value} if word == self.word else {"noise": line})
             if "refused" in facts:
                 raise TargetError(
-                    f"{self._place}: the folder {folder} cannot be made{self._words()}",
+                    f"{self.place}: the folder {folder or '~/.cache/phi4edge'} cannot be made"
+                    f"{_after_colon(self._last_said())}",
                     "name another folder on the device",
                 )
         if "groups" not in facts:
-            raise MissingToolError(f"{self._place}: has no setsid, without which programs could be left running")
+            raise MissingToolError(
+                f"{self.place}: has no `setsid`, without which a program's children could be left running",
+                "install it on the device: util-linux, busybox and toybox have it",
+            )
         return facts
 
-    def _words(self) -> str:
-        """What it said as it ended."""
-        self._process.wait()
+    def _last_said(self) -> bytes:
+        """Its stderr, once it has ended."""
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(_ANSWER_S)
         self._said.seek(0)
-        words = Finished(1, b"", self._said.read()).last_words
-        return f": {words}" if words else ""
+        return self._said.read()
 
     def _line(self, deadline: float) -> str | None:
         """The keeper's next line; None where it has ended."""
@@ -125,3 +139,8 @@ class Keeper:
             self._buffer += piece
         line, _, self._buffer = self._buffer.partition(b"\n")
         return os.fsdecode(line)
+
+
+def _after_colon(stderr: bytes) -> str:
+    words = Finished(1, b"", stderr).last_words
+    return f": {words}" if words else ""

@@ -2,35 +2,41 @@
 
 from __future__ import annotations
 
-__all__ = ["FULL_DISK", "STALL_S", "Connected", "carry"]
+__all__ = ["carry"]
 
 import os
 import re
 import subprocess
 import tempfile
-from typing import BinaryIO, Protocol
+from typing import BinaryIO
 
-from phi4edge.core.errors import TargetError
 from phi4edge.core.events import Progress
-from phi4edge.transports._api import Device, Finished
+from phi4edge.transports._api import Finished
+from phi4edge.transports._files import FULL_DISK, RefusedError
+from phi4edge.transports._posix import PosixDevice
 
-STALL_S = 120.0  # a transfer that has not moved for so long is over
-FULL_DISK = re.compile("No space left|[Qq]uota exceeded|File too large")
+_STALLED_S = 120.0  # a transfer that has not moved for so long is over; longer than cat's: it reads files meanwhile
 _LOST = (10, 12, 30, 35, 255)  # rsync's exit status where the other side is gone
 
 
-class Connected(Device, Protocol):
-    """A device whose connection may be lost."""
+def carry(device: PosixDevice, shell: str, paths: list[str], done: int, size: int, progress: Progress) -> None:
+    """Carry one file; a partial file is gone on from, and an older one of that name is looked at for what it shares.
 
-    def lost(self, when: str, stderr: bytes = b"") -> TargetError:
-        """The error of a connection that was lost."""
-        ...
-
-
-def carry(device: Connected, shell: str, paths: list[str], done: int, size: int, progress: Progress) -> None:
-    """Carry one file; a partial file is gone on from, and an older one of that name is looked at for what it shares."""
+    Raises:
+        RefusedError: either side's rsync ended with an error.
+        TargetError: the connection was lost.
+    """
     how = ["--append"] if done else ["--inplace", "--fuzzy"]
-    words = ["rsync", "-s", "-e", shell, *how, f"--timeout={STALL_S:.0f}", "--info=progress2", "--no-human-readable"]
+    words = [
+        "rsync",
+        "-sL",
+        "-e",
+        shell,
+        *how,
+        f"--timeout={_STALLED_S:.0f}",
+        "--info=progress2",
+        "--no-human-readable",
+    ]
     said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
     with (
         said,
@@ -61,5 +67,5 @@ def carry(device: Connected, shell: str, paths: list[str], done: int, size: int,
     if code in _LOST and not cause:
         raise device.lost("while a file was carried", stderr)
     if code:
-        raise TargetError(f"{device.name}: {cause or Finished(code, b'', stderr).last_words or f'rsync: {code}'}")
+        raise RefusedError(f"{device.name}: {cause or Finished(code, b'', stderr).last_words or f'rsync: {code}'}")
     progress.advance(size - seen)

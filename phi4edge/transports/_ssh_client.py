@@ -2,29 +2,23 @@
 
 from __future__ import annotations
 
-__all__ = ["Client", "Keeper", "explain"]
+__all__ = ["Client", "SshKeeper", "explain"]
 
 import os
 import re
-import select
 import shlex
 import shutil
 import subprocess
 import tempfile
-import threading
-import time
-from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import BinaryIO
 from urllib.parse import unquote
 
-from phi4edge.core.errors import MissingToolError, Phi4EdgeError, TargetError, UsageError
+from phi4edge.core.errors import MissingToolError, Phi4EdgeError, UsageError
 from phi4edge.transports._api import Address, Finished
-from phi4edge.transports._shell import keeper_line, word_of_its_own
+from phi4edge.transports._keeper import Keeper
 
-_OPEN_S = 60.0  # to connect, be let in, and have a shell
-_ANSWER_S = 10.0
 _SOCKET_ROOM = 70  # bytes; a socket's path has 104 on some systems, and ssh adds 17 to it while it makes it
 
 # ssh takes the first value that it is told, so these come before what the user says …
@@ -49,15 +43,21 @@ class Client:
         socket = str(self._folder / "s").replace("%", "%%")
         self._words = ["ssh", *_FIXED, *address.options, *port, *_USUAL, "-o", f"ControlPath={socket}"]
 
-    def popen(self, line: str, stderr: int | BinaryIO, *, master: bool = False) -> subprocess.Popen[bytes]:
-        """Start ``line`` in the login shell of the device, with pipes; ``master``: its connection serves the others.
+    def start(self, line: str, *, stdin: int | BinaryIO, stderr: int | BinaryIO) -> subprocess.Popen[bytes]:
+        """Start ``line`` in the login shell of the device; our end of its stdout is a pipe."""
+        return self._popen("no", line, stdin, stderr)
 
-        It is in a session of its own: Ctrl-C is ours to act upon, and must not cut the connection first.
-        """
-        how = ["-o", f"ControlMaster={'yes' if master else 'no'}", "-o", "ControlPersist=no"]
-        words = [*self._words, *how, "--", self._host, line]
+    def start_master(self, line: str, *, stdin: int | BinaryIO, stderr: int | BinaryIO) -> subprocess.Popen[bytes]:
+        """Start ``line`` as :meth:`start` does; its connection serves the others."""
+        return self._popen("yes", line, stdin, stderr)
+
+    def _popen(self, master: str, line: str, stdin: int | BinaryIO, stderr: int | BinaryIO) -> subprocess.Popen[bytes]:
         return subprocess.Popen(
-            words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=stderr, start_new_session=True
+            [*self._words, "-o", f"ControlMaster={master}", "-o", "ControlPersist=no", "--", self._host, line],
+            stdin=stdin,
+            stdout=subprocess.PIPE,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C is ours to act upon, and must not cut the connection first
         )
 
     @property
@@ -76,91 +76,27 @@ class Client:
         shutil.rmtree(self._folder, ignore_errors=True)
 
 
-class Keeper:
-    """The script that keeps watch on the device, and the facts that it told: see ``_shell``."""
+class SshKeeper(Keeper):
+    """The keeper whose connection serves all others, and what ssh says where it does not get in."""
 
     def __init__(self, client: Client, folder: str | None) -> None:
-        self.word, self._client, self._lock = word_of_its_own(), client, threading.Lock()
-        self._said: BinaryIO = tempfile.TemporaryFile()  # noqa: SIM115
-        self._process = client.popen(keeper_line(self.word, folder), self._said, master=True)
-        assert self._process.stdin is not None
-        assert self._process.stdout is not None
-        self._heard, self._buffer = self._process.stdout, b""
-        try:
-            facts = self._facts(folder)
-        except BaseException:
-            self.close()
-            raise
-        self.folder = facts["folder"]
-        self.rsync = "rsync" in facts and "noise" not in facts  # rsync takes a login shell's words for its peer's
+        super().__init__(client.start_master, client.place, folder)
 
-    def kill(self, word: str) -> None:
-        """End the program of that word on the device; where the connection is lost, the device does so by itself."""
-        with self._lock, suppress(BrokenPipeError, TimeoutError, ValueError):
-            assert self._process.stdin is not None
-            self._process.stdin.write(f"kill {word}\n".encode())
-            self._process.stdin.flush()
-            deadline = time.monotonic() + _ANSWER_S
-            while (line := self._line(deadline)) is not None and line != f"{self.word} killed {word}":
-                pass
+    @property
+    def rsync(self) -> bool:
+        """Whether the device has one that is of use; it takes a login shell's words for its peer's."""
+        return "rsync" in self.facts and "noise" not in self.facts
 
-    def close(self) -> None:
-        """End all there, and the connection."""
-        assert self._process.stdin is not None
-        with suppress(BrokenPipeError):
-            self._process.stdin.close()
-        try:
-            self._process.wait(_ANSWER_S)
-        except subprocess.TimeoutExpired:
-            self._process.kill()
-            self._process.wait()
-        self._heard.close()
-        self._said.close()
+    def silent(self, waited_s: float) -> Phi4EdgeError:
+        """See :class:`Keeper`."""
+        return MissingToolError(
+            f"{self.place}: has not let us in within {waited_s:g} s",
+            "does `ssh` to it come to a prompt? a key to be touched, or a slow login shell, may hold it up",
+        )
 
-    def _facts(self, folder: str | None) -> dict[str, str]:
-        facts: dict[str, str] = {}
-        deadline = time.monotonic() + _OPEN_S
-        while "ready" not in facts:
-            try:
-                line = self._line(deadline)
-            except TimeoutError as error:
-                raise MissingToolError(
-                    f"{self._client.place}: has not let us in within {_OPEN_S:g} s",
-                    "does `ssh` to it come to a prompt? a key to be touched, or a slow login shell, may hold it up",
-                ) from error
-            if line is None:
-                self._process.wait()
-                self._said.seek(0)
-                raise explain(self._client.place, self._said.read())
-            word, key, value = [*line.split(" ", 2), "", ""][:3]
-            facts.update({key: value} if word == self.word else {"noise": line})
-            if "refused" in facts:
-                self._process.wait()
-                self._said.seek(0)
-                words = Finished(1, b"", self._said.read()).last_words
-                raise TargetError(
-                    f"{self._client.place}: the folder {folder or '~/.cache/phi4edge'} cannot be made: {words}",
-                    "name another folder on the device",
-                )
-        if "groups" not in facts:
-            raise MissingToolError(
-                f"{self._client.place}: has no `setsid`, without which a program's children could be left running",
-                "install it on the device: util-linux or busybox has it",
-            )
-        return facts
-
-    def _line(self, deadline: float) -> str | None:
-        """The keeper's next line; None where it has ended."""
-        while b"\n" not in self._buffer:
-            ready, _, _ = select.select([self._heard], [], [], max(0.0, deadline - time.monotonic()))
-            if not ready:
-                raise TimeoutError
-            piece = os.read(self._heard.fileno(), 4096)
-            if not piece:
-                return None
-            self._buffer += piece
-        line, _, self._buffer = self._buffer.partition(b"\n")
-        return os.fsdecode(line)
+    def gone(self, stderr: bytes) -> Phi4EdgeError:
+        """See :class:`Keeper`."""
+        return explain(self.place, stderr)
 
 
 @cache

@@ -26,8 +26,9 @@ from typing import BinaryIO
 
 from phi4edge.core.errors import MissingToolError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
-from phi4edge.transports import _adb_files
+from phi4edge.transports import _files
 from phi4edge.transports._adb_client import Client, Listed, last_line
+from phi4edge.transports._adb_files import AdbCarrier
 from phi4edge.transports._adb_old import OldKeeper, exchange
 from phi4edge.transports._api import Address
 from phi4edge.transports._keeper import Keeper, Start, Watch
@@ -63,18 +64,20 @@ class AdbDevice(PosixDevice):
     """See :class:`phi4edge.transports._api.Device`."""
 
     transport = "adb"
+    _resumes_push = True
 
     def __init__(self, client: Client, listed: Listed, start: Start, keeper: Watch) -> None:
         super().__init__(listed.name, start, keeper)
         self._client, self._serial = client, listed.serial
+        self._carrier = AdbCarrier(self, self.adb, resumes_push=self._resumes_push)
 
     def push(self, local: Path, remote: PurePosixPath, progress: Progress = SILENT) -> None:
         """See :class:`phi4edge.transports._api.Device`; goes on from where an interrupted one stopped."""
-        _adb_files.push(self, local, self.folder / remote, progress)
+        _files.push(self, self._carrier, local, self.folder / remote, progress)
 
     def pull(self, remote: PurePosixPath, local: Path, progress: Progress = SILENT) -> None:
         """See :class:`phi4edge.transports._api.Device`; an interrupted one begins anew."""
-        _adb_files.pull(self, self.folder / remote, local, progress)
+        _files.pull(self, self._carrier, self.folder / remote, local, progress)
 
     @contextmanager
     def awake(self) -> Iterator[None]:
@@ -119,8 +122,9 @@ class AdbDevice(PosixDevice):
 
 
 class OldAdbDevice(AdbDevice):
-    """A device of before Android 7."""
+    """A device of before Android 7; an interrupted push begins anew."""
 
+    _resumes_push = False
     _keeper: OldKeeper
 
     def start(
@@ -137,10 +141,6 @@ class OldAdbDevice(AdbDevice):
             TargetError: always.
         """
         raise TargetError(f"{self.name}: its adb cannot speak to a program while it runs", "Android 7 or newer can")
-
-    def push(self, local: Path, remote: PurePosixPath, progress: Progress = SILENT) -> None:
-        """See :class:`phi4edge.transports._api.Device`; an interrupted one begins anew."""
-        _adb_files.push(self, local, self.folder / remote, progress, resume=False)
 
     @contextmanager
     def awake(self) -> Iterator[None]:

@@ -37,6 +37,7 @@ from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.local import detect_local, local_fingerprint
 from phi4edge.targets.measured import load_stored
 from phi4edge.targets.profile import LOCAL, Profile
+from phi4edge.transports._adb_client import find_adb
 from phi4edge.transports._api import load_transport
 
 LLAMA_BUILD = (
@@ -57,8 +58,8 @@ OPTIONAL = {
     "lm_eval": ("lm_eval", "drift --tasks", 'pip install "phi4edge[tasks]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
-# program that a transport calls here → how to get it
-PROGRAMS = {"ssh": "install OpenSSH's client", "adb": "install Android's platform-tools"}
+# program that a transport calls here → how to get it; adb says so itself
+PROGRAMS = {"ssh": "install OpenSSH's client"}
 
 
 @dataclass(frozen=True)
@@ -130,6 +131,17 @@ def _program(name: str, purpose: str, install: str, required: bool = False) -> C
     return Check(name, "ok", path, required)
 
 
+def _transport_program(name: str, transport: str) -> Check:
+    """A program that a transport calls here, from where the transport takes it."""
+    purpose = f"transport {transport}"
+    if name != "adb":
+        return _program(name, purpose, PROGRAMS.get(name, f"install {name}"))
+    try:
+        return Check(name, "ok", str(find_adb()))
+    except MissingToolError as error:
+        return Check(name, "missing", f"for {purpose}", hint=error.hint)
+
+
 def _compiler() -> Check:
     for name in ("c++", "g++", "clang++"):
         if shutil.which(name):
@@ -168,7 +180,7 @@ def _target(profile: Profile, transport: str) -> list[Check]:
     else:
         checks = [Check(f"transport {transport}", "ok", f"reaches {profile.id}", True)]
         tools = load_transport(transport).TOOLS
-        checks += [_program(name, f"transport {transport}", PROGRAMS.get(name, f"install {name}")) for name in tools]
+        checks += [_transport_program(name, transport) for name in tools]
     return checks
 
 
