@@ -218,7 +218,8 @@ def fleet(tmp_path: Path) -> Catalog:
     """This machine twice more, as devices with folders of their own; one whose llama-bench dies; and an unknown one."""
     for name in ("one", "dying"):
         folder = tmp_path / f"device-{name}"
-        folder.mkdir()
+        (folder / ".phi4edge").mkdir(parents=True)
+        (folder / ".phi4edge" / "ours").touch()
         target(tmp_path, name, '["local"]', f'transport = "local"\nfolder = "{folder}"')
     target(tmp_path, "nowhere", '["ssh"]')
     program = tmp_path / "device-dying" / RUNNER_FOLDER / "llama-bench"

@@ -67,6 +67,20 @@ exec /bin/sleep 0.04
     )
 
 
+def wait(machine: Machine, steps: int, limit_s: float = 30) -> None:
+    """Until so many half seconds have passed on the machine's own clock."""
+
+    def clock() -> float:
+        while not (said := (machine.root / "proc/uptime").read_text()).endswith("\n"):  # at work on it just now
+            time.sleep(0.001)
+        return float(said.split()[0])
+
+    end, deadline = clock() + steps / 2, time.monotonic() + limit_s
+    while clock() < end:
+        assert time.monotonic() < deadline, "the machine's clock stands still"
+        time.sleep(0.02)
+
+
 def counting(machine: Machine) -> None:
     """Let the processor spend what ``now`` says, in µJ, in each half second; the counters begin again at 10 J."""
     machine.now("1000000 500000")
@@ -110,20 +124,23 @@ def test_counters_that_are_closed_or_missing_are_told_apart() -> None:
 
 
 def test_energy_on_a_machine_with_counters_equals_the_one_worked_out(machine: Machine) -> None:
-    """At rest 1 + 0.5 J in half a second: 3 W; at work 6 + 0.5 J: 13 W. 10 W for 2 s over 40 tokens: 0.5 J."""
+    """At rest 1 + 0.5 J in half a second: 3 W; at work 6 + 0.5 J: 13 W. The difference is 10 W."""
     counters(machine, 9_900_000, 0)
     counting(machine)
-    with sampler_for(machine.device, LAPTOP, root=str(machine.root), idle_s=1.5) as sampler:
+    with sampler_for(machine.device, LAPTOP, root=str(machine.root), idle_s=2.5) as sampler:
         sampler.before()
         machine.now("6000000 500000")
         sampler.start()
-        time.sleep(2.4)
-        decode = sampler.stop(Decoded(40, 2.0, time.monotonic()))
+        wait(machine, 2)
+        began = time.monotonic()
+        wait(machine, 12)
+        seconds = time.monotonic() - began
+        decode = sampler.stop(Decoded(40, seconds, time.monotonic()))
         machine.files({f"{CPU}/cpu0/thermal_throttle/package_throttle_count": 9})
         document = sampler.after()
     assert decode["idle_power_w"]["value"] == pytest.approx(3)
     assert decode["power_w"]["value"] == pytest.approx(13)
-    assert decode["energy_j_per_token"]["value"] == pytest.approx(0.5)
+    assert decode["energy_j_per_token"]["value"] == pytest.approx(10 * seconds / 40)
     assert decode["rail"] == "RAPL package + DRAM"
     assert set(decode["rails_mw"]) == {"package-0", "package-0/core", "package-0/dram"}
     assert decode["peak_temperature_c"] == 60

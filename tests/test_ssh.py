@@ -149,6 +149,16 @@ def test_wrong_option_is_a_usage_error(openssh: OpenSsh) -> None:
     assert "nosuchoption" in error.message.lower()
 
 
+def test_settings_are_told_as_in_ssh_config_or_as_words_for_ssh(openssh: OpenSsh) -> None:
+    known, key = str(openssh.known_hosts), str(openssh.keys.user)
+    options = ("-F", "/dev/null", f"UserKnownHostsFile={known}", f"IdentityFile={key}", "IdentitiesOnly=yes")
+    with ssh.open(Address("127.0.0.1", options=(*options, f"Port={openssh.port}"))) as device:
+        assert device.run(["echo", "here"], timeout_s=20).text == "here\n"
+    error = refusal(openssh.address("2222"))
+    assert isinstance(error, UsageError)
+    assert "KEY=VALUE" in str(error.hint)
+
+
 def test_refused_key_says_what_to_do(openssh: OpenSsh, tmp_path: Path) -> None:
     other = new_key(tmp_path / "other")
     options = tuple(str(other) if word == str(openssh.keys.user) else word for word in openssh.options)
@@ -384,9 +394,12 @@ def test_loss_that_stdout_shows_first_is_one_of_a_program_that_ran(keys: Keys, t
     """Of the two words of the start, the one on stdout is lost: here the login shell keeps it to itself."""
     lossy = 'ForceCommand case "$SSH_ORIGINAL_COMMAND" in *" guard "*) exec >/dev/null ;; esac; '
     settings = (lossy + 'eval "$SSH_ORIGINAL_COMMAND"',)
-    with serving(OpenSsh(keys, tmp_path / "server", settings=settings)) as server:
-        with ssh.open(server.address()) as device, pytest.raises(TargetError, match="lost while sh ran: last words"):
-            device.run(["sh", "-c", "echo last words >&2"], timeout_s=20)
+    with (
+        serving(OpenSsh(keys, tmp_path / "server", settings=settings)) as server,
+        ssh.open(server.address()) as device,
+        pytest.raises(TargetError, match="lost while sh ran: last words"),
+    ):
+        device.run(["sh", "-c", "echo last words >&2"], timeout_s=20)
 
 
 def test_stream_whose_server_is_killed_ends_with_a_clear_error(server: Server) -> None:

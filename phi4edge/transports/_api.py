@@ -29,7 +29,7 @@ class Address:
 
     place: str | None = None  # ssh: a host of the user's config or user@host; adb: a serial; None: the only one there
     folder: str | None = None  # our folder on the device; None: the transport's own choice
-    options: tuple[str, ...] = ()  # for the client, as it takes them: ssh's -o KEY=VALUE, say
+    options: tuple[str, ...] = ()  # for the client: ssh's KEY=VALUE, -i FILE, …; adb's -H, -P
 
 
 @dataclass(frozen=True)

@@ -21,6 +21,7 @@ from phi4edge.transports._keeper import Keeper
 
 _SOCKET_ROOM = 70  # bytes; a socket's path has 104 on some systems, and ssh adds 17 to it while it makes it
 
+_WITH_VALUE = "BbcDEeFIiJLlmOopPQRSWw"  # ssh's options of one letter whose value is the next word
 # ssh takes the first value that it is told, so these come before what the user says …
 _FIXED = (
     *("-T", "-o", "BatchMode=yes", "-o", "RemoteCommand=none", "-o", "ClearAllForwardings=yes"),
@@ -37,11 +38,12 @@ class Client:
         if shutil.which("ssh") is None:
             raise MissingToolError("ssh: not found", "install OpenSSH's client (openssh-client, openssh-clients)")
         self._host, port = _host_and_port(address.place)
+        options = _options(address.options)
         self.place = address.place or ""
         root = tempfile.gettempdir()
         self._folder = Path(tempfile.mkdtemp(prefix="p4e-", dir=root if len(root) < _SOCKET_ROOM else "/tmp"))
         socket = str(self._folder / "s").replace("%", "%%")
-        self._words = ["ssh", *_FIXED, *address.options, *port, *_USUAL, "-o", f"ControlPath={socket}"]
+        self._words = ["ssh", *_FIXED, *options, *port, *_USUAL, "-o", f"ControlPath={socket}"]
 
     def start(self, line: str, *, stdin: int | BinaryIO, stderr: int | BinaryIO) -> subprocess.Popen[bytes]:
         """Start ``line`` in the login shell of the device; our end of its stdout is a pipe."""
@@ -108,6 +110,21 @@ def _knows_progress() -> bool:
         return False
     version = re.match(r"rsync\s+version (\d+)\.(\d+)", said.stdout)
     return version is not None and (int(version[1]), int(version[2])) >= (3, 1)
+
+
+def _options(given: tuple[str, ...]) -> list[str]:
+    """``KEY=VALUE`` as ssh's ``-o`` takes it; words that begin with a dash, and their values, as they are."""
+    words: list[str] = []
+    value_due = False
+    for word in given:
+        if value_due or word.startswith("-"):
+            words.append(word)
+            value_due = not value_due and len(word) == 2 and word[1] in _WITH_VALUE
+        elif "=" in word:
+            words += ["-o", word]
+        else:
+            raise UsageError(f"ssh: {word!r} is not an option", "write KEY=VALUE as in ssh_config, or a word like -i")
+    return words
 
 
 def _host_and_port(place: str | None) -> tuple[str, list[str]]:
