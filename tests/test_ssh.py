@@ -384,9 +384,12 @@ def test_loss_that_stdout_shows_first_is_one_of_a_program_that_ran(keys: Keys, t
     """Of the two words of the start, the one on stdout is lost: here the login shell keeps it to itself."""
     lossy = 'ForceCommand case "$SSH_ORIGINAL_COMMAND" in *" guard "*) exec >/dev/null ;; esac; '
     settings = (lossy + 'eval "$SSH_ORIGINAL_COMMAND"',)
-    with serving(OpenSsh(keys, tmp_path / "server", settings=settings)) as server:
-        with ssh.open(server.address()) as device, pytest.raises(TargetError, match="lost while sh ran: last words"):
-            device.run(["sh", "-c", "echo last words >&2"], timeout_s=20)
+    with (
+        serving(OpenSsh(keys, tmp_path / "server", settings=settings)) as server,
+        ssh.open(server.address()) as device,
+        pytest.raises(TargetError, match="lost while sh ran: last words"),
+    ):
+        device.run(["sh", "-c", "echo last words >&2"], timeout_s=20)
 
 
 def test_stream_whose_server_is_killed_ends_with_a_clear_error(server: Server) -> None:
