@@ -23,6 +23,7 @@ from phi4edge.cli.main import main
 from phi4edge.writers._api import WriteOptions
 from phi4edge.writers.gguf import write_f16
 
+AS_IN_BENCH_JSON = ("--prompt-tokens", 32, "--gen-tokens", 8, "--repetitions", 3, "--warmup", 2)
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed"
 )
@@ -104,7 +105,7 @@ def test_bench_over_ssh_is_llama_bench_s(
 ) -> None:
     tool = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
     there = reached(server, tmp_path / "device", tool)[2:]
-    asked = ("bench", gguf, "--prompt-tokens", 32, "--gen-tokens", 8, "--repetitions", 3, "--warmup", 2, *target)
+    asked = ("bench", gguf, *AS_IN_BENCH_JSON, *target)
     monkeypatch.setenv("PHI4EDGE_ADDRESS", f"127.0.0.1:{server.port}")
     code, document = run(*asked, *there)
     assert code == 0, document
@@ -154,3 +155,19 @@ def test_an_artifact_that_is_not_here_is_told_before_a_device_is_reached(
         code, document = run(*command, *(("--text", text) if "drift" in command else ()), *nowhere)
         assert code == 3
         assert "no such file" in document["error"]["message"]
+
+
+def test_a_target_s_own_file_says_where_its_device_is(
+    server: OpenSsh, gguf: Path, target: tuple[object, ...], tmp_path: Path, run: Any
+) -> None:
+    words = (Path(str(target[3])) / "behind-ssh.toml").read_text()
+    tool = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
+    options = json.dumps(list(server.options))
+    place = f'address = "127.0.0.1:{server.port}"\nfolder = "{tmp_path / "ours"}"\noptions = {options}\n'
+    (tmp_path / "my-board.toml").write_text(f"{words}\n[connection]\n{place}")
+    code, document = run(
+        "bench", gguf, "--target", "my-board", "--target-path", tmp_path, "--runner", tool, *AS_IN_BENCH_JSON
+    )
+    assert code == 0, document
+    assert document["data"]["transport"] == "ssh"
+    assert any((tmp_path / "ours").iterdir())

@@ -44,7 +44,7 @@ def read_as_llama_perplexity(path: Path) -> tuple[int, int, int, np.ndarray, np.
 
 def test_llama_perplexity_reads_the_store_s_distribution(stores: dict[str, ReferenceStore], tmp_path: Path) -> None:
     store, path = stores["whole"], tmp_path / "base.kld"
-    left_out = write_base(store, 2, path)
+    base = write_base(store, 2, path)
     context, vocab, chunks, tokens, log_p = read_as_llama_perplexity(path)
     assert (context, vocab, chunks) == (CONTEXT, VOCAB, 2)
     assert np.array_equal(tokens.reshape(2, CONTEXT), store.tokens[:2])
@@ -53,7 +53,12 @@ def test_llama_perplexity_reads_the_store_s_distribution(stores: dict[str, Refer
     held = exact > -16
     assert np.abs(log_p - exact)[held].max() < 4e-6, "a step of the store is a step of the file"
     assert (log_p[codes > 32767] <= -16).all(), "what lies below the file's range is left out, not made likelier"
-    assert left_out == pytest.approx(np.exp(exact)[~held].sum() / len(exact), rel=1e-6, abs=1e-15)
+    assert base.left_out_mass == pytest.approx(np.exp(exact)[~held].sum() / len(exact), rel=1e-6, abs=1e-15)
+
+
+def test_the_reference_s_own_perplexity_is_exact(stores: dict[str, ReferenceStore], tmp_path: Path) -> None:
+    log_prob = np.concatenate([stores["whole"].chunk(number).log_prob for number in range(2)]).astype(np.float64)
+    assert write_base(stores["whole"], 2, tmp_path / "base.kld").ppl == pytest.approx(np.exp(-log_prob.mean()))
 
 
 def test_a_position_with_one_certain_token_leaves_the_others_out(
@@ -88,10 +93,10 @@ def test_the_file_is_made_once_and_not_of_a_store_that_lacks_tokens(
     stores: dict[str, ReferenceStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("PHI4EDGE_CACHE", str(tmp_path))
-    path, left_out = base_file(stores["whole"], 2)
-    before = path.stat()
-    assert base_file(stores["whole"], 2) == (path, left_out)
-    assert path.stat().st_mtime_ns == before.st_mtime_ns
-    assert base_file(stores["whole"], 1)[0] != path
+    base = base_file(stores["whole"], 2)
+    before = base.path.stat()
+    assert base_file(stores["whole"], 2) == base
+    assert base.path.stat().st_mtime_ns == before.st_mtime_ns
+    assert base_file(stores["whole"], 1).path != base.path
     with pytest.raises(UsageError, match="keeps 20 tokens"):
         base_file(stores["top"], 2)

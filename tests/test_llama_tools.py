@@ -16,7 +16,6 @@ from phi4edge.measurement.llama_perplexity import parse_drift
 from phi4edge.runtimes._api import Settings, SpeedRequest
 from phi4edge.runtimes._llama_tools import (
     bench_arguments,
-    built,
     help_of,
     parse_bench,
     perplexity_arguments,
@@ -171,28 +170,19 @@ def test_a_program_for_another_processor_is_no_crash_of_ours(tmp_path: Path) -> 
         help_of(site.device, site.found.programs["llama-bench"])
 
 
-def test_places_of_the_user_are_looked_at_alone_and_named_when_they_are_empty(tmp_path: Path) -> None:
+def test_places_of_the_user_are_looked_at_alone_and_named_when_they_are_empty(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     program(tmp_path / "bin", "llama-bench")
     with this_machine(tmp_path / "device", tmp_path / "bin") as site:
         assert set(site.found.programs) == {"llama-bench"}
         assert site.found.programs["llama-bench"].path == str(tmp_path / "bin" / "llama-bench")
         assert site.found.python is None, "the Python of this machine was not named"
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for of_home in ("~/bin", "~/bin/llama-bench"):
+        with this_machine(tmp_path / "device", of_home) as site:
+            assert site.found.programs["llama-bench"].path == str(tmp_path / "bin" / "llama-bench")
     (tmp_path / "empty").mkdir()
     for wrong, words in (("empty", "has neither"), ("nowhere", "there is no such program")):
         with pytest.raises(MissingToolError, match=words), this_machine(tmp_path / "device", tmp_path / wrong):
             pass
-
-
-def test_programs_that_were_built_here_are_taken_when_they_are_whole(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
-    runners = tmp_path / "phi4edge" / "runners" / "aarch64"
-    (runners / "key.partial").mkdir(parents=True)
-    (runners / "key.partial" / "runner.json").write_text("{}")
-    assert built("aarch64") is None
-    program(runners / "key", "llama-bench")
-    assert built("aarch64") is None
-    (runners / "key" / "runner.json").write_text("{}")
-    assert built("aarch64") == runners / "key"
-    assert built("x86_64") is None

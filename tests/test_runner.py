@@ -121,6 +121,7 @@ def test_a_build_leaves_programs_their_hashes_and_the_licences(
     assert commands.folders() == [manifest["key"]]
     assert built("x86_64") == folder
     assert built("x86_64", "x86-64-v2") is None
+    assert built("riscv64") is None
     assert read_runner(tmp_path / "copy").faults() == []
 
 

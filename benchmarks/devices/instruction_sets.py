@@ -10,7 +10,7 @@ processor), writes MODEL as F16, Q8_0 and Q4_0 GGUF, and has llama-perplexity co
 qemu computes what the processor would, 20 to 64 times slower: it says nothing of a device's speed, and none is kept.
 Hence few positions. `--cpu max` with `--march armv8.2-a+dotprod+fp16+i8mm` takes the kernels of phones with i8mm.
 
-    python benchmarks/devices/instruction_sets.py MODEL --text FILE [--chunks 2] [--context 512] [--work FOLDER]
+    python benchmarks/devices/instruction_sets.py MODEL --text FILE [--chunks 4] [--context 128] [--work FOLDER]
 
 Needs qemu-aarch64 (qemu-user-static) and what `phi4edge runner build` needs, both compilers.
 """
@@ -173,12 +173,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model", type=Path)
     parser.add_argument("--text", type=Path, required=True)
-    parser.add_argument("--chunks", type=int, default=2)
-    parser.add_argument("--context", type=int, default=512)
+    parser.add_argument("--chunks", type=int, default=4)
+    parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--jobs", type=int, help="Compilers at a time.")
     parser.add_argument("--without-i8mm", action="store_true", help="qemu's max is five times slower than cortex-a76.")
     parser.add_argument("--work", type=Path, help="Keep what is made here: of one model, text and size.")
     a = parser.parse_args()
+    if a.chunks * (a.context - 1 - a.context // 2) < 100:
+        parser.error("llama-perplexity gives no figures for fewer than 100 positions")
     if platform.machine() != "x86_64":
         sys.exit("the machine that writes the logits has to be x86-64")
     qemu = subprocess.run([_qemu(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]

@@ -17,8 +17,9 @@ Line = tuple[str, str, str, bool, str | None]  # name, status, detail, required,
 def check_device(site: Site) -> list[Line]:
     """The device, what it has, and whether drift and speed can be measured on it; nothing is sent there."""
     from phi4edge.core.errors import TargetError
-    from phi4edge.runtimes._llama_tools import built, help_of
+    from phi4edge.runtimes._llama_tools import help_of
     from phi4edge.runtimes._remote import BENCH, PERPLEXITY
+    from phi4edge.runtimes._runner_cache import built
 
     cpu, environment, found, name = site.environment["cpu"], site.environment, site.found, site.profile.id
     words = [f"{cpu['architecture']} {cpu['model']}, {cpu['physical_cores']} cores", environment["distribution"]]

@@ -7,7 +7,7 @@ __all__ = ["NO_SHELL", "DeviceOptions", "check_place", "device_options", "site_f
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar, cast
@@ -123,9 +123,21 @@ def check_place(target: str, device: DeviceOptions, folders: tuple[Path, ...] = 
 
 
 def transport_for(profile: Profile, device: DeviceOptions) -> str:
-    """The transport that was asked for, or the target's first; with an address not "local", which has none."""
+    """The transport that was asked for, else its file's or the target's first; with an address not "local"."""
+    said = profile.connection
     away = [name for name in profile.transports if name != LOCAL]
-    return device.transport or (away if device.address.place is not None and away else profile.transports)[0]
+    placed = device.address.place is not None or said.address is not None
+    return device.transport or said.transport or (away if placed and away else profile.transports)[0]
+
+
+def _address(profile: Profile, given: Address) -> Address:
+    """What the user said, then the environment, then the target's file."""
+    said = profile.connection
+    return Address(
+        given.place or os.environ.get(ADDRESS) or said.address,
+        given.folder or said.folder,
+        (*given.options, *said.options),  # ssh takes the first value that it is told
+    )
 
 
 @contextmanager
@@ -146,8 +158,8 @@ def site_for(
     if artifact is not None and not artifact.exists():
         raise InputError(f"{artifact}: no such file or folder")
     address = device.address
-    if address.place is None and transport != LOCAL:
-        address = replace(address, place=os.environ.get(ADDRESS) or None)
+    if transport != LOCAL:
+        address = _address(profile, address)
     with (
         load_transport(transport).open(address) as connected,
         open_site(

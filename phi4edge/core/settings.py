@@ -111,9 +111,14 @@ class Table:
         return self._allowed(key, self.string(key, default), allowed)
 
     def strings(
-        self, key: str, allowed: Sequence[str] | None = None, default: Sequence[str] | None = None
+        self,
+        key: str,
+        allowed: Sequence[str] | None = None,
+        default: Sequence[str] | None = None,
+        *,
+        repeated: bool = False,
     ) -> list[str]:
-        """A list of strings without repetition, each out of ``allowed`` when that is given."""
+        """A list of strings, without repetition unless ``repeated``, each out of ``allowed`` when that is given."""
         if default is not None and key not in self.data:
             return list(default)
         values = self._raw(key, "a list of strings")
@@ -124,7 +129,7 @@ class Table:
                 raise InputError(
                     f"{self.where(f'{key}[{index}]')}: is {_kind(value)}, expected a string with words in it"
                 )
-            if value in values[:index]:
+            if value in values[:index] and not repeated:
                 raise InputError(f"{self.where(key)}: names {value!r} twice")
             if allowed is not None:
                 self._allowed(f"{key}[{index}]", value, allowed)

@@ -133,11 +133,12 @@ def _by_perplexity(
     began = time.perf_counter()
     text = text_of(store, chunks)
     differences = [*DIFFERENCES, *_check(artifact, store, text)]
-    base, left_out = base_file(store, text["chunks"], site.progress)
-    differences[0] += f"; they hold {left_out:.2g} of the probability here"
+    base = base_file(store, text["chunks"], site.progress)
+    differences[0] += f"; they hold {base.left_out_mass:.2g} of the probability here"
+    differences[1] += f"; exactly it is {base.ppl:.6g}"
     model = site.send_artifact(artifact)
-    where = PurePosixPath("references", base.name)
-    site.send({where: base})
+    where = PurePosixPath("references", base.path.name)
+    site.send({where: base.path})
     arguments = perplexity_arguments(
         help_of(site.device, program), model, str(site.device.folder / where), store.context, settings
     )
@@ -167,7 +168,8 @@ def _by_perplexity(
             "encoding": f"{store.header['encoding']} in llama-perplexity's base file",
             "noise_floor_kld": max(store.header["noise_floor_kld"], _PRINTED),
             "tail_mass": 0.0,
-            "left_out_mass": left_out,
+            "left_out_mass": base.left_out_mass,
+            "ppl": base.ppl,
         },
         "text": text,
         "metrics": {key: metric.as_dict() for key, metric in metrics.items()},

@@ -10,15 +10,18 @@ As llama.cpp's ``tools/perplexity/perplexity.cpp`` reads it, little-endian:
 llama.cpp chooses scale by position and makes a new rounding error. A store's steps are 32/65535 below the maximum, so
 with scale = 16/65535 = STEP/2 and code = 65535 − 2·d every one of them is a step of the file too: it holds the store's
 distribution and adds nothing, down to 16 nats below the maximum, where the file ends. What is less likely than e⁻¹⁶
-llama-perplexity leaves out of its sum; the probability of that is returned.
+llama-perplexity leaves out of its sum, and a token of the text that lies below the file's end counts as lying there,
+which makes PPL(base) too small; :class:`Base` says how much is left out, and what it is exactly.
 """
 
 from __future__ import annotations
 
-__all__ = ["base_file", "write_base"]
+__all__ = ["Base", "base_file", "write_base"]
 
 import json
+import math
 import struct
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -35,21 +38,30 @@ _MAGIC = b"_logits_"
 _CUT = 16.0  # nats: llama-perplexity leaves out what is less likely than e to the minus that
 
 
-def base_file(store: ReferenceStore, chunks: int, progress: Progress = SILENT) -> tuple[Path, float]:
-    """The file of the first ``chunks`` chunks in the cache, written where it is not there yet; as :func:`write_base`.
+@dataclass(frozen=True)
+class Base:
+    """A base file, and what llama-perplexity will not tell of the reference in it."""
+
+    path: Path
+    left_out_mass: float  # mean probability of the tokens that it leaves out
+    ppl: float  # of the reference on the scored positions, from the store's exact log-probabilities
+
+
+def base_file(store: ReferenceStore, chunks: int, progress: Progress = SILENT) -> Base:
+    """The file of the first ``chunks`` chunks in the cache, written where it is not there yet.
 
     Raises:
         UsageError: the store keeps only the most likely tokens.
         InputError: a damaged store, or no room.
     """
-    key = sha256_json({"files": dict(store.header["files"]), "chunks": chunks, "version": 1})[:32]
+    key = sha256_json({"files": dict(store.header["files"]), "chunks": chunks, "version": 2})[:32]
     path = cache_folder() / "kld-base" / f"{key}.kld"
     note = path.with_suffix(".json")
     if path.is_file() and note.is_file():
-        return path, float(json.loads(note.read_text(encoding="utf-8"))["left_out_mass"])
+        return Base(path, **json.loads(note.read_text(encoding="utf-8")))
     try:
-        left_out = write_base(store, chunks, path, progress)
-        write_json(note, {"left_out_mass": left_out})
+        base = write_base(store, chunks, path, progress)
+        write_json(note, {"left_out_mass": base.left_out_mass, "ppl": base.ppl})
     except OSError as error:
         rows = chunks * store.positions
         raise InputError(
@@ -57,14 +69,11 @@ def base_file(store: ReferenceStore, chunks: int, progress: Progress = SILENT) -
             f"({error.strerror})",
             "free space, or name another cache with $PHI4EDGE_CACHE; fewer --chunks need less",
         ) from error
-    return path, left_out
+    return base
 
 
-def write_base(store: ReferenceStore, chunks: int, path: Path, progress: Progress = SILENT) -> float:
+def write_base(store: ReferenceStore, chunks: int, path: Path, progress: Progress = SILENT) -> Base:
     """Write the first ``chunks`` chunks of ``store`` to ``path``, one at a time.
-
-    Returns:
-        The mean probability of the tokens that llama-perplexity will leave out.
 
     Raises:
         UsageError: the store keeps only the most likely tokens.
@@ -75,7 +84,7 @@ def write_base(store: ReferenceStore, chunks: int, path: Path, progress: Progres
             f"{store.path}: keeps {store.top} tokens a position, and llama-perplexity needs all of them",
             "measure against a store without --store-top, or with a Python on the device",
         )
-    vocab, mass = store.vocab_size, 0.0
+    vocab, mass, nll = store.vocab_size, 0.0, 0.0
     row = np.dtype([("scale", "<f4"), ("least", "<f4"), ("codes", "<u2", (vocab + vocab % 2,))])
     assert row.itemsize == _row_bytes(vocab)
     progress.start("base file", chunks, "chunk")
@@ -83,7 +92,9 @@ def write_base(store: ReferenceStore, chunks: int, path: Path, progress: Progres
         file.write(_MAGIC + struct.pack("<Iii", store.context, vocab, chunks))
         file.write(store.tokens[:chunks].astype("<i4").tobytes())
         for number in range(chunks):
-            codes = store.chunk(number).codes
+            chunk = store.chunk(number)
+            codes = chunk.codes
+            nll -= float(chunk.log_prob.astype(np.float64).sum())
             for rows in row_blocks(store.positions, vocab):
                 below = codes[rows].astype(np.float64) * STEP
                 log_sum = np.log(np.exp(-below).sum(axis=1, keepdims=True))
@@ -96,7 +107,8 @@ def write_base(store: ReferenceStore, chunks: int, path: Path, progress: Progres
                 file.write(out.data)
             progress.advance()
     progress.finish()
-    return mass / (chunks * store.positions)
+    count = chunks * store.positions
+    return Base(path, mass / count, math.exp(nll / count))
 
 
 def _row_bytes(vocab: int) -> int:

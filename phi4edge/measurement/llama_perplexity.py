@@ -13,7 +13,7 @@ from phi4edge.measurement.result import Measurement
 LEAST_POSITIONS = 100  # below that it prints no statistics
 DIFFERENCES = (
     "KLD leaves out tokens that the reference holds less likely than e^-16",
-    "the reference's log-probabilities are the store's 16-bit codes, for PPL(reference) and Δp too",
+    "a token of the text that the reference holds less likely than that counts as that likely in PPL(reference)",
     "standard errors are over positions, taken as independent; none between chunks",
     "six decimals are printed, of Δp and shares three of a per cent; an error printed as 0 is given as 5e-7",
 )

@@ -156,4 +156,5 @@ def _explanation(profile: Profile, nbytes: int) -> str:
     cache = last_level_cache() if profile.id == LOCAL else None
     if cache and nbytes < 4 * cache:
         return f"a cache of {cache / 1e6:.0f} MB holds much of the {nbytes / 1e6:.0f} MB that a token reads"
-    return "the bandwidth is wrong, a cache helped, or not all of the work was done"
+    said = profile.bandwidth_gb_s.source
+    return f"the bandwidth is wrong{f' ({said})' if said else ''}, a cache helped, or not all of the work was done"

@@ -9,7 +9,6 @@ from __future__ import annotations
 __all__ = [
     "BenchTest",
     "bench_arguments",
-    "built",
     "help_of",
     "parse_bench",
     "perplexity_arguments",
@@ -18,15 +17,12 @@ __all__ = [
 ]
 
 import json
-import os
 import re
 import signal
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
-from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import TargetError
 from phi4edge.runtimes._api import Settings, SpeedRequest
 from phi4edge.runtimes._remote import BENCH, PERPLEXITY, Program
@@ -38,13 +34,6 @@ _HINTS = {
     signal.SIGKILL: "most likely out of memory; take a smaller artifact or a shorter context",
     signal.SIGBUS: "the file became shorter while it was read, or the device's disk fails",
 }
-
-
-def built(arch: str) -> Path | None:
-    """The folder with static programs for ``arch`` that ``phi4edge runner build`` made, or None."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi4edge" / "runners" / arch
-    whole = [path for path in cache.glob("*/runner.json") if not path.parent.name.endswith(PARTIAL)]
-    return max(whole, key=lambda path: path.stat().st_mtime).parent if whole else None
 
 
 @dataclass(frozen=True)

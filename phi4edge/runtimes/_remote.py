@@ -40,7 +40,10 @@ done
 """
 _KIND = """
 for place in "$@"; do
-  if [ -d "$place" ]; then echo folder; elif [ -x "$place" ]; then echo program; else echo nothing; fi
+  case $place in '~/'*) place=$HOME/${place#??} ;; esac
+  if [ -d "$place" ]; then echo "folder $place"
+  elif [ -x "$place" ]; then echo "program $place"
+  else echo "nothing $place"; fi
 done
 """
 _PYTHON = """
@@ -117,7 +120,8 @@ def _named(device: Device, runners: Sequence[str]) -> tuple[list[str], dict[str,
         return [], {}
     folders, programs = [], {}
     kinds = _lines(device, ["sh", "-c", _KIND, "sh", *runners], _LOOK_S)
-    for place, kind in zip(runners, kinds, strict=False):
+    for line in kinds:
+        kind, _, place = line.partition(" ")
         base = posixpath.basename(place)
         if kind == "folder":
             folders.append(place.rstrip("/") or "/")

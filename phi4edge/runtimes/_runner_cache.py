@@ -114,7 +114,7 @@ def built(arch: str, march: str | None = None) -> Path | None:
     dies on a device that has less. A runner of the installed llama-cpp-python comes first, then the newest. One with a
     file that is missing or changed is passed over; ``phi4edge runner list`` shows it, and building makes it anew.
     """
-    wanted = march or DEFAULT_MARCH[arch]
+    wanted = march or DEFAULT_MARCH.get(arch)  # none: nothing is built for that processor
     try:
         here = {"package": PACKAGE, "version": installed_version()}
     except MissingToolError:

@@ -213,7 +213,7 @@ def _connection(table: Table) -> Connection:
         transport=table.choice("transport", TRANSPORTS) if "transport" in table else None,
         address=table.string("address") if "address" in table else None,
         folder=table.string("folder") if "folder" in table else None,
-        options=tuple(table.strings("options", default=[])),
+        options=tuple(table.strings("options", default=[], repeated=True)),
     )
 
 
