@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import io
+import json
 import os
 import signal
 import subprocess
@@ -30,7 +31,7 @@ from ssh_support import Keys, OpenSsh, need, serving
 
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, MissingToolError, TargetError, UsageError
-from phi4edge.core.hashing import sha256_bytes
+from phi4edge.core.hashing import sha256_bytes, sha256_file
 from phi4edge.measurement.device_drift import check_on_device, measure_drift_on
 from phi4edge.measurement.device_speed import measure_speed_on
 from phi4edge.measurement.drift_run import measure_drift, measure_greedy
@@ -42,6 +43,8 @@ from phi4edge.measurement.texts import Chunks
 from phi4edge.report.build import build_report, write_report
 from phi4edge.runtimes._api import Settings, SpeedRequest
 from phi4edge.runtimes._remote_python import archive, worker_modules
+from phi4edge.runtimes._runner_cache import MANIFEST, SCHEMA
+from phi4edge.runtimes._runner_recipe import DEFAULT_MARCH
 from phi4edge.targets.local import detect_local
 from phi4edge.transports import ssh
 from phi4edge.writers._api import WriteOptions
@@ -306,7 +309,10 @@ def test_programs_that_were_built_here_are_sent_where_the_device_has_none(
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
     runner = tmp_path / "cache" / "phi4edge" / "runners" / os.uname().machine / "key"
     bench(runner)
-    (runner / "runner.json").write_text("{}")
+    held = {"llama-bench": {"bytes": 1, "sha256": sha256_file(runner / "llama-bench")}}
+    arch = os.uname().machine
+    about = {"schema": SCHEMA, "arch": arch, "march": DEFAULT_MARCH[arch], "key": "key", "created": "", "files": held}
+    (runner / MANIFEST).write_text(json.dumps(about))
     bare = program(tmp_path / "bin", "python3", then="exit 1")
     with this_machine(tmp_path / "device", bare) as site, pytest.raises(TargetError, match="llama-bench printed"):
         measure_speed_on(site, gguf)  # it was started there, without its recorded words

@@ -20,10 +20,10 @@ from phi4edge.core.hashing import sha256_bytes
 from phi4edge.measurement.artifact import describe
 from phi4edge.measurement.fingerprint import fingerprint
 from phi4edge.runtimes._api import Session, Settings
-from phi4edge.runtimes._child import Place
 from phi4edge.runtimes._remote import RUNNER_FOLDER, Found, Program, how_to_get, look, missing
 from phi4edge.runtimes._remote_python import PlacedRuntime, archive, placed_runtime, start_worker
 from phi4edge.runtimes._runner_cache import built
+from phi4edge.runtimes._worker import Place
 from phi4edge.targets.profile import Profile
 from phi4edge.transports._api import Device
 from phi4edge.transports._folder import clean as clean_folder

@@ -18,7 +18,7 @@ from typing import BinaryIO, Protocol, cast
 import phi4edge
 from phi4edge.core.errors import TargetError, UsageError
 from phi4edge.runtimes._api import Runtime, Session, Settings, SpeedRequest, SpeedSamples, load_runtime
-from phi4edge.runtimes._child import Place
+from phi4edge.runtimes._worker import Place
 from phi4edge.transports._api import Device, Stream
 
 _ROOT = Path(phi4edge.__file__).parent.parent
@@ -58,7 +58,7 @@ def placed_runtime(name: str) -> PlacedRuntime:
 
 
 class StreamWorker:
-    """See :class:`phi4edge.runtimes._child.Worker`: one that runs on a device."""
+    """See :class:`phi4edge.runtimes._worker.Worker`: one that runs on a device."""
 
     def __init__(self, stream: Stream) -> None:
         self._stream = stream
@@ -74,7 +74,7 @@ class StreamWorker:
         return self._stream.stdout
 
     def ending(self, marks: Sequence[str]) -> tuple[int, str]:
-        """See :class:`phi4edge.runtimes._child.Worker`; raises TargetError where the device is gone."""
+        """See :class:`phi4edge.runtimes._worker.Worker`; raises TargetError where the device is gone."""
         code = self._stream.wait(_ENDING_S)
         return code, self._stream.last_words()
 

@@ -17,8 +17,9 @@ from pathlib import Path
 
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples
-from phi4edge.runtimes._child import Child, ChildSession, Place
+from phi4edge.runtimes._child import Child, ChildSession
 from phi4edge.runtimes._sampling import SampleRequest, Written
+from phi4edge.runtimes._worker import Place
 
 NAME = "llama_cpp"
 WORKER = "phi4edge.runtimes._llama_worker"

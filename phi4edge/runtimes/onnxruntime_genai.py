@@ -20,7 +20,8 @@ from typing import TYPE_CHECKING
 from phi4edge.checkpoint.config import parse_config
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.runtimes._api import Settings, SpeedRequest, SpeedSamples
-from phi4edge.runtimes._child import Child, ChildSession, Place
+from phi4edge.runtimes._child import Child, ChildSession
+from phi4edge.runtimes._worker import Place
 from phi4edge.writers._onnx_names import CONFIG, GENAI_CONFIG
 
 if TYPE_CHECKING:
