@@ -176,7 +176,10 @@ def main() -> None:
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
     parser.add_argument("--jobs", type=int, help="Compilers at a time.")
-    parser.add_argument("--without-i8mm", action="store_true", help="qemu's max is five times slower than cortex-a76.")
+    parser.add_argument(
+        "--without", action="append", default=[], choices=sorted({run.march for run in RUNS} - {BASE, DOTPROD}),
+        help="Leave an instruction set out; may be repeated. For i8mm, qemu emulates `max`, five times slower.",
+    )  # fmt: skip
     parser.add_argument("--work", type=Path, help="Keep what is made here: of one model, text and size.")
     a = parser.parse_args()
     if a.chunks * (a.context - 1 - a.context // 2) < 100:
@@ -184,7 +187,7 @@ def main() -> None:
     if platform.machine() != "x86_64":
         sys.exit("the machine that writes the logits has to be x86-64")
     qemu = subprocess.run([_qemu(), "--version"], capture_output=True, text=True, check=True).stdout.splitlines()[0]
-    runs = tuple(run for run in RUNS if not (a.without_i8mm and run.march == I8MM))
+    runs = tuple(run for run in RUNS if run.march not in a.without)
     with tempfile.TemporaryDirectory() as scratch:
         work = a.work or Path(scratch)
         work.mkdir(parents=True, exist_ok=True)
@@ -200,7 +203,7 @@ def main() -> None:
     command = (
         f"python benchmarks/devices/instruction_sets.py MODEL --text FILE --chunks {a.chunks} --context {a.context}"
     )
-    command += " --without-i8mm" if a.without_i8mm else ""
+    command += "".join(f" --without {march}" for march in a.without)
     document = record(HERE / "results" / "instruction_sets.json", command, results, ("benchmarks/devices",))
     update_readme(HERE / "README.md", "instruction_sets", table(document))
     print(table(document))
