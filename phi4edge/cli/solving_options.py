@@ -114,6 +114,20 @@ _OPTIONS = (
         help="Aim at what full precision computes: 0 not at all, 1 wholly.  " + _preset("full_precision_targets"),
     ),
     click.option(
+        "--output-curvature",
+        metavar="STRENGTH",
+        type=float,
+        help="Let rows answer for each other's errors by what the model makes of them together: 0 not at all, 1 "
+        "wholly.  " + _preset("output_curvature"),
+    ),
+    click.option(
+        "--curvature-samples",
+        type=click.IntRange(1),
+        default=Recipe.curvature_samples,
+        show_default=True,
+        help="Calibration samples that this is measured on, at most.",
+    ),
+    click.option(
         "--awq/--no-awq",
         default=False,
         help="Scale input channels by their activations before rounding, with any method.  [default: off]",

@@ -5,7 +5,16 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["EFFORTS", "ROTATIONS", "CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe", "solving_recipe"]
+__all__ = [
+    "COUPLED_ROWS",
+    "EFFORTS",
+    "ROTATIONS",
+    "CorpusRecipe",
+    "MixRecipe",
+    "Recipe",
+    "TuningRecipe",
+    "solving_recipe",
+]
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -14,6 +23,8 @@ from typing import Any
 from phi4edge.core.errors import UsageError
 
 ROTATIONS = ("none", "residual", "heads", "residual+heads", "auto")  # auto: residual+heads where that can be folded
+
+COUPLED_ROWS = 4096  # of a linear, at most, that answer for each other's errors (``output_curvature``)
 
 
 @dataclass(frozen=True)
@@ -100,6 +111,8 @@ class Recipe:
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
+    output_curvature: float = 0.0  # how far rows answer for each other's errors: 0 not at all, 1 by all that F says
+    curvature_samples: int = 24  # that F is measured on, at most
     guard: bool = True  # compare every linear with RTN on samples kept aside
     awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does
     rotation: str = "none"  # what is rotated before anything is rounded: one of ROTATIONS
@@ -136,7 +149,18 @@ class Recipe:
         if not 0 <= self.full_precision_targets <= 1:
             raise UsageError(f"full_precision_targets {self.full_precision_targets} is not between 0 and 1")
         if self.corpus is None and self.whole_hessian:
-            raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
+            raise UsageError(
+                "refit, sweeps, full-precision targets and output curvature need calibration text", "name a --corpus"
+            )
+        if not 0 <= self.output_curvature <= 1:
+            raise UsageError(f"output_curvature {self.output_curvature} is not between 0 and 1")
+        if self.curvature_samples < 1:
+            raise UsageError(f"curvature_samples {self.curvature_samples} is not positive")
+        if self.output_curvature and self.method != "gptq":
+            raise UsageError(
+                f"output curvature hands errors on from row to row, which --method {self.method} does not",
+                "use --method gptq, or --output-curvature 0",
+            )
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
         if self.rotation not in ROTATIONS:
@@ -170,7 +194,7 @@ class Recipe:
     @property
     def whole_hessian(self) -> bool:
         """Whether the whole of H is needed whatever the solver makes of it."""
-        return self.refined or self.full_precision_targets > 0
+        return self.refined or self.full_precision_targets > 0 or self.output_curvature > 0
 
     @property
     def kept(self) -> int:

@@ -25,8 +25,10 @@ from phi4edge.model.block import LINEARS, Block
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers import rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._coupled import solve_coupled
 from phi4edge.solvers._refine import refine
 from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages.curvature import Curvatures
 from phi4edge.stages.guard import HeldOut, held_out_errors
 from phi4edge.stages.job import Job
 from phi4edge.stages.scaling import scale_inputs
@@ -59,7 +61,10 @@ class _Task:
 class BlockSolver:
     """Solves block after block with the same recipe."""
 
-    def __init__(self, job: Job, stream: CalibrationStream | None, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, stream: CalibrationStream | None, progress: Progress, curvatures: Curvatures | None = None
+    ) -> None:
+        self._curvatures = curvatures
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
         self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
@@ -127,7 +132,8 @@ class BlockSolver:
         """The solver's codes, or RTN's where these lose to them on samples that no Hessian has seen."""
         recipe, problem = self._recipe, task.problem
         aimed, events = self._aim(task)
-        solution: Solution = refine(aimed, self._solver.solve(aimed, self._options), self._options)
+        groups = self._coupled_rows(problem)
+        solution = self._solve(aimed) if groups is None else solve_coupled(aimed, groups, self._options)
         record: dict[str, Any] = {
             "name": problem.name,
             "method": recipe.method,
@@ -149,18 +155,27 @@ class BlockSolver:
         record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
         if not ours.loses_to(theirs):
             return solution.linear, record, events
-        if aimed is not problem:  # the shift may be what lost: the solver on the weights as they are comes before RTN
-            plain_solution = refine(problem, self._solver.solve(problem, self._options), self._options)
+        if aimed is not problem or groups is not None:  # that may be what lost: the solver alone comes before RTN
+            plain_solution = self._solve(problem)
             (again,) = self._held_out(task, [plain_solution.linear])
             if not again.loses_to(theirs):
-                events.append(
-                    _fallback("fallback_to_unshifted", problem.name, "the shifted target", "unshifted", ours, theirs)
-                )
+                who, taken = ("the shifted target", "unshifted") if groups is None else ("coupled rows", "uncoupled")
+                events.append(_fallback(f"fallback_to_{taken}", problem.name, who, taken, ours, theirs))
                 record |= {"loss": plain_solution.loss, "heldout_error": asdict(again), "target_shift": 0.0}
                 return plain_solution.linear, record, events
         who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
         return fallback.linear, record | {"method": "rtn"}, events
+
+    def _solve(self, problem: Problem) -> Solution:
+        """The solver's solution, refined if asked, of rows that know nothing of each other."""
+        return refine(problem, self._solver.solve(problem, self._options), self._options)
+
+    def _coupled_rows(self, problem: Problem) -> list[tuple[Tensor, Tensor]] | None:
+        """Rows that answer for each other's errors, with their curvature, where the recipe asks for it."""
+        if self._curvatures is None:
+            return None
+        return self._curvatures.groups(problem.name, problem.weight.shape[0], self._job.device)
 
     def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
         """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""
