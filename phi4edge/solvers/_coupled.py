@@ -55,7 +55,8 @@ def solve_coupled(problem: Problem, groups: Sequence[Group], options: SolverOpti
     factor = gptq.factor(problem, options)
     orders, factors, events = [], [], list[Event]()
     for rows, F in groups:
-        order = torch.cat([torch.arange(first, len(rows), STEPS, device=W.device) for first in range(STEPS)])
+        order = torch.arange(len(rows), device=W.device)
+        order = order[torch.argsort(order % STEPS, stable=True)]
         N, _, raised = gptq.factor_matrix(F, order, 0.0, f"{problem.name} (rows)")
         orders.append(rows.to(W.device)[order])
         factors.append(N)
