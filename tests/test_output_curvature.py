@@ -21,8 +21,7 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import TargetError, UsageError
 from phi4edge.core.events import SILENT
 from phi4edge.core.recipe import CorpusRecipe, Recipe
-from phi4edge.distillation import fisher
-from phi4edge.distillation.fisher import OutputMoments, RowCurvature, row_groups
+from phi4edge.distillation.fisher import OutputMoments
 from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import Overlay
 from phi4edge.quant.grid import grid_for
@@ -53,40 +52,19 @@ def objective(p: Problem, Q: Tensor, curvature: Tensor) -> float:
     return float(((curvature @ E) * (E @ p.hessian)).sum())
 
 
-def whole(rows: int, curvature: Tensor) -> list[tuple[Tensor, Tensor]]:
-    return [(torch.arange(rows), curvature)]
-
-
 # --- F ------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("limit", [4096, 20])
-def test_moments_are_those_of_the_gradients_within_each_group(limit: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fisher, "COUPLED_ROWS", limit)
-    gradient = torch.randn(3, 40, 50, generator=torch.Generator().manual_seed(0)) * torch.logspace(-3, 3, 50)
-    gradient[..., 7] = 0  # a row that nothing looks at
-    moments = OutputMoments(50)
+def test_moments_are_those_of_the_gradients() -> None:
+    gradient = torch.randn(3, 40, 600, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 2, 600)
+    moments = OutputMoments(600)
     for sample in gradient:
         moments.add(sample)
-    found = moments.result()
-    tensors = found.to_tensors("layer")
-    assert [t.dtype for t in tensors.values()] == [torch.float32, *[torch.float16] * (len(tensors) - 1)]
-    found = RowCurvature.from_tensors("layer", tensors)
-    groups = row_groups(50)
-    assert torch.cat(groups).sort().values.tolist() == list(range(50))
-    assert max(map(len, groups)) <= limit
-    flat = gradient.reshape(-1, 50)
-    exact = flat.T @ flat / flat.shape[0]
-    for index, rows in enumerate(groups):
-        scale = exact.diagonal()[rows].sqrt()
-        got = found.group(index, 1.0, 0.0)
-        assert torch.allclose(got, exact[rows][:, rows], atol=1e-3 * float(scale.max()) ** 2)
-        assert bool(((got - exact[rows][:, rows]).abs() <= 1e-3 * scale[:, None] * scale).all())
-        half = found.group(index, 0.5, 0.0)
-        assert torch.allclose(half - torch.diag(half.diagonal()), (got - torch.diag(got.diagonal())) / 2)
-        assert torch.allclose(half.diagonal(), got.diagonal())
-        damped = found.group(index, 1.0, 0.1)
-        assert torch.allclose(damped.diagonal() - got.diagonal(), got.diagonal().mean() * torch.tensor(0.1), rtol=1e-3)
+    flat = gradient.reshape(-1, 600)
+    found, exact = moments.result(), flat.T @ flat / flat.shape[0]
+    scale = exact.diagonal().sqrt()
+    assert torch.equal(found, found.T)
+    assert bool(((found - exact).abs() <= 1e-5 * scale[:, None] * scale).all())
 
 
 @pytest.fixture(scope="module")
@@ -105,7 +83,9 @@ def test_curvature_tells_what_errors_of_several_rows_cost_together(job: Job, tmp
     generator = torch.Generator().manual_seed(0)
     name = "model.layers.1.self_attn.o_proj"
     weight = job.checkpoint.tensor(f"{name}.weight")
-    ((_, coupled),) = found.groups(name, weight.shape[0])
+    coupled = found.of(name)
+    assert coupled is not None
+    assert found.of("model.layers.1.mlp.gate_up_proj") is None, "it does not write into the residual stream"
     values, vectors = torch.linalg.eigh(coupled)
     ratios = {}
     for kind, direction in (("felt", vectors[:, -1]), ("unfelt", vectors[:, 0])):
@@ -152,7 +132,7 @@ def test_a_row_is_shifted_to_what_is_best_given_the_errors_before_it(monkeypatch
     p = problem("w4g32", rows=12)
     coupled = curvature(12)
     monkeypatch.setattr(_coupled, "STEPS", 12)  # a row a step, in order
-    found = solve_coupled(p, whole(12, coupled), SolverOptions()).linear
+    found = solve_coupled(p, coupled, SolverOptions()).linear
     inner = coupled.double()
     E = torch.zeros_like(p.weight)
     for r in range(12):
@@ -173,7 +153,7 @@ def test_coupled_rows_lower_the_objective_and_stay_on_the_grid(name: str) -> Non
     p = problem(name, rows=96)
     coupled = curvature(96)
     alone = refine(p, gptq.solve(p, OPTIONS), OPTIONS)
-    together = solve_coupled(p, whole(96, coupled), OPTIONS)
+    together = solve_coupled(p, coupled, OPTIONS)
     before, after = (objective(p, s.linear.dequantize(), coupled) for s in (alone, together))
     assert after < 0.9 * before
     grid = grid_for(p.scheme)
@@ -186,24 +166,14 @@ def test_coupled_rows_lower_the_objective_and_stay_on_the_grid(name: str) -> Non
 def test_rows_without_anything_in_common_are_solved_as_ever() -> None:
     p = problem("w4g32", rows=40)
     alone = refine(p, gptq.solve(p, OPTIONS), OPTIONS).linear
-    together = solve_coupled(p, whole(40, torch.diag(torch.linspace(0.1, 9, 40))), OPTIONS).linear
+    together = solve_coupled(p, torch.diag(torch.linspace(0.1, 9, 40)), OPTIONS).linear
     assert torch.equal(alone.codes, together.codes)
     assert torch.equal(alone.params["scales"], together.params["scales"])
 
 
-def test_several_groups_are_solved_side_by_side_each_as_if_alone() -> None:
-    p = problem("q4_1", rows=60)
-    groups = [(torch.arange(first, 60, 2), curvature(30, seed=first)) for first in range(2)]
-    together = solve_coupled(p, groups, OPTIONS).linear
-    for rows, coupled in groups:
-        part = replace(p, weight=p.weight[rows])
-        alone = solve_coupled(part, whole(30, coupled), OPTIONS).linear
-        assert torch.equal(alone.codes, together.codes[rows])
-
-
 def test_fewer_rows_than_steps_are_borne() -> None:
     p = problem("w4g32", rows=3)
-    assert solve_coupled(p, whole(3, curvature(3)), OPTIONS).linear.codes.shape == p.weight.shape
+    assert solve_coupled(p, curvature(3), OPTIONS).linear.codes.shape == p.weight.shape
 
 
 # --- runs ---------------------------------------------------------------------------------------------------

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
-from phi4edge.core.recipe import COUPLED_ROWS, Recipe, TuningRecipe
+from phi4edge.core.recipe import Recipe, TuningRecipe
 from phi4edge.quant.parallel import row_pieces
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
@@ -65,9 +65,9 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
         solving += largest * 4
         working += 2 * widest * widest * 4
-    coupled, curvature = _curvature(config)
-    if recipe.output_curvature:  # F and its factor; targets and errors of all rows, beside the weight
-        solving += 2 * coupled + 2 * largest * 4
+    square = config.hidden_size**2 * 4  # F of a linear that writes into the residual stream
+    if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
+        solving += 2 * square + 2 * config.hidden_size * max(config.intermediate_size, config.q_size) * 4
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
@@ -75,8 +75,8 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))
-    if recipe.output_curvature:  # so does curvature, with F of the block's linears beside it
-        tuning = max(tuning, base + block + _backward(config, recipe) + curvature)
+    if recipe.output_curvature:  # so does curvature, with two F, and both as they are put away
+        tuning = max(tuning, base + block + _backward(config, recipe) + 4 * square)
     limit, needed = _limit(budget), max(least, tuning)
     _check(limit, needed, needed)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
@@ -85,12 +85,6 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     keep_graphs = bool(graphs) and tuning_expected + graphs <= limit
     expected = max(least + (0 if spill else stores), tuning_expected + (graphs if keep_graphs else 0))
     return MemoryPlan(limit, needed, expected, spill, keep_graphs, spill_tuning)
-
-
-def _curvature(config: ModelConfig) -> tuple[int, int]:
-    """Bytes of the largest F of a block's linears, and of all four while they are measured and put away."""
-    sizes = [out * min(out, COUPLED_ROWS) * 4 for out, _ in config.linear_shapes.values()]
-    return max(sizes), 2 * sum(sizes)
 
 
 def _kept_by_autograd(config: ModelConfig) -> int:

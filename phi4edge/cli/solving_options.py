@@ -117,8 +117,8 @@ _OPTIONS = (
         "--output-curvature",
         metavar="STRENGTH",
         type=float,
-        help="Let rows answer for each other's errors by what the model makes of them together: 0 not at all, 1 "
-        "wholly.  " + _preset("output_curvature"),
+        help="Let rows of o_proj and down_proj answer for each other's errors by what the model makes of them "
+        "together: 0 not at all, 1 wholly.  " + _preset("output_curvature"),
     ),
     click.option(
         "--curvature-samples",

@@ -6,7 +6,6 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 from __future__ import annotations
 
 __all__ = [
-    "COUPLED_ROWS",
     "EFFORTS",
     "ROTATIONS",
     "CorpusRecipe",
@@ -23,8 +22,6 @@ from typing import Any
 from phi4edge.core.errors import UsageError
 
 ROTATIONS = ("none", "residual", "heads", "residual+heads", "auto")  # auto: residual+heads where that can be folded
-
-COUPLED_ROWS = 4096  # of a linear, at most, that answer for each other's errors (``output_curvature``)
 
 
 @dataclass(frozen=True)
@@ -111,7 +108,7 @@ class Recipe:
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
-    output_curvature: float = 0.0  # how far rows answer for each other's errors: 0 not at all, 1 by all that F says
+    output_curvature: float = 0.0  # how far writers' rows answer for each other: 0 not at all, 1 by all that F says
     curvature_samples: int = 24  # that F is measured on, at most
     guard: bool = True  # compare every linear with RTN on samples kept aside
     awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does

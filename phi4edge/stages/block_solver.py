@@ -132,8 +132,8 @@ class BlockSolver:
         """The solver's codes, or RTN's where these lose to them on samples that no Hessian has seen."""
         recipe, problem = self._recipe, task.problem
         aimed, events = self._aim(task)
-        groups = self._coupled_rows(problem)
-        solution = self._solve(aimed) if groups is None else solve_coupled(aimed, groups, self._options)
+        coupling = self._coupling(problem)
+        solution = self._solve(aimed) if coupling is None else solve_coupled(aimed, coupling, self._options)
         record: dict[str, Any] = {
             "name": problem.name,
             "method": recipe.method,
@@ -155,11 +155,11 @@ class BlockSolver:
         record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
         if not ours.loses_to(theirs):
             return solution.linear, record, events
-        if aimed is not problem or groups is not None:  # that may be what lost: the solver alone comes before RTN
+        if aimed is not problem or coupling is not None:  # that may be what lost: the solver alone comes before RTN
             plain_solution = self._solve(problem)
             (again,) = self._held_out(task, [plain_solution.linear])
             if not again.loses_to(theirs):
-                who, taken = ("the shifted target", "unshifted") if groups is None else ("coupled rows", "uncoupled")
+                who, taken = ("the shifted target", "unshifted") if coupling is None else ("coupled rows", "uncoupled")
                 events.append(_fallback(f"fallback_to_{taken}", problem.name, who, taken, ours, theirs))
                 record |= {"loss": plain_solution.loss, "heldout_error": asdict(again), "target_shift": 0.0}
                 return plain_solution.linear, record, events
@@ -171,11 +171,9 @@ class BlockSolver:
         """The solver's solution, refined if asked, of rows that know nothing of each other."""
         return refine(problem, self._solver.solve(problem, self._options), self._options)
 
-    def _coupled_rows(self, problem: Problem) -> list[tuple[Tensor, Tensor]] | None:
-        """Rows that answer for each other's errors, with their curvature, where the recipe asks for it."""
-        if self._curvatures is None:
-            return None
-        return self._curvatures.groups(problem.name, problem.weight.shape[0], self._job.device)
+    def _coupling(self, problem: Problem) -> Tensor | None:
+        """F by which the linear's rows answer for each other's errors, where the recipe asks for it."""
+        return None if self._curvatures is None else self._curvatures.of(problem.name, self._job.device)
 
     def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
         """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""
