@@ -71,7 +71,12 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
-    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
+    learning = 0
+    if recipe.rounding is not None:  # codes, places and state of a block, its weights and gradients, a batch's graph
+        stores += recipe.corpus.tokens * config.hidden_size * 4  # what went into the block
+        batch = recipe.rounding.batch * recipe.corpus.sequence_length
+        learning = (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
+    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling, learning)
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))

@@ -19,6 +19,7 @@ from phi4edge.core.recipe import (
     CorpusRecipe,
     MixRecipe,
     Recipe,
+    RoundingRecipe,
     TuningRecipe,
     solving_recipe,
 )
@@ -141,6 +142,17 @@ _OPTIONS = (
     click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation."),
     click.option(
         "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
+    ),
+    click.option(
+        "--round-passes",
+        type=float,
+        help="Learn the rounding of each block on what full precision puts out of it, so often over the samples; 0: "
+        "the solver's codes stay.  [default: 0]",
+    ),
+    click.option(
+        "--round-rate",
+        type=float,
+        help=f"Peak rate of it, in codes a step.  [default: {RoundingRecipe.code_rate:g}]",
     ),
     click.option(
         "--tune-passes",

@@ -87,6 +87,7 @@ def finish(
             "allocation": mix.summary if mix is not None else None,
             "events": events,
             "linears": [linear for record in work.records for linear in record["linears"]],
+            "rounding": [record["rounding"] for record in work.records if "rounding" in record] or None,
             "tuning": tuned.summary if tuned is not None else None,
             "files": {name: digest for record in work.records for name, digest in record["files"].items()}
             | (tuned.files if tuned is not None else {}),

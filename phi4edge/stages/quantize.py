@@ -134,6 +134,8 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curva
         write_bytes(work.path / files[0], save(solved.tensors))
         events = [event.as_dict() for event in solved.events]
         record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
+        if solved.rounding is not None:
+            record["rounding"] = solved.rounding
         if stream is not None and layer + 1 < config.num_layers:
             record |= stream.save(layer + 1)
         record["performance"] = {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
