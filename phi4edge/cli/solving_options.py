@@ -228,4 +228,7 @@ def recipe_text(recipe: Recipe) -> str:
     turned = "" if recipe.rotation == "none" else f", rotation {recipe.rotation}"
     codes = "" if tuning is None or not tuning.code_rate else ", codes too"
     tuned = "" if tuning is None else f", tuned {tuning.passes:g} × over the samples{codes}"
-    return f"{recipe.method} {scheme}{scaled}{turned}, calibration: {text}{tuned}"
+    coupled = "" if not recipe.output_curvature else f", output curvature {recipe.output_curvature:g}"
+    rounding = recipe.rounding
+    rounded = "" if rounding is None else f", rounding learned {rounding.passes:g} × over the samples"
+    return f"{recipe.method} {scheme}{scaled}{turned}{coupled}, calibration: {text}{rounded}{tuned}"
