@@ -73,7 +73,9 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
     learning = 0
     if recipe.rounding is not None:  # codes, places and state of a block, its weights and gradients, a batch's graph
-        stores += recipe.corpus.tokens * config.hidden_size * 4  # what went into the block
+        stores += (
+            2 * recipe.corpus.tokens * config.hidden_size * 4
+        )  # what went into the block, and what should come out
         batch = recipe.rounding.batch * recipe.corpus.sequence_length
         learning = (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
     least = base + block + max(reading, embedding) + max(working, solving, candidates, filling, learning)

@@ -2,11 +2,14 @@
 
     min mean_t ‖ô_t − o_t‖² / ‖o_t‖²
 
-    o_t   the block's output for token t in the full-precision model, of full-precision inputs
-    ô_t   that of the quantized block, of what the quantized blocks before it put out
+    ô_t   the quantized block's output for token t, of what the quantized blocks before it put out
+    o_t   what it should be: a part α from the full-precision block in the full-precision model, the rest from it on the
+          same inputs as the quantized one
 
-so the block answers for the errors before it, and for what its linears make of each other's: gates, softmax and norms,
-which no layer objective sees. A token counts by the relative error of its residual, as the norm that reads it does.
+so the block answers for what its linears make of each other's errors, through gates, softmax and norms, which no layer
+objective sees; and for a part of the errors before it, as the solver's full-precision targets do. α is theirs: how
+errors of earlier blocks hang on a block's inputs is learnt from the calibration text, and does not carry over whole to
+other text. A token counts by the relative error of its residual, as the norm that reads it does.
 
 Behind every code q stands a latent position c; q = round(c), and the backward pass goes straight through the rounding
 (as in "AutoRound", arXiv 2309.05516). What differs from it on purpose: c begins not at the weight but where the

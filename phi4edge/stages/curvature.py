@@ -7,8 +7,9 @@ predicted a third less KLD where it was not less at all (benchmarks/quality).
 Measured before the first block is solved, on the first of the calibration samples that Hessians are made of; what is
 found, and what it is good for, say :mod:`phi4edge.distillation.fisher` and :mod:`phi4edge.solvers._coupled`.
 
-    RUN/curvature/     a run directory of its own, a step a block, from the last back; 8 · hidden² bytes a block (8.4 GB for
-                       Phi-4), gone when the run is whole
+    RUN/curvature/     a run directory of its own, a step a block, from the last back; gone when the run is whole
+
+It takes 8 · hidden² bytes a block there: 8.4 GB for Phi-4.
 """
 
 from __future__ import annotations

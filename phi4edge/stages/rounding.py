@@ -39,7 +39,7 @@ def round_block(
     The stream of the quantized model is left at the outputs of what came of it.
     """
     assert job.recipe.rounding is not None
-    aims = stream.exact_outputs
+    aims = stream.aims(block, inputs, job.recipe.full_precision_targets)
     prefix = f"model.layers.{layer}."
     gains = {
         f"{prefix}input_layernorm.weight": block.input_norm,
@@ -56,6 +56,7 @@ def round_block(
     with torch.inference_mode(False), torch.no_grad():
         rotary = rotary_table(job.checkpoint.config.rope, inputs.shape[1])  # one that gradients may go through
         rounded = learn_rounding(solved, places, samples, rotary, job.checkpoint.config, job.recipe.rounding)
+    aims.close()
     stream.send_again(block, inputs, [linear.dequantize() for linear in rounded.block.linears])
     release_memory()
     if rounded.record["kept_step"]:

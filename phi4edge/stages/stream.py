@@ -17,7 +17,7 @@ from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.core.workdir import Workdir
-from phi4edge.model.block import Block, load_block
+from phi4edge.model.block import Block, forward_block, load_block
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
 from phi4edge.stages.job import Job
@@ -89,15 +89,25 @@ class CalibrationStream:
     def _pass(self, block: Block, stores: Stores) -> BlockPass:
         return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, stores, self._device)
 
-    @property
-    def exact_outputs(self) -> ActivationStore:
-        """The residual stream of full precision, where the recipe asks for it: a block's outputs once it is done."""
+    def aims(self, block: Block, inputs: ActivationStore, strength: float) -> ActivationStore:
+        """What ``block`` should put out for the quantized model's ``inputs``; the other stream stands at its outputs.
+
+        ``strength`` is how far that is what full precision puts out of its own inputs, and not of these.
+        """
         assert self._exact is not None
-        return self._exact.hidden
+        aims = self._like_hidden("aims")
+        rotary = rotary_table(self._config.rope, self._shape[1])
+        for i in range(self._shape[0]):
+            own = forward_block(block, inputs.read(i, i + 1), rotary, self._config)
+            aims.write(i, own.lerp_(self._exact.hidden.read(i, i + 1), strength))
+        return aims
+
+    def _like_hidden(self, name: str) -> ActivationStore:
+        return ActivationStore(*self._shape, self._scratch / f"{name}.scratch" if self._scratch else None)
 
     def copy_of_inputs(self) -> ActivationStore:
         """The quantized model's residual stream as it stands, in RAM or in a file like the rest."""
-        kept = ActivationStore(*self._shape, self._scratch / "before.scratch" if self._scratch else None)
+        kept = self._like_hidden("before")
         for i in range(self._shape[0]):
             kept.write(i, self.stores.hidden.read(i, i + 1))
         return kept
