@@ -116,7 +116,7 @@ def reference_loop(W: Tensor, U: Tensor, order: Tensor, a: Tensor, b: Tensor) ->
 
 def our_factor(H: Tensor, order: Tensor) -> Tensor:
     """M, as the solver makes it."""
-    return gptq._factor(H, order, DAMP, "layer")[0]
+    return gptq.factor_matrix(H, order, DAMP, "layer")[0]
 
 
 def our_loop(W: Tensor, H: Tensor, M: Tensor, order: Tensor, params: Params) -> Tensor:

@@ -65,13 +65,25 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
     if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
         solving += largest * 4
         working += 2 * widest * widest * 4
+    square = config.hidden_size**2 * 4  # F of a linear that writes into the residual stream
+    if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
+        solving += 2 * square + 2 * config.hidden_size * max(config.intermediate_size, config.q_size) * 4
     candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
     filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
-    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling)
+    learning = 0
+    if recipe.rounding is not None:  # codes, places and state of a block, its weights and gradients, a batch's graph
+        stores += (
+            2 * recipe.corpus.tokens * config.hidden_size * 4
+        )  # what went into the block, and what should come out
+        batch = recipe.rounding.batch * recipe.corpus.sequence_length
+        learning = (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
+    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling, learning)
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))
+    if recipe.output_curvature:  # so does curvature, with two F, and both as they are put away
+        tuning = max(tuning, base + block + _backward(config, recipe) + 4 * square)
     limit, needed = _limit(budget), max(least, tuning)
     _check(limit, needed, needed)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit

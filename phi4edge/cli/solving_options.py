@@ -19,6 +19,7 @@ from phi4edge.core.recipe import (
     CorpusRecipe,
     MixRecipe,
     Recipe,
+    RoundingRecipe,
     TuningRecipe,
     solving_recipe,
 )
@@ -114,6 +115,20 @@ _OPTIONS = (
         help="Aim at what full precision computes: 0 not at all, 1 wholly.  " + _preset("full_precision_targets"),
     ),
     click.option(
+        "--output-curvature",
+        metavar="STRENGTH",
+        type=float,
+        help="Let rows of o_proj and down_proj answer for each other's errors by what the model makes of them "
+        "together: 0 not at all, 1 wholly.  " + _preset("output_curvature"),
+    ),
+    click.option(
+        "--curvature-samples",
+        type=click.IntRange(1),
+        default=Recipe.curvature_samples,
+        show_default=True,
+        help="Calibration samples that this is measured on, at most.",
+    ),
+    click.option(
         "--awq/--no-awq",
         default=False,
         help="Scale input channels by their activations before rounding, with any method.  [default: off]",
@@ -127,6 +142,17 @@ _OPTIONS = (
     click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation."),
     click.option(
         "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
+    ),
+    click.option(
+        "--round-passes",
+        type=float,
+        help="Learn the rounding of each block on what full precision puts out of it, so often over the samples; 0: "
+        "the solver's codes stay.  [default: 0]",
+    ),
+    click.option(
+        "--round-rate",
+        type=float,
+        help=f"Peak rate of it, in codes a step.  [default: {RoundingRecipe.code_rate:g}]",
     ),
     click.option(
         "--tune-passes",
@@ -202,4 +228,7 @@ def recipe_text(recipe: Recipe) -> str:
     turned = "" if recipe.rotation == "none" else f", rotation {recipe.rotation}"
     codes = "" if tuning is None or not tuning.code_rate else ", codes too"
     tuned = "" if tuning is None else f", tuned {tuning.passes:g} × over the samples{codes}"
-    return f"{recipe.method} {scheme}{scaled}{turned}, calibration: {text}{tuned}"
+    coupled = "" if not recipe.output_curvature else f", output curvature {recipe.output_curvature:g}"
+    rounding = recipe.rounding
+    rounded = "" if rounding is None else f", rounding learned {rounding.passes:g} × over the samples"
+    return f"{recipe.method} {scheme}{scaled}{turned}{coupled}, calibration: {text}{rounded}{tuned}"

@@ -5,7 +5,16 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 
 from __future__ import annotations
 
-__all__ = ["EFFORTS", "ROTATIONS", "CorpusRecipe", "MixRecipe", "Recipe", "TuningRecipe", "solving_recipe"]
+__all__ = [
+    "EFFORTS",
+    "ROTATIONS",
+    "CorpusRecipe",
+    "MixRecipe",
+    "Recipe",
+    "RoundingRecipe",
+    "TuningRecipe",
+    "solving_recipe",
+]
 
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -62,6 +71,27 @@ class TuningRecipe:
 
 
 @dataclass(frozen=True)
+class RoundingRecipe:
+    """How the rounding of each block is learned on what full precision puts out of it, before the next is solved."""
+
+    passes: float = 2.0  # over the calibration samples
+    code_rate: float = 0.005  # peak of the one-cycle schedule, in codes a step
+    learning_rate: float = 1e-3  # that of scales and minima, relative to each value
+    batch: int = 2  # samples a step
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        """Refuse impossible values."""
+        if not self.passes > 0:
+            raise UsageError(f"rounding passes {self.passes} is not positive", "leave it out with --round-passes 0")
+        for name in ("code_rate", "learning_rate"):
+            if not 0 <= getattr(self, name) < 1:
+                raise UsageError(f"rounding {name} {getattr(self, name)} is not between 0 and 1")
+        if self.batch < 1:
+            raise UsageError(f"rounding batch {self.batch} is not positive")
+
+
+@dataclass(frozen=True)
 class MixRecipe:
     """A type for every tensor, chosen from predicted KLD under a budget of bytes."""
 
@@ -100,6 +130,8 @@ class Recipe:
     sink_share: float | None = 0.05  # share of H's trace given to first positions; None: what they have
     shrinkage: float = 0.25  # how far H is drawn towards its diagonal
     full_precision_targets: float = 0.0  # how far to aim at what full precision computes: 0 not at all, 1 wholly
+    output_curvature: float = 0.0  # how far writers' rows answer for each other: 0 not at all, 1 by all that F says
+    curvature_samples: int = 24  # that F is measured on, at most
     guard: bool = True  # compare every linear with RTN on samples kept aside
     awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does
     rotation: str = "none"  # what is rotated before anything is rounded: one of ROTATIONS
@@ -108,6 +140,7 @@ class Recipe:
     types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
     tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
     imatrix_sha256: str | None = None  # of a given importance matrix, in place of calibration text
+    rounding: RoundingRecipe | None = None  # None: the solver's codes
     tuning: TuningRecipe | None = None  # None: the codes' own scales and the checkpoint's gains
 
     def __post_init__(self) -> None:
@@ -124,6 +157,16 @@ class Recipe:
             raise UsageError(
                 "tuning needs calibration text, some of it kept aside", "give a --corpus, and not --no-guard"
             )
+        if self.rounding is not None and not self.full_precision_targets > 0:
+            raise UsageError(
+                "rounding is learned on what full precision puts out, which only full-precision targets keep at hand",
+                "give --full-precision-targets 0.5, or --round-passes 0",
+            )
+        if self.rounding is not None and not (self.guard and self.method == "gptq" and not self.awq):
+            raise UsageError(
+                "rounding is learned from gptq's codes of the checkpoint's own weights, with samples kept aside",
+                "use --method gptq without --awq and without --no-guard, or --round-passes 0",
+            )
         if self.act_order and self.group_aware:
             raise UsageError("act_order and group_aware are two orders of the same columns", "give one of both")
         if self.tuning is not None and self.tuning.code_rate and self.scales_inputs:
@@ -136,7 +179,18 @@ class Recipe:
         if not 0 <= self.full_precision_targets <= 1:
             raise UsageError(f"full_precision_targets {self.full_precision_targets} is not between 0 and 1")
         if self.corpus is None and self.whole_hessian:
-            raise UsageError("refit, sweeps and full-precision targets need calibration text", "name a --corpus")
+            raise UsageError(
+                "refit, sweeps, full-precision targets and output curvature need calibration text", "name a --corpus"
+            )
+        if not 0 <= self.output_curvature <= 1:
+            raise UsageError(f"output_curvature {self.output_curvature} is not between 0 and 1")
+        if self.curvature_samples < 1:
+            raise UsageError(f"curvature_samples {self.curvature_samples} is not positive")
+        if self.output_curvature and self.method != "gptq":
+            raise UsageError(
+                f"output curvature hands errors on from row to row, which --method {self.method} does not",
+                "use --method gptq, or --output-curvature 0",
+            )
         if self.corpus is not None and self.guard and self.corpus.samples < 2:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
         if self.rotation not in ROTATIONS:
@@ -170,7 +224,7 @@ class Recipe:
     @property
     def whole_hessian(self) -> bool:
         """Whether the whole of H is needed whatever the solver makes of it."""
-        return self.refined or self.full_precision_targets > 0
+        return self.refined or self.full_precision_targets > 0 or self.output_curvature > 0
 
     @property
     def kept(self) -> int:
@@ -189,14 +243,16 @@ EFFORTS: dict[str, dict[str, Any]] = {
     "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 2.0},
 }
 _FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
+_ROUNDING = {"round_passes": "passes", "round_rate": "code_rate"}
 _TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}
 
 
 def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Recipe:
     """A recipe from flat settings as the command line and a recipe's [quantize] have them; None is not given.
 
-    Keys are those of :class:`Recipe`, ``effort`` (one of EFFORTS) and ``tune_passes``, ``tune_rate``, ``tune_batch``
-    and ``tune_codes``. An effort asks for tuning only where there is calibration text of which some is kept aside.
+    Keys are those of :class:`Recipe`, ``effort`` (one of EFFORTS), ``round_passes`` and ``round_rate``, and
+    ``tune_passes``, ``tune_rate``, ``tune_batch`` and ``tune_codes``. An effort asks for tuning only where there is
+    calibration text of which some is kept aside.
 
     Raises:
         UsageError: an unknown effort, or values that contradict each other.
@@ -205,6 +261,11 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
     effort = settings.pop("effort", "default")
     if effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
+    learned = {_ROUNDING[key]: settings.pop(key) for key in _ROUNDING if key in settings}
+    if learned.get("passes", 0) > 0:
+        settings["rounding"] = RoundingRecipe(**learned)
+    elif learned.keys() - {"passes"}:
+        raise UsageError("learned rounding is set up but not asked for", "give --round-passes")
     asked = {key: settings.pop(key) for key in _TUNING if key in settings}
     preset = dict(EFFORTS[effort])
     tuned = {"tune_passes": preset.pop("tune_passes")}

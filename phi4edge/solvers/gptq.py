@@ -32,9 +32,10 @@ to .03 of the mean diagonal, while every candidate costs a factorisation and a s
 
 from __future__ import annotations
 
-__all__ = ["NEEDS_HESSIAN", "solve"]
+__all__ = ["NEEDS_HESSIAN", "Factor", "factor", "factor_matrix", "solve"]
 
 import math
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -57,8 +58,18 @@ _FACTOR_BLOCK = 384  # columns of R made together
 _MAX_DAMP = 1.0
 
 
-def solve(problem: Problem, options: SolverOptions) -> Solution:
-    """Codes of ``problem.weight`` by GPTQ; a Hessian of None is the identity, which gives RTN's codes.
+@dataclass(frozen=True)
+class Factor:
+    """What the loop needs of H, whatever the weights are."""
+
+    M: Tensor  # [in_features, in_features] float32
+    order: Tensor | None  # of the columns
+    damp_percent: float  # that was used
+    events: tuple[Event, ...]
+
+
+def factor(problem: Problem, options: SolverOptions) -> Factor:
+    """M of the problem's H, of None as of the identity; :func:`solve` takes it for any rows of the linear.
 
     Raises:
         InputError: the group size does not divide in_features.
@@ -67,21 +78,42 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     W, n = problem.weight, problem.weight.shape[1]
     groups = problem.scheme.groups(n, problem.name)
     H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
-    diagonal = H.diagonal().clone()
-    unit = problem.scheme.unit if problem.scheme.nested else n // groups  # columns whose parameters are found together
-    order = _order(diagonal, n // groups, unit, options)
+    order = _order(H.diagonal().clone(), n // groups, _unit(problem, groups), options)
+    M, damp, events = factor_matrix(H, order, options.damp_percent, problem.name)
+    return Factor(M, order, damp, events)
+
+
+def _unit(problem: Problem, groups: int) -> int:
+    """Columns whose parameters are found together."""
+    return problem.scheme.unit if problem.scheme.nested else problem.weight.shape[1] // groups
+
+
+def solve(problem: Problem, options: SolverOptions, made: Factor | None = None) -> Solution:
+    """Codes of ``problem.weight`` by GPTQ; a Hessian of None is the identity, which gives RTN's codes.
+
+    ``made`` is what :func:`factor` gave for the same H and options.
+
+    Raises:
+        InputError: the group size does not divide in_features.
+        Phi4EdgeError: H cannot be factored even when damped by its whole mean diagonal.
+    """
+    W, n = problem.weight, problem.weight.shape[1]
+    groups = problem.scheme.groups(n, problem.name)
+    made = made if made is not None else factor(problem, options)
+    H = problem.hessian
+    diagonal = H.diagonal().clone() if H is not None else torch.ones(n, device=W.device)
+    unit = _unit(problem, groups)
     static = options.act_order or unit == n
-    M, damp, events = _factor(H, order, options.damp_percent, problem.name)
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, M, order, static)
+        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, made.M, made.order, static)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = run_parallel(pieces)
     codes = torch.cat([codes for codes, _ in parts])
     params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
-    return Solution(linear, layer_loss(problem, linear), damp, events)
+    return Solution(linear, layer_loss(problem, linear), made.damp_percent, made.events)
 
 
 def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Tensor | None:
@@ -98,7 +130,7 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
     return columns[outside.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _factor(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:
+def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:
     """M for the damped H in the given column order; damping is raised tenfold until H can be factored."""
     mean = float(H.diagonal().mean())
     events: list[Event] = []

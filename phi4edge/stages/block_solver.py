@@ -21,14 +21,18 @@ from phi4edge.calibration.statistics import InputMoments, LayerStats
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, rss_bytes
 from phi4edge.core.registry import load as load_plugin
+from phi4edge.distillation.rounding import resting_places
 from phi4edge.model.block import LINEARS, Block
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers import rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._coupled import solve_coupled
 from phi4edge.solvers._refine import refine
 from phi4edge.solvers._targets import shifted_target
+from phi4edge.stages.curvature import Curvatures
 from phi4edge.stages.guard import HeldOut, held_out_errors
 from phi4edge.stages.job import Job
+from phi4edge.stages.rounding import round_block
 from phi4edge.stages.scaling import scale_inputs
 from phi4edge.stages.stream import CalibrationStream, side_by_side
 
@@ -42,6 +46,7 @@ class SolvedBlock:
     tensors: dict[str, Tensor] = field(default_factory=dict)  # to store; a later entry replaces an earlier one
     records: list[dict[str, Any]] = field(default_factory=list)  # one a linear
     events: list[Event] = field(default_factory=list)
+    rounding: dict[str, Any] | None = None  # what learned rounding did
 
 
 @dataclass(frozen=True)
@@ -59,7 +64,10 @@ class _Task:
 class BlockSolver:
     """Solves block after block with the same recipe."""
 
-    def __init__(self, job: Job, stream: CalibrationStream | None, progress: Progress) -> None:
+    def __init__(
+        self, job: Job, stream: CalibrationStream | None, progress: Progress, curvatures: Curvatures | None = None
+    ) -> None:
+        self._curvatures = curvatures
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
         self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
@@ -79,6 +87,9 @@ class BlockSolver:
         arriving = passing.inputs(0) if passing is not None else None
         beside = exact.inputs(0) if exact is not None else None
         linear: QuantizedLinear | None = None
+        inputs = stream.copy_of_inputs() if stream is not None and self._recipe.rounding is not None else None
+        solved: list[QuantizedLinear] = []
+        self._places: dict[str, Tensor] = {}
         for stage, (part, weight) in enumerate(
             zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)
         ):
@@ -97,6 +108,7 @@ class BlockSolver:
             problem = Problem(name, given, hessian, self._job.scheme_of(name), mean_square)
             linear, record, events = self._choose(_Task(problem, stage, stats, passing, exact, factors))
             out.tensors |= linear.to("cpu").to_tensors()
+            solved.append(linear)
             if mean_square is not None:
                 out.tensors[f"{name}.imatrix"] = mean_square.cpu()
             out.records.append(record | scaling)
@@ -108,6 +120,14 @@ class BlockSolver:
         if arriving is not None:
             for _ in side_by_side(arriving, beside):  # the block's outputs, written to the streams as they come
                 pass
+        if inputs is not None and stream is not None:
+            self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
+            rounded, events = round_block(self._job, block, layer, solved, self._places, stream, inputs)
+            inputs.close()
+            for learned in rounded.block.linears:
+                out.tensors |= learned.to_tensors()
+            out.rounding = rounded.record
+            out.events += events
         return out
 
     def _given(self, name: str) -> Tensor | None:
@@ -125,9 +145,18 @@ class BlockSolver:
 
     def _choose(self, task: _Task) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
         """The solver's codes, or RTN's where these lose to them on samples that no Hessian has seen."""
+        linear, record, events, problem = self._chosen(task)
+        if self._recipe.rounding is not None:
+            assert problem.hessian is not None
+            self._places[problem.name] = resting_places(problem.weight, problem.hessian, linear).cpu()
+        return linear, record, events
+
+    def _chosen(self, task: _Task) -> tuple[QuantizedLinear, dict[str, Any], list[Event], Problem]:
+        """The same, and the problem that it was chosen for."""
         recipe, problem = self._recipe, task.problem
         aimed, events = self._aim(task)
-        solution: Solution = refine(aimed, self._solver.solve(aimed, self._options), self._options)
+        coupling = self._coupling(problem)
+        solution = self._solve(aimed) if coupling is None else solve_coupled(aimed, coupling, self._options)
         record: dict[str, Any] = {
             "name": problem.name,
             "method": recipe.method,
@@ -143,24 +172,31 @@ class BlockSolver:
         events += solution.events
         plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
         if plain or task.passing is None or self._stream is None or not recipe.guard:
-            return solution.linear, record, events
+            return solution.linear, record, events, aimed
         fallback = rtn.solve(problem, self._options)
         ours, theirs = self._held_out(task, [solution.linear, fallback.linear])
         record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
         if not ours.loses_to(theirs):
-            return solution.linear, record, events
-        if aimed is not problem:  # the shift may be what lost: the solver on the weights as they are comes before RTN
-            plain_solution = refine(problem, self._solver.solve(problem, self._options), self._options)
+            return solution.linear, record, events, aimed
+        if aimed is not problem or coupling is not None:  # that may be what lost: the solver alone comes before RTN
+            plain_solution = self._solve(problem)
             (again,) = self._held_out(task, [plain_solution.linear])
             if not again.loses_to(theirs):
-                events.append(
-                    _fallback("fallback_to_unshifted", problem.name, "the shifted target", "unshifted", ours, theirs)
-                )
+                who, taken = ("the shifted target", "unshifted") if coupling is None else ("coupled rows", "uncoupled")
+                events.append(_fallback(f"fallback_to_{taken}", problem.name, who, taken, ours, theirs))
                 record |= {"loss": plain_solution.loss, "heldout_error": asdict(again), "target_shift": 0.0}
-                return plain_solution.linear, record, events
+                return plain_solution.linear, record, events, problem
         who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
-        return fallback.linear, record | {"method": "rtn"}, events
+        return fallback.linear, record | {"method": "rtn"}, events, problem
+
+    def _solve(self, problem: Problem) -> Solution:
+        """The solver's solution, refined if asked, of rows that know nothing of each other."""
+        return refine(problem, self._solver.solve(problem, self._options), self._options)
+
+    def _coupling(self, problem: Problem) -> Tensor | None:
+        """F by which the linear's rows answer for each other's errors, where the recipe asks for it."""
+        return None if self._curvatures is None else self._curvatures.of(problem.name, self._job.device)
 
     def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
         """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""

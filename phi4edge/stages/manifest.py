@@ -8,6 +8,7 @@ from __future__ import annotations
 
 __all__ = ["finish"]
 
+from collections.abc import Mapping
 from typing import Any
 
 from safetensors import safe_open
@@ -19,13 +20,21 @@ from phi4edge.core.events import Event
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import Workdir
 from phi4edge.stages.allocate import Allocation
+from phi4edge.stages.curvature import forget_curvature
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
 from phi4edge.stages.tune import Tuned
 from phi4edge.stages.tuning_state import total_cost
 
 
-def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
+def finish(
+    job: Job,
+    work: Workdir,
+    key: str,
+    tuned: Tuned | None,
+    mix: Allocation | None,
+    measured: Mapping[str, float] | None = None,
+) -> dict[str, Any]:
     """Write the imatrix and, last of all, the manifest that makes the run complete."""
     config = job.checkpoint.config
     if job.corpus is not None or job.imatrix is not None:
@@ -78,13 +87,15 @@ def finish(job: Job, work: Workdir, key: str, tuned: Tuned | None, mix: Allocati
             "allocation": mix.summary if mix is not None else None,
             "events": events,
             "linears": [linear for record in work.records for linear in record["linears"]],
+            "rounding": [record["rounding"] for record in work.records if "rounding" in record] or None,
             "tuning": tuned.summary if tuned is not None else None,
             "files": {name: digest for record in work.records for name, digest in record["files"].items()}
             | (tuned.files if tuned is not None else {}),
         },
     }
-    write_json(work.path / PERFORMANCE, _performance(work, tuned, mix))
+    write_json(work.path / PERFORMANCE, _performance(work, tuned, mix, measured))
     write_json(work.path / MANIFEST, manifest)
+    forget_curvature(work.path)
     return manifest
 
 
@@ -111,11 +122,14 @@ def _length_events(job: Job) -> list[Event]:
     return [Event("few_calibration_tokens", "corpus", detail, {"tokens": tokens, "advised": 2 * width})]
 
 
-def _performance(work: Workdir, tuned: Tuned | None, mix: Allocation | None) -> dict[str, Any]:
+def _performance(
+    work: Workdir, tuned: Tuned | None, mix: Allocation | None, measured: Mapping[str, float] | None
+) -> dict[str, Any]:
     """What the run cost, over all processes that worked on it."""
     blocks = [record["performance"] for record in work.records]
     stages = {
         "allocation_seconds": mix.performance if mix is not None else total_cost([]),
+        "curvature_seconds": measured if measured is not None else total_cost([]),
         "solving_seconds": total_cost(blocks),
         "tuning_seconds": tuned.performance if tuned is not None else total_cost([]),
     }

@@ -27,6 +27,7 @@ from phi4edge.model.block import LINEARS, load_block
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget
 from phi4edge.stages.block_solver import BlockSolver
+from phi4edge.stages.curvature import Curvatures, measure_curvature
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
@@ -82,11 +83,15 @@ def quantize(
                     mix = allocate(job, work.path, key, progress)
                 types = {name: parse_scheme(other) for name, other in mix.types.items() if other != mix.base}
                 job = replace(job, scheme=parse_scheme(mix.base), types=types)
+            curvatures, measured = None, None
+            if recipe.output_curvature:
+                with torch.no_grad():
+                    curvatures, measured = measure_curvature(job, work.path, key, progress)
             with torch.inference_mode():
-                _solve_blocks(job, work, progress)
+                _solve_blocks(job, work, progress, curvatures)
             with torch.no_grad():
                 tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
-            manifest = finish(job, work, key, tuned, mix)
+            manifest = finish(job, work, key, tuned, mix, measured)
         return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
 
 
@@ -113,14 +118,14 @@ def plan(
     }
 
 
-def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
+def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None) -> None:
     config = job.checkpoint.config
     done = intact_blocks(work)
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
         progress.note(work.repaired)
     stream = CalibrationStream(job, work, done, progress) if job.corpus is not None else None
-    solver = BlockSolver(job, stream, progress)
+    solver = BlockSolver(job, stream, progress, curvatures)
     for layer in range(done, config.num_layers):
         started = time.monotonic()
         block = load_block(job.source, layer)
@@ -129,6 +134,8 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress) -> None:
         write_bytes(work.path / files[0], save(solved.tensors))
         events = [event.as_dict() for event in solved.events]
         record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
+        if solved.rounding is not None:
+            record["rounding"] = solved.rounding
         if stream is not None and layer + 1 < config.num_layers:
             record |= stream.save(layer + 1)
         record["performance"] = {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}

@@ -8,15 +8,16 @@ from __future__ import annotations
 
 __all__ = ["CalibrationStream", "side_by_side"]
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
+from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.core.workdir import Workdir
-from phi4edge.model.block import Block, load_block
+from phi4edge.model.block import Block, forward_block, load_block
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
 from phi4edge.stages.job import Job
@@ -45,6 +46,7 @@ class CalibrationStream:
         scratch = folder if job.memory.spill else None
         self.stores = Stores.create(config, samples, length, scratch)
         self._exact = Stores.create(config, samples, length, scratch) if job.recipe.full_precision_targets > 0 else None
+        self._shape, self._scratch = (samples, length, config.hidden_size), scratch
         self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
         self._config, self._device = config, job.device
         self._rotary = rotary_table(config.rope, length, job.device)
@@ -86,6 +88,38 @@ class CalibrationStream:
 
     def _pass(self, block: Block, stores: Stores) -> BlockPass:
         return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, stores, self._device)
+
+    def aims(self, block: Block, inputs: ActivationStore, strength: float) -> ActivationStore:
+        """What ``block`` should put out for the quantized model's ``inputs``; the other stream stands at its outputs.
+
+        ``strength`` is how far that is what full precision puts out of its own inputs, and not of these.
+        """
+        assert self._exact is not None
+        aims = self._like_hidden("aims")
+        rotary = rotary_table(self._config.rope, self._shape[1])
+        for i in range(self._shape[0]):
+            own = forward_block(block, inputs.read(i, i + 1), rotary, self._config)
+            aims.write(i, own.lerp_(self._exact.hidden.read(i, i + 1), strength))
+        return aims
+
+    def _like_hidden(self, name: str) -> ActivationStore:
+        return ActivationStore(*self._shape, self._scratch / f"{name}.scratch" if self._scratch else None)
+
+    def copy_of_inputs(self) -> ActivationStore:
+        """The quantized model's residual stream as it stands, in RAM or in a file like the rest."""
+        kept = self._like_hidden("before")
+        for i in range(self._shape[0]):
+            kept.write(i, self.stores.hidden.read(i, i + 1))
+        return kept
+
+    def send_again(self, block: Block, inputs: ActivationStore, weights: Sequence[Tensor]) -> None:
+        """Send the quantized model's samples through ``block`` with other ``weights``, from its ``inputs`` on."""
+        for i in range(self._shape[0]):
+            self.stores.hidden.write(i, inputs.read(i, i + 1))
+        passing = self.block_pass(block)
+        for stage, weight in enumerate(weights):
+            for _ in passing.advance(stage, weight):
+                pass
 
     def save(self, layer: int) -> dict[str, dict[str, str]]:
         """Keep the residual streams that go into block ``layer``; what the journal says of each."""

@@ -1,0 +1,220 @@
+"""Learned rounding: the codes and steps of a solved block, moved by gradient towards what full precision puts out.
+
+    min mean_t ‖ô_t − o_t‖² / ‖o_t‖²
+
+    ô_t   the quantized block's output for token t, of what the quantized blocks before it put out
+    o_t   what it should be: a part α from the full-precision block in the full-precision model, the rest from it on the
+          same inputs as the quantized one
+
+so the block answers for what its linears make of each other's errors, through gates, softmax and norms, which no layer
+objective sees; and for a part of the errors before it, as the solver's full-precision targets do. α is theirs: how
+errors of earlier blocks hang on a block's inputs is learnt from the calibration text, and does not carry over whole to
+other text. A token counts by the relative error of its residual, as the norm that reads it does.
+
+Behind every code q stands a latent position c; q = round(c), and the backward pass goes straight through the rounding
+(as in "AutoRound", arXiv 2309.05516). What differs from it on purpose: c begins not at the weight but where the
+solver's own objective, with all other codes fixed, would have it,
+
+    c = q + (E H)_ri / (H_ii a)          |c − q| < ½ where the solver's sweeps have settled
+
+so codes that the layer objective hardly cares about turn first; and c moves by Adam rather than by the gradient's
+sign, so that what is noise between batches goes to and fro. Gradients are divided by their own size in a row before.
+Group scales and minima move beside the codes, as in tuning. Norm gains stay: they are tuning's.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BlockSamples", "Rounded", "learn_rounding", "resting_places"]
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.recipe import RoundingRecipe
+from phi4edge.distillation.adam import adam_step, learning_rate, new_state
+from phi4edge.distillation.block import BlockRunner
+from phi4edge.distillation.parameters import QuantizedBlock
+from phi4edge.model.rope import Rotary
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import run_parallel
+
+_ROWS = 256  # rows that are worked on at a time
+_EDGE = 0.49  # how near to the next code a latent position begins at most
+_BETA1, _BETA2 = 0.9, 0.95
+_EVALUATIONS = 2  # on held-out samples after the start
+
+
+@dataclass(frozen=True)
+class BlockSamples:
+    """What goes into a block and should come out of it."""
+
+    inputs: Callable[[list[int]], Tensor]  # of some samples, [count, length, hidden] float32
+    outputs: Callable[[list[int]], Tensor]
+    kept: int  # samples 0 … kept − 1 are learned from
+    total: int  # and the others say whether it helped
+
+
+@dataclass(frozen=True)
+class Rounded:
+    """The block after learning, the best state on held-out samples: the one it began with if nothing was better."""
+
+    block: QuantizedBlock
+    record: dict[str, Any]
+
+
+def resting_places(weight: Tensor, hessian: Tensor, linear: QuantizedLinear) -> Tensor:
+    """c − q of every code, [out, in] float16, where ``linear`` was solved for ``weight`` under H, ``hessian``."""
+    H = hessian
+    a, _ = grid_for(linear.scheme).steps(linear.params)
+    size = linear.in_features // a.shape[1]
+    per_column = H.diagonal().clamp_min(1e-30).reciprocal()
+
+    def piece(start: int) -> Tensor:
+        rows = slice(start, start + _ROWS)
+        pull = (weight[rows] - linear.rows(start, start + _ROWS).dequantize()) @ H
+        step = a[rows].repeat_interleave(size, dim=1)
+        place = pull.mul_(per_column) / torch.where(step == 0, torch.inf, step)
+        return place.nan_to_num_(0.0).clamp_(-_EDGE, _EDGE).to(torch.float16)
+
+    return torch.cat(run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)]))
+
+
+def learn_rounding(
+    block: QuantizedBlock,
+    places: Mapping[str, Tensor],
+    samples: BlockSamples,
+    rotary: Rotary,
+    config: ModelConfig,
+    recipe: RoundingRecipe,
+) -> Rounded:
+    """``block`` after ``recipe.passes`` over the samples that are learned from.
+
+    ``places`` by the linear's name, as :func:`resting_places` gives them. RAM beside the block: its weights and their
+    gradients in float32, eight bytes a weight of state, and the graph of a batch.
+    """
+    learner = _Learner(block, places, samples, rotary, config)
+    steps = max(1, math.ceil(recipe.passes * samples.kept / recipe.batch))
+    marks = {round(steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
+    start = learner.held_out(block)
+    best, kept, heldout, losses = start, block, [{"step": 0, "error": start}], []
+    for step in range(steps):
+        code_rate = learning_rate(step, steps, recipe.code_rate)
+        rate = learning_rate(step, steps, recipe.learning_rate)
+        losses.append(learner.step(step, _batch(step, samples.kept, recipe), code_rate, rate))
+        if step + 1 in marks:
+            current = learner.current()
+            error = learner.held_out(current)
+            heldout.append({"step": step + 1, "error": error})
+            if error < best:
+                best, kept = error, current
+    moved = sum(int((a.codes != b.codes).sum()) for a, b in zip(block.linears, kept.linears, strict=True))
+    weights = sum(linear.codes.numel() for linear in block.linears)
+    kept_step = min(heldout, key=lambda h: (h["error"], h["step"]))["step"]
+    record = {
+        "steps": steps,
+        "kept_step": kept_step,
+        "heldout": heldout,
+        "losses": losses,
+        "codes_moved": moved / weights,
+    }
+    return Rounded(kept, record)
+
+
+def _batch(step: int, kept: int, recipe: RoundingRecipe) -> list[int]:
+    """Samples of a step: every pass in an order of its own, batches running on across passes."""
+    order: dict[int, list[int]] = {}
+    found = []
+    for i in range(step * recipe.batch, (step + 1) * recipe.batch):
+        turn = i // kept
+        if turn not in order:
+            generator = torch.Generator().manual_seed(1_000_003 * recipe.seed + turn)
+            order[turn] = torch.randperm(kept, generator=generator).tolist()
+        found.append(order[turn][i % kept])
+    return found
+
+
+class _Learner:
+    """Latent positions and steps of a block, and the optimizer's state of both."""
+
+    def __init__(
+        self,
+        block: QuantizedBlock,
+        places: Mapping[str, Tensor],
+        samples: BlockSamples,
+        rotary: Rotary,
+        config: ModelConfig,
+    ) -> None:
+        self._block, self._samples, self._rotary, self._config = block, samples, rotary, config
+        self._latent = {n.name: places[n.name].float() for n in block.linears}  # c − q, [out, in]
+        self._moments = {n.name: torch.zeros(2, *n.codes.shape, dtype=torch.float16) for n in block.linears}
+        self._continuous = {n: c for n, c in block.continuous.items() if n not in block.gains}
+        self._states = {n: new_state(c.start) for n, c in self._continuous.items()}
+
+    def current(self) -> QuantizedBlock:
+        """The block as it is now."""
+        values = {n: c.value(self._states[n][0]) for n, c in self._continuous.items()}
+        return self._block.with_values(
+            values | dict(self._block.gains), {n.name: self._codes(n) for n in self._block.linears}
+        )
+
+    def held_out(self, block: QuantizedBlock) -> float:
+        """The objective on the samples kept aside."""
+        runner = BlockRunner(block, self._rotary, self._config)
+        errors = []
+        for sample in range(self._samples.kept, self._samples.total):
+            aim = self._samples.outputs([sample])
+            off = runner.forward(self._samples.inputs([sample])) - aim
+            errors.append(float((off.square().sum(-1) / _energy(aim)).mean()))
+        return sum(errors) / max(len(errors), 1)
+
+    def step(self, step: int, batch: list[int], code_rate: float, rate: float) -> float:
+        """Move everything once; the objective on the batch before."""
+        block = self.current()
+        runner = BlockRunner(block, self._rotary, self._config)
+        aim = self._samples.outputs(batch)
+        off = runner.forward_kept(self._samples.inputs(batch)) - aim
+        energy = _energy(aim)
+        loss = float((off.square().sum(-1) / energy).mean())
+        _, gradients, of_weights = runner.backward([off.mul_(2 / energy.numel() / energy[..., None])])
+        for name, c in self._continuous.items():
+            self._states[name] = adam_step(self._states[name], gradients[name] * c.unit, step, rate)
+        for linear in block.linears:
+            self._move(linear, of_weights[linear.name], step, code_rate)
+        return loss
+
+    def _codes(self, linear: QuantizedLinear) -> Tensor:
+        grid, latent = grid_for(linear.scheme), self._latent[linear.name]
+
+        def piece(start: int) -> Tensor:
+            rows = slice(start, start + _ROWS)
+            return (linear.codes[rows] + latent[rows].round()).clamp_(grid.low, grid.high).to(torch.uint8)
+
+        return torch.cat(run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)]))
+
+    def _move(self, linear: QuantizedLinear, dW: Tensor, step: int, rate: float) -> None:
+        """Adam on the latent positions of a linear, in place; ``linear`` as it is now, ``dW`` its gradient."""
+        a, _ = grid_for(linear.scheme).steps(linear.params)
+        latent, moments = self._latent[linear.name], self._moments[linear.name]
+
+        def piece(start: int) -> None:
+            rows = slice(start, start + _ROWS)
+            g = (dW[rows].reshape(*a[rows].shape, -1) * a[rows, :, None]).reshape(-1, dW.shape[1])
+            g.div_(g.square().mean(1, keepdim=True).sqrt_().clamp_min_(1e-30)).clamp_(-200, 200)
+            first = torch.lerp(g, moments[0, rows].float(), _BETA1)
+            second = torch.lerp(g.square_(), moments[1, rows].float(), _BETA2)
+            moments[0, rows], moments[1, rows] = first, second
+            second.div_(1 - _BETA2 ** (step + 1)).sqrt_().add_(1e-4)
+            latent[rows].addcdiv_(first, second, value=-rate / (1 - _BETA1 ** (step + 1)))
+
+        run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)])
+
+
+def _energy(aim: Tensor) -> Tensor:
+    return aim.square().sum(-1).clamp_min_(1e-30)
