@@ -1,4 +1,4 @@
-"""Make the folder of texts that the tables of README.md were measured on, from public sets that the user points to.
+"""Make a folder of texts in four domains, as the tables of README.md have them, from public sets that the user has.
 
     python benchmarks/quality/development_texts.py DATA build/texts
 
