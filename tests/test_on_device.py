@@ -292,7 +292,10 @@ def test_a_bench_that_says_nothing_or_hangs_is_a_sentence(gguf: Path, tmp_path: 
             measure_speed_on(hasty, gguf)
 
 
-def test_nothing_there_says_what_is_missing_and_how_to_get_it(gguf: Path, tmp_path: Path) -> None:
+def test_nothing_there_says_what_is_missing_and_how_to_get_it(
+    gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))  # no runner that was built on this machine
     bare = program(tmp_path / "bin", "python3")
     bare.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exec {sys.executable} -S "$@"\nexit 1\n')
     with this_machine(tmp_path / "device", bare) as site:

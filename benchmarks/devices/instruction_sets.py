@@ -73,12 +73,14 @@ RUNS = (
 )
 
 
-def artifacts(model: Path, work: Path) -> dict[str, Path]:
-    """MODEL in each of FORMATS, made where it is not there."""
+def artifacts(model: Path, work: Path, formats: list[str]) -> dict[str, Path]:
+    """MODEL in each of ``formats``, and in F16 for comparison, made where it is not there."""
     found = {"F16": work / "f16.gguf"}
     if not found["F16"].is_file():
         export(model, "gguf", found["F16"], WriteOptions(head="f16", embedding="f16"))
-    for name in FORMATS[1:]:
+    for name in formats:
+        if name == "F16":
+            continue
         scheme = name.lower()
         found[name] = work / f"{scheme}.gguf"
         if not found[name].is_file():
@@ -117,7 +119,7 @@ def _qemu() -> str:
 
 def measure(model: Path, text: Path, a: argparse.Namespace, work: Path, runs: tuple[Run, ...]) -> dict[str, Any]:
     """Figures of every run and format; each is kept in ``work`` when it is done, and not made again."""
-    made, files = runners(a.jobs, runs), artifacts(model, work)
+    made, files = runners(a.jobs, runs), artifacts(model, work, a.formats)
     count = ("--chunks", str(a.chunks))
     found: dict[str, Any] = {}
     first = Run("the base")
@@ -129,7 +131,7 @@ def measure(model: Path, text: Path, a: argparse.Namespace, work: Path, runs: tu
             scratch.replace(base)
     rounded = [Run(f"for comparison: rounding, {BASE}, against F16")]
     for run in (*runs, *rounded):
-        for name, path in files.items():
+        for name, path in ((name, files[name]) for name in a.formats):
             base = work / f"base-{'F16' if run in rounded else name}.bin"
             kept = work / f"{run.name}-{name}.json".replace(" ", "_").replace(":", "")
             if not kept.is_file():
@@ -149,11 +151,12 @@ def measure(model: Path, text: Path, a: argparse.Namespace, work: Path, runs: tu
 def table(document: dict[str, Any]) -> str:
     """The README's table."""
     results = document["results"]
-    head = ["", *(f"{name}: mean KLD" for name in FORMATS), *(f"{name}: max, same top-1" for name in FORMATS)]
+    formats = results["formats"]
+    head = ["", *(f"{name}: mean KLD" for name in formats), *(f"{name}: max, same top-1" for name in formats)]
     lines = [head, ["---"] * len(head)]
     for name, by_format in results["found"].items():
-        kld = [_figure(*by_format[each]["kld"]) for each in FORMATS]
-        rest = [f"{by_format[each]['kld_max'][0]:.1e}, {by_format[each]['same_top_p'][0]:.4f}" for each in FORMATS]
+        kld = [_figure(*by_format[each]["kld"]) for each in formats]
+        rest = [f"{by_format[each]['kld_max'][0]:.1e}, {by_format[each]['same_top_p'][0]:.4f}" for each in formats]
         lines.append([name, *kld, *rest])
     rows = [f"| {' | '.join(cells)} |" for cells in lines]
     scored = results["chunks"] * (results["context"] - 1 - results["context"] // 2)
@@ -175,6 +178,9 @@ def main() -> None:
     parser.add_argument("--text", type=Path, required=True)
     parser.add_argument("--chunks", type=int, default=4)
     parser.add_argument("--context", type=int, default=128)
+    parser.add_argument(
+        "--formats", nargs="+", choices=FORMATS, default=list(FORMATS), help="F16 takes qemu ten times as long as Q4_0."
+    )
     parser.add_argument("--jobs", type=int, help="Compilers at a time.")
     parser.add_argument(
         "--without", action="append", default=[], metavar="WORDS",
@@ -198,11 +204,13 @@ def main() -> None:
         "chunks": a.chunks,
         "context": a.context,
         "qemu": qemu,
+        "formats": a.formats,
         **found,
     }
     command = (
         f"python benchmarks/devices/instruction_sets.py MODEL --text FILE --chunks {a.chunks} --context {a.context}"
     )
+    command += f" --formats {' '.join(a.formats)}" if a.formats != list(FORMATS) else ""
     command += "".join(f" --without '{words}'" for words in a.without)
     document = record(HERE / "results" / "instruction_sets.json", command, results, ("benchmarks/devices",))
     update_readme(HERE / "README.md", "instruction_sets", table(document))
