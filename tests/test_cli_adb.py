@@ -90,6 +90,7 @@ def test_a_phone_is_measured_and_reported(
     assert code == 0, speed
     assert speed["data"]["metrics"]["decode_tps"]["samples"][0] == pytest.approx(8 / 0.015102172)
     assert list(phone.data.rglob("*.gguf")), "kept for the next run"
+    assert phone.setting() in (None, "0", "null"), "it was kept awake, and may sleep again"
     code, report = run(capfd, "report", results, "--out", tmp_path / "report")
     assert code == 0, report
     assert "my-phone" in (tmp_path / "report" / "report.md").read_text()

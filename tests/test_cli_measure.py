@@ -230,6 +230,16 @@ def test_bench_prints_one_document_and_writes_the_same(run: Any, gguf: Path, tmp
     assert "tok/s" in found.out
 
 
+def test_bench_goes_on_for_as_long_as_it_is_asked_to(run: Any, gguf: Path) -> None:
+    small = ("--prompt-tokens", 16, "--gen-tokens", 4, "--repetitions", 2, "--threads", 1)
+    data = run("bench", gguf, *small, "--sustained", 0.2, "--json").document["data"]
+    samples = data["sustained"]["samples"]
+    assert len(samples) >= 3
+    assert samples[-1]["at_s"] == pytest.approx(sum(4 / sample["value"] for sample in samples))
+    assert len(data["metrics"]["decode_tps"]["samples"]) == 2
+    assert "sustained: first" in run("bench", gguf, *small, "--sustained", 0.2).out
+
+
 def test_bench_measures_no_other_machine_than_this(run: Any, gguf: Path, model: Path) -> None:
     for arguments, code, words in (
         (("--target", "lokal"), 2, "local"),

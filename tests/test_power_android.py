@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from power_support import BATTERY, CPU, THERMAL, Machine, policies
 
+from phi4edge.core.errors import UsageError
 from phi4edge.measurement.power._api import Decoded
 from phi4edge.measurement.power.android import battery, thermal_status
 from phi4edge.measurement.power.clusters import big_core_mask
 from phi4edge.measurement.power.sampler import sampler_for
-from phi4edge.measurement.power.sustained import run_sustained, settled_from
+from phi4edge.measurement.power.sustained import repetitions_for, settled_from, sustained_of, sustained_text
 from phi4edge.measurement.power.text import power_text
 from phi4edge.targets.catalog import open_catalog
 
@@ -204,37 +206,44 @@ def test_the_mask_is_one_that_taskset_takes(phone: Machine) -> None:
 # --- cold and sustained -------------------------------------------------------------------------------------
 
 
+def benched(values: list[float], before: float | None = None, after: float | None = None) -> dict[str, Any]:
+    """A bench document with these generations of 20 tokens."""
+    decode = {"samples": values, "median": values[0]}
+    heat = {"sensor": "battery" if before else None, "before": before, "after": after}
+    return {"metrics": {"decode_tps": decode}, "settings": {"gen_tokens": 20}, "power": {"temperature_c": heat}}
+
+
 def test_cold_samples_come_before_the_settled_run() -> None:
-    values = iter([10.0, 9.8, 8.0, 7.0, 6.0, 6.1, 5.9, 6.0])
-    now, heat = iter(range(100)), iter([39.0, *(40.0 + i for i in range(20))])
-    found = run_sustained(
-        lambda: next(values), seconds=15.5, temperature=lambda: next(heat), clock=lambda: float(next(now))
-    )
-    assert [sample["value"] for sample in found["samples"]] == [10.0, 9.8, 8.0, 7.0, 6.0, 6.1, 5.9, 6.0]
+    found = sustained_of(benched([10.0, 10.0, 8.0, 8.0, 5.0, 5.1, 4.9, 5.0], 39.0, 44.0), 20)
     assert found["first"]["value"] == 10
-    assert found["cold"]["value"] == pytest.approx((10 + 9.8 + 8 + 7) / 4)
-    assert (found["settled"]["value"], found["settled"]["n"]) == (pytest.approx(6.0), 4)
-    assert found["settled_to_first"] == pytest.approx(0.6)
-    assert (found["start_temperature_c"], found["start_in_range"]) == (39.0, True)
-    assert found["samples"][0]["temperature_c"] == 40
+    assert found["cold"]["value"] == pytest.approx(9)
+    assert (found["settled"]["value"], found["settled"]["n"]) == (pytest.approx(5.0), 4)
+    assert found["settled_to_first"] == pytest.approx(0.5)
+    assert found["settled_after_s"] == pytest.approx(2 + 2 + 2.5 + 2.5)
+    assert found["start_in_range"] is True
+    assert sustained_text(found) == (
+        "sustained: first 10.00, settled 5.00 tok/s (50 % of the first) after 9 s; 39 → 44 °C (battery)"
+    )
+    assert "38 to 43" in sustained_text(sustained_of(benched([5.0, 5.0, 5.0], 30.0, 31.0), 20))
 
 
 def test_a_speed_that_still_falls_has_not_settled() -> None:
-    values, now = iter([10.0, 8.0, 6.0, 4.0]), iter(range(100))
-    found = run_sustained(lambda: next(values), seconds=7.5, clock=lambda: float(next(now)))
+    found = sustained_of(benched([10.0, 8.0, 6.0, 4.0]), 7.5)
     assert found["settled"]["value"] is None
     assert "repeat for longer" in found["settled"]["reason"]
     assert found["settled_to_first"] is None
     assert found["start_in_range"] is None
+    assert "not settled" in sustained_text(found)
 
 
 def test_a_speed_that_never_falls_is_settled_from_the_start() -> None:
     assert settled_from([5.0, 5.1, 4.9]) == 0
     assert settled_from([5.0, 5.1]) is None
-    found = run_sustained(lambda: 5.0, seconds=0)
-    assert len(found["samples"]) == 1
 
 
-def test_a_failing_measurement_is_not_swallowed() -> None:
-    with pytest.raises(ZeroDivisionError):
-        run_sustained(lambda: 1 / 0, seconds=1)
+def test_generations_are_as_many_as_the_time_holds() -> None:
+    assert repetitions_for(60, benched([10.0])) == 30
+    assert repetitions_for(0.1, benched([10.0])) == 3
+    nothing = {"metrics": {"decode_tps": {"value": None}}, "settings": {"gen_tokens": 0}}
+    with pytest.raises(UsageError, match="none was asked for"):
+        repetitions_for(60, nothing)

@@ -100,16 +100,17 @@ def measure_drift_on(
     settings = settings or default_settings(name)
     program = _program(site, name)
     if program is None:
-        return measure_domains(
-            artifact,
-            stores,
-            chunks=chunks,
-            runtime=name,
-            settings=settings,
-            limits=limits,
-            site=site,
-            progress=site.progress,
-        )
+        with site.awake():
+            return measure_domains(
+                artifact,
+                stores,
+                chunks=chunks,
+                runtime=name,
+                settings=settings,
+                limits=limits,
+                site=site,
+                progress=site.progress,
+            )
     if len(stores) > 1:
         raise UsageError(
             f"{PERPLEXITY} compares on one text a run, and {len(stores)} are given",
@@ -146,7 +147,8 @@ def _by_perplexity(
     nbytes = site.describe(artifact)["bytes"]
     limit = site.timeout_s or time_limit(nbytes, text["chunks"] * store.context, 0)
     site.progress.note(f"measuring {artifact.name} on {site.device.name} with {PERPLEXITY}")
-    done = run_tool(site.device, program, arguments, limit)
+    with site.awake():
+        done = run_tool(site.device, program, arguments, limit)
     errors = done.stderr.decode("utf-8", errors="replace")
     metrics = parse_drift(f"{done.text}\n{errors}", text["positions"])
     gates = [gate for each in limits for gate in evaluate(each, metrics, _NO_SPREAD)]

@@ -73,7 +73,7 @@ def measure_speed_on(
     else:
         run = _worker(site, artifact, module, request, settings, limit)
     site.progress.note(f"timing {artifact.name} on {site.device.name}")
-    with sampler_for(site.device, site.profile) as sampler:
+    with site.awake(), sampler_for(site.device, site.profile) as sampler:
         sampler.before()
         sampler.start()
         timed = run()

@@ -9,7 +9,7 @@ __all__ = ["Site", "open_session", "open_site", "time_limit"]
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
@@ -73,6 +73,16 @@ class Site:
     def settings(self, settings: Settings, runtime: str) -> Settings:
         """``settings`` for the device: what it has an accelerator for is computed there."""
         return replace(settings, gpu_layers=self.gpu_layers) if runtime == "llama_cpp" else settings
+
+    @contextmanager
+    def awake(self) -> Iterator[None]:
+        """Keep the device from sleeping while it is measured; one that refuses is measured all the same, and told."""
+        with ExitStack() as held:
+            try:
+                held.enter_context(self.device.awake())
+            except TargetError as error:
+                self.progress.note(f"{error.message}; {error.hint}" if error.hint else error.message)
+            yield
 
     def hint(self, runtime: str) -> str:
         """How what measures comes onto the device."""

@@ -14,6 +14,7 @@ from __future__ import annotations
 __all__ = ["Address", "Device", "Finished", "Stream", "Transport", "load_transport"]
 
 from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from types import TracebackType
@@ -124,6 +125,14 @@ class Device(Protocol):
 
         Raises:
             TargetError: it is not there, or the device refuses.
+        """
+        ...
+
+    def awake(self) -> AbstractContextManager[None]:
+        """Keep the device from sleeping, where it would, and then restore what it was set to.
+
+        Raises:
+            TargetError: it refuses.
         """
         ...
 

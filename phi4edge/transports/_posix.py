@@ -10,7 +10,7 @@ import subprocess
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import PurePosixPath
 from types import TracebackType
 from typing import IO, BinaryIO, Self
@@ -186,6 +186,10 @@ class PosixDevice:
                 case [said, "refused", "program"] if said == word:
                     return TargetError(f"{self.name}: {program}: does not start: no such program")
         return self.lost(f"before {program} started", stderr)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """See :class:`phi4edge.transports._api.Device`: such a machine does not sleep while it works."""
+        return nullcontext()
 
     def __enter__(self) -> Self:
         return self

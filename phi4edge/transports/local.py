@@ -10,7 +10,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
-from contextlib import suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
 from pathlib import Path, PurePosixPath
 from types import TracebackType
 from typing import BinaryIO, Self
@@ -120,6 +120,10 @@ class LocalDevice:
     def pull(self, remote: PurePosixPath, local: Path, progress: Progress = SILENT) -> None:
         """See :class:`phi4edge.transports._api.Device`."""
         _copy(self._folder / remote, local)
+
+    def awake(self) -> AbstractContextManager[None]:
+        """See :class:`phi4edge.transports._api.Device`: such a machine does not sleep while it works."""
+        return nullcontext()
 
     def __enter__(self) -> Self:
         return self

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,7 @@ COMMAND = "bench"
 
 
 def _text(data: dict[str, Any]) -> str:
+    from phi4edge.measurement.power.sustained import sustained_text
     from phi4edge.measurement.power.text import power_text
 
     artifact, runtime, settings, metrics = data["artifact"], data["runtime"], data["settings"], data["metrics"]
@@ -49,6 +52,7 @@ def _text(data: dict[str, Any]) -> str:
             "",
             memory_line(metrics),
             *([f"power: {power_text(data['power'])}"] if "power" in data else []),
+            *([sustained_text(data["sustained"])] if "sustained" in data else []),
             *roofline_lines(data),
         ]
     )
@@ -73,6 +77,12 @@ def _text(data: dict[str, Any]) -> str:
 )
 @click.option("--warmup", type=click.IntRange(min=0), default=1, show_default=True, help="Repetitions not counted.")
 @click.option(
+    "--sustained",
+    type=click.FloatRange(min=0, min_open=True),
+    metavar="SECONDS",
+    help="Then generate without a break for about so long, and tell cold from settled speed.",
+)
+@click.option(
     "--calibrate-target",
     "calibrate",
     is_flag=False,
@@ -92,6 +102,7 @@ def command(
     gen_tokens: int,
     repetitions: int,
     warmup: int,
+    sustained: float | None,
     calibrate: str | None,
     device: DeviceOptions,
     target_path: tuple[Path, ...],
@@ -124,6 +135,7 @@ def command(
     from phi4edge.measurement.calibrate import calibrate_target, calibration_file
     from phi4edge.measurement.device_speed import measure_speed_on
     from phi4edge.measurement.plausible import assess
+    from phi4edge.measurement.power.sustained import repetitions_for, sustained_of
     from phi4edge.measurement.speed import measure_speed
     from phi4edge.runtimes._api import Settings, SpeedRequest
     from phi4edge.targets.catalog import open_catalog
@@ -134,8 +146,8 @@ def command(
     profile, transport = place_of(target, device, target_path)
     checked_out(out)
     if transport == BROWSER:
-        if calibrate is not None:
-            raise UsageError("--calibrate-target is not for a browser", "its figures are wllama's, not llama.cpp's")
+        if calibrate is not None or sustained is not None:
+            raise UsageError("--calibrate-target and --sustained are not for a browser", "leave them out")
         from phi4edge.measurement.in_browser import measure_speed_in_browser
 
         guest = guest_for(artifact, runtime, settings, page, progress_for(quiet))
@@ -145,13 +157,17 @@ def command(
         entry = open_catalog(target_path).entry(target)
         own = Path(calibrate) if calibrate else None
         file = None if calibrate is None else calibration_file(entry, own, target_path)
-        if transport == LOCAL and not device.given:
-            data = measure_speed(
-                artifact, target=target, transport=transport, runtime=runtime, request=request, settings=settings
-            )
-        else:
-            with site_for(profile, transport, device, progress_for(quiet), artifact) as site:
-                data = measure_speed_on(site, artifact, runtime=runtime, request=request, settings=settings)
+        with ExitStack() as held:
+            how: dict[str, Any] = {"runtime": runtime, "settings": settings}
+            if transport == LOCAL and not device.given:
+                measure = partial(measure_speed, artifact, target=target, transport=transport, **how)
+            else:
+                site = held.enter_context(site_for(profile, transport, device, progress_for(quiet), artifact))
+                measure = partial(measure_speed_on, site, artifact, **how)
+            data = measure(request=request)
+            if sustained is not None:
+                longer = SpeedRequest(0, gen_tokens, repetitions_for(sustained, data), 0)
+                data["sustained"] = sustained_of(measure(request=longer), sustained)
         data |= assess(data, profile, artifact)
         if file is not None:
             data["calibration"] = calibrate_target(file, data, profile, entry, artifact)
