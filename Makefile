@@ -45,7 +45,7 @@ check: setup ## Lint, format, types and the import contract.
 	$(BIN)/lint-imports
 
 test: check ## Everything that can fail: check, then pytest.
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n 2 --dist loadfile
 
 demo: setup ## Quantize, export, measure and report a real language model.
 	$(BIN)/python benchmarks/demo/run.py

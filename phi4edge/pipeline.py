@@ -26,9 +26,10 @@ from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import Phi4EdgeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.recipe import Recipe
-from phi4edge.measurement.drift_run import measure_domains, measure_greedy, resolve_domains
+from phi4edge.measurement.drift_run import measure_domains, measure_greedy
 from phi4edge.measurement.gates import Gate, Limits, gate_error
 from phi4edge.measurement.reference import ReferenceStore
+from phi4edge.measurement.references import resolve_domains
 from phi4edge.measurement.tasks.run import TaskRequest, check_tasks, measure_tasks, task_gates
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report

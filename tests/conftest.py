@@ -25,6 +25,18 @@ def phi4_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def phi4_gguf(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in F16."""
+    from phi4edge.checkpoint.reader import open_checkpoint
+    from phi4edge.writers._api import WriteOptions
+    from phi4edge.writers.gguf import write_f16
+
+    return write_f16(
+        open_checkpoint(phi4_checkpoint), tmp_path_factory.mktemp("gguf") / "f16.gguf", WriteOptions()
+    ).path
+
+
+@pytest.fixture(scope="session")
 def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of Phi-4-mini's kind: longrope, partial rotary, tied head. Do not write into it."""
     return write_checkpoint(tmp_path_factory.mktemp("mini"), "mini")

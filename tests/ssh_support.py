@@ -10,6 +10,7 @@ import socket
 import subprocess
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -67,7 +68,7 @@ class Keys:
 
 
 @dataclass
-class Server:
+class Server(ABC):
     """A server on the loopback, and where it is found. Its devices' folders are below ``folder``."""
 
     keys: Keys
@@ -91,13 +92,13 @@ class Server:
         place = f"127.0.0.1:{self.port}"
         return Address(place, folder or str(self.folder / "device" / "our folder"), (*options, *self.options))
 
+    @abstractmethod
     def start(self) -> None:
         """Listen."""
-        raise NotImplementedError
 
+    @abstractmethod
     def kill(self) -> None:
         """End the server and its connections at once, as a power cut of the network would; not what it runs."""
-        raise NotImplementedError
 
 
 @dataclass

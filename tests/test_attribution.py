@@ -21,9 +21,10 @@ from phi4edge.core.recipe import Recipe
 from phi4edge.measurement.attribution import config_differences
 from phi4edge.measurement.attribution_run import attribute
 from phi4edge.measurement.drift import divergence
-from phi4edge.measurement.drift_run import measure_drift, resolve_reference
+from phi4edge.measurement.drift_run import measure_drift
 from phi4edge.measurement.gates import Limits
 from phi4edge.measurement.reference import ReferenceStore
+from phi4edge.measurement.references import resolve_reference
 from phi4edge.measurement.tensors import output_errors, stream_errors, stream_swapped
 from phi4edge.model.block import forward_block, load_block
 from phi4edge.model.forward import embed, stream_logits

@@ -12,8 +12,9 @@ from support import write_checkpoint
 from phi4edge.cli.main import main
 from phi4edge.core.recipe import Recipe
 from phi4edge.measurement.attribution_run import attribute
-from phi4edge.measurement.drift_run import measure_drift, resolve_reference
+from phi4edge.measurement.drift_run import measure_drift
 from phi4edge.measurement.reference import ReferenceStore
+from phi4edge.measurement.references import resolve_reference
 from phi4edge.runtimes._api import Settings
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize

@@ -3,25 +3,18 @@
 from __future__ import annotations
 
 import importlib.util
-import json
 import os
 import re
 import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 from adb_support import Phone, eventually, phones, serving
+from cli_support import call_json
 from device_support import BENCH_HELP, BENCH_JSON, program
 from scripts import ROOT
-from support import write_checkpoint
-
-from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.cli.main import main
-from phi4edge.writers._api import WriteOptions
-from phi4edge.writers.gguf import write_f16
 
 AS_IN_BENCH_JSON = ("--prompt-tokens", 32, "--gen-tokens", 8, "--repetitions", 3, "--warmup", 2)
 
@@ -31,16 +24,6 @@ def phone(tmp_path: Path) -> Iterator[Phone]:
     phone = Phone(tmp_path / "phone", android=False)
     with pytest.MonkeyPatch.context() as patch, serving(tmp_path / "adb", patch), phones(phone):
         yield phone
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "phi-tiny", "phi4")
-
-
-@pytest.fixture(scope="module")
-def gguf(model: Path) -> Path:
-    return write_f16(open_checkpoint(model), model.parent / "tiny-f16.gguf", WriteOptions()).path
 
 
 @pytest.fixture
@@ -66,45 +49,58 @@ def there(phone: Phone, tmp_path: Path) -> tuple[object, ...]:
     )
 
 
-def run(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
-    code = main([str(a) for a in (*arguments, "--json", "-q")])
-    return code, json.loads(capfd.readouterr().out)
-
-
 @pytest.mark.skipif(importlib.util.find_spec("llama_cpp") is None, reason="llama-cpp-python is not installed")
 def test_a_phone_is_measured_and_reported(
-    phone: Phone, there: tuple[object, ...], gguf: Path, model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    phone: Phone,
+    there: tuple[object, ...],
+    phi4_gguf: Path,
+    phi4_checkpoint: Path,
+    tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     results = tmp_path / "results"
     text = tmp_path / "words.txt"
     text.write_text(Path(__file__).read_text() * 2)
-    asked = ("drift", gguf, "--reference", model, "--text", text, "--context", 64, "--chunks", 4, "--threads", 1)
-    _, here = run(capfd, *asked)
-    code, drift = run(capfd, *asked, *there, "--runner", sys.executable, "--out", results / "drift.json")
+    asked = (
+        "drift",
+        phi4_gguf,
+        "--reference",
+        phi4_checkpoint,
+        "--text",
+        text,
+        "--context",
+        64,
+        "--chunks",
+        4,
+        "--threads",
+        1,
+    )
+    _, here = call_json(capfd, *asked)
+    code, drift = call_json(capfd, *asked, *there, "--runner", sys.executable, "--out", results / "drift.json")
     assert code == 0, drift
     assert drift["data"]["metrics"] == here["data"]["metrics"]
     assert (drift["data"]["target"], drift["data"]["transport"]) == ("my-phone", "adb")
     tool = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
-    bench = ("bench", gguf, *AS_IN_BENCH_JSON, *there, "--runner", tool)
-    code, speed = run(capfd, *bench, "--out", results / "bench.json")
+    bench = ("bench", phi4_gguf, *AS_IN_BENCH_JSON, *there, "--runner", tool)
+    code, speed = call_json(capfd, *bench, "--out", results / "bench.json")
     assert code == 0, speed
     assert speed["data"]["metrics"]["decode_tps"]["samples"][0] == pytest.approx(8 / 0.015102172)
     assert list(phone.data.rglob("*.gguf")), "kept for the next run"
     assert phone.setting() in (None, "0", "null"), "it was kept awake, and may sleep again"
-    code, report = run(capfd, "report", results, "--out", tmp_path / "report")
+    code, report = call_json(capfd, "report", results, "--out", tmp_path / "report")
     assert code == 0, report
     assert "my-phone" in (tmp_path / "report" / "report.md").read_text()
-    code, _ = run(capfd, *bench, "--clean")
+    code, _ = call_json(capfd, *bench, "--clean")
     assert code == 0
     assert not list(phone.data.iterdir()), "all of it was ours"
 
 
 def test_a_phone_that_is_unplugged_while_it_works_is_told_and_the_next_run_goes_on(
-    phone: Phone, there: tuple[object, ...], gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    phone: Phone, there: tuple[object, ...], phi4_gguf: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     started = tmp_path / "started"
     slow = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, then=f'echo $$ >"{started}"; exec sleep 60')
-    bench = ("bench", gguf, *AS_IN_BENCH_JSON, *there, "--runner", slow)
+    bench = ("bench", phi4_gguf, *AS_IN_BENCH_JSON, *there, "--runner", slow)
 
     def unplug() -> None:
         eventually(started.exists, within_s=60)
@@ -112,12 +108,12 @@ def test_a_phone_that_is_unplugged_while_it_works_is_told_and_the_next_run_goes_
 
     puller = threading.Thread(target=unplug)
     puller.start()
-    code, document = run(capfd, *bench)
+    code, document = call_json(capfd, *bench)
     puller.join()
     assert code == 4, document
     assert "the connection was lost" in document["error"]["message"]
     pid = int(started.read_text())
     eventually(lambda: not Path(f"/proc/{pid}").exists(), within_s=20)
     program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
-    code, document = run(capfd, *bench)
+    code, document = call_json(capfd, *bench)
     assert code == 0, document

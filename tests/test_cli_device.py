@@ -8,20 +8,17 @@ import os
 import re
 import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
+from cli_support import call_json
 from device_support import BENCH_HELP, BENCH_JSON, program
 from scripts import ROOT
 from ssh_support import Keys, OpenSsh, need, serving
-from support import write_checkpoint
 
-from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.commands import doctor
-from phi4edge.cli.main import main
-from phi4edge.writers._api import WriteOptions
-from phi4edge.writers.gguf import write_f16
 
 AS_IN_BENCH_JSON = ("--prompt-tokens", 32, "--gen-tokens", 8, "--repetitions", 3, "--warmup", 2)
 pytestmark = pytest.mark.skipif(
@@ -35,16 +32,6 @@ def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[OpenSsh]:
     folder = tmp_path_factory.mktemp("ssh")
     with serving(OpenSsh(Keys(folder / "keys"), folder / "server")) as found:
         yield found
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_checkpoint(tmp_path_factory.mktemp("model") / "phi-tiny", "phi4")
-
-
-@pytest.fixture(scope="module")
-def gguf(model: Path) -> Path:
-    return write_f16(open_checkpoint(model), model.parent / "tiny-f16.gguf", WriteOptions()).path
 
 
 @pytest.fixture(scope="module")
@@ -67,11 +54,7 @@ def target(tmp_path_factory: pytest.TempPathFactory) -> tuple[object, ...]:
 
 @pytest.fixture
 def run(capfd: pytest.CaptureFixture[str]) -> Any:
-    def call(*arguments: object) -> tuple[int, dict[str, Any]]:
-        code = main([str(a) for a in (*arguments, "--json", "-q")])
-        return code, json.loads(capfd.readouterr().out)
-
-    return call
+    return partial(call_json, capfd)
 
 
 def reached(server: OpenSsh, folder: Path, *runners: object) -> list[object]:
@@ -85,9 +68,28 @@ def reached(server: OpenSsh, folder: Path, *runners: object) -> list[object]:
 
 
 def test_drift_over_ssh_is_drift_here(
-    run: Any, server: OpenSsh, target: tuple[object, ...], gguf: Path, model: Path, text: Path, tmp_path: Path
+    run: Any,
+    server: OpenSsh,
+    target: tuple[object, ...],
+    phi4_gguf: Path,
+    phi4_checkpoint: Path,
+    text: Path,
+    tmp_path: Path,
 ) -> None:
-    asked = ("drift", gguf, "--reference", model, "--text", text, "--context", 64, "--chunks", 4, "--threads", 1)
+    asked = (
+        "drift",
+        phi4_gguf,
+        "--reference",
+        phi4_checkpoint,
+        "--text",
+        text,
+        "--context",
+        64,
+        "--chunks",
+        4,
+        "--threads",
+        1,
+    )
     code, here = run(*asked)
     assert code == 0
     there = reached(server, tmp_path / "our folder", sys.executable)
@@ -101,11 +103,16 @@ def test_drift_over_ssh_is_drift_here(
 
 
 def test_bench_over_ssh_is_llama_bench_s(
-    run: Any, server: OpenSsh, target: tuple[object, ...], gguf: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    run: Any,
+    server: OpenSsh,
+    target: tuple[object, ...],
+    phi4_gguf: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     tool = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
     there = reached(server, tmp_path / "device", tool)[2:]
-    asked = ("bench", gguf, *AS_IN_BENCH_JSON, *target)
+    asked = ("bench", phi4_gguf, *AS_IN_BENCH_JSON, *target)
     monkeypatch.setenv("PHI4EDGE_ADDRESS", f"127.0.0.1:{server.port}")
     code, document = run(*asked, *there)
     assert code == 0, document
@@ -134,14 +141,17 @@ def test_doctor_says_what_can_measure_there_and_fails_where_nothing_can(
 
 
 def test_places_that_do_not_go_together_are_refused(
-    run: Any, target: tuple[object, ...], gguf: Path, model: Path, text: Path
+    run: Any, target: tuple[object, ...], phi4_gguf: Path, phi4_checkpoint: Path, text: Path
 ) -> None:
     for arguments, words in (
-        (("bench", gguf, *target, "--transport", "local"), "is reached over ssh, not local"),
-        (("bench", gguf, "--transport", "ssh", "--address", "here"), "is reached over local, not ssh"),
-        (("bench", gguf, "--address", "here"), "this machine has no address"),
-        (("drift", gguf, "--reference", model, *target), "measured on a text"),
-        (("drift", gguf, "--reference", model, "--text", text, "--attribute", *target), "on this machine only"),
+        (("bench", phi4_gguf, *target, "--transport", "local"), "is reached over ssh, not local"),
+        (("bench", phi4_gguf, "--transport", "ssh", "--address", "here"), "is reached over local, not ssh"),
+        (("bench", phi4_gguf, "--address", "here"), "this machine has no address"),
+        (("drift", phi4_gguf, "--reference", phi4_checkpoint, *target), "measured on a text"),
+        (
+            ("drift", phi4_gguf, "--reference", phi4_checkpoint, "--text", text, "--attribute", *target),
+            "on this machine only",
+        ),
     ):
         code, document = run(*arguments)
         assert code == 2
@@ -149,17 +159,20 @@ def test_places_that_do_not_go_together_are_refused(
 
 
 def test_an_artifact_that_is_not_here_is_told_before_a_device_is_reached(
-    run: Any, target: tuple[object, ...], model: Path, text: Path, tmp_path: Path
+    run: Any, target: tuple[object, ...], phi4_checkpoint: Path, text: Path, tmp_path: Path
 ) -> None:
     nowhere = ("--address", "no.such.host.invalid", *target)
-    for command in (("bench", tmp_path / "none.gguf"), ("drift", tmp_path / "none.gguf", "--reference", model)):
+    for command in (
+        ("bench", tmp_path / "none.gguf"),
+        ("drift", tmp_path / "none.gguf", "--reference", phi4_checkpoint),
+    ):
         code, document = run(*command, *(("--text", text) if "drift" in command else ()), *nowhere)
         assert code == 3
         assert "no such file" in document["error"]["message"]
 
 
 def test_a_target_s_own_file_says_where_its_device_is(
-    server: OpenSsh, gguf: Path, target: tuple[object, ...], tmp_path: Path, run: Any
+    server: OpenSsh, phi4_gguf: Path, target: tuple[object, ...], tmp_path: Path, run: Any
 ) -> None:
     words = (Path(str(target[3])) / "behind-ssh.toml").read_text()
     tool = program(tmp_path / "bin", "llama-bench", help=BENCH_HELP, says=BENCH_JSON)
@@ -167,7 +180,7 @@ def test_a_target_s_own_file_says_where_its_device_is(
     place = f'address = "127.0.0.1:{server.port}"\nfolder = "{tmp_path / "ours"}"\noptions = {options}\n'
     (tmp_path / "my-board.toml").write_text(f"{words}\n[connection]\n{place}")
     code, document = run(
-        "bench", gguf, "--target", "my-board", "--target-path", tmp_path, "--runner", tool, *AS_IN_BENCH_JSON
+        "bench", phi4_gguf, "--target", "my-board", "--target-path", tmp_path, "--runner", tool, *AS_IN_BENCH_JSON
     )
     assert code == 0, document
     assert document["data"]["transport"] == "ssh"

@@ -27,6 +27,7 @@ from device_support import (
 )
 from report_support import write
 from rounded import quantized_model
+from scripts import load_script
 from ssh_support import Keys, OpenSsh, need, serving
 
 from phi4edge.checkpoint.reader import open_checkpoint
@@ -34,10 +35,10 @@ from phi4edge.core.errors import InputError, MissingToolError, TargetError, Usag
 from phi4edge.core.hashing import sha256_bytes, sha256_file
 from phi4edge.measurement.device_drift import check_on_device, measure_drift_on
 from phi4edge.measurement.device_speed import measure_speed_on
-from phi4edge.measurement.drift_run import measure_drift, measure_greedy
+from phi4edge.measurement.drift_run import greedy_on, measure_drift
 from phi4edge.measurement.environment import environment
 from phi4edge.measurement.gates import Limits
-from phi4edge.measurement.on_device import Site, open_session, open_site, time_limit
+from phi4edge.measurement.on_device import Site, device_host, open_site, time_limit
 from phi4edge.measurement.reference import ReferenceStore, build_store
 from phi4edge.measurement.texts import Chunks
 from phi4edge.report.build import build_report, write_report
@@ -82,7 +83,7 @@ def test_the_worker_on_a_device_gives_the_very_figures_of_this_machine(
     with this_machine(tmp_path / "device", sys.executable) as site:
         check_on_device(site, gguf, settings=ONE, generates=True)
         there = measure_drift_on(site, gguf, stores, settings=ONE, limits=Limits(max_kld=1e-3))
-        written = measure_greedy(gguf, stores, str(phi4_checkpoint), "chunks", count=4, settings=ONE, site=site)
+        written = greedy_on(device_host(site, gguf, "llama_cpp", ONE), stores, str(phi4_checkpoint), "chunks", count=4)
     for key in ("metrics", "se_between_chunks", "per_chunk", "per_position", "text", "reference", "artifact"):
         assert there[key] == here[key], key
     assert there["runtime"] == here["runtime"]
@@ -133,13 +134,13 @@ def test_the_archive_alone_is_enough_for_the_worker(tmp_path: Path) -> None:
 def test_a_device_that_goes_away_midway_is_a_sentence(gguf: Path, tmp_path: Path) -> None:
     tokens = np.random.default_rng(0).integers(0, 512, (3, CONTEXT))
     with this_machine(tmp_path / "device", sys.executable) as site:
-        with open_session(site, gguf, CONTEXT, "llama_cpp", ONE, 0) as session:
+        with device_host(site, gguf, "llama_cpp", ONE).open(CONTEXT, 0) as session:
             found = session.logits(tokens)
             next(found)
             os.killpg(worker_of(session).pid, signal.SIGKILL)
             with pytest.raises(TargetError, match="was ended by SIGKILL"):
                 list(found)
-        with open_session(site, gguf, CONTEXT, "llama_cpp", ONE, 0) as session:
+        with device_host(site, gguf, "llama_cpp", ONE).open(CONTEXT, 0) as session:
             session.close()
             with pytest.raises((TargetError, ValueError)):
                 list(session.logits(tokens))
@@ -156,7 +157,7 @@ def test_an_ssh_connection_that_is_cut_midway_is_a_sentence(gguf: Path, tmp_path
         with (
             ssh.open(server.address()) as device,
             open_site(device, detect_local(), runners=[sys.executable]) as site,
-            open_session(site, gguf, CONTEXT, "llama_cpp", ONE, 0) as session,
+            device_host(site, gguf, "llama_cpp", ONE).open(CONTEXT, 0) as session,
         ):
             found = session.logits(np.random.default_rng(0).integers(0, 512, (40, CONTEXT)))
             next(found)
@@ -322,6 +323,23 @@ def test_programs_that_were_built_here_are_sent_where_the_device_has_none(
     assert PurePosixPath("runner/key/llama-bench") in lies_there(site)
 
 
+def test_last_words_that_were_lost_are_asked_for_again(gguf: Path, store: ReferenceStore, tmp_path: Path) -> None:
+    """llama.cpp ends without waiting for its log: the same program says it all the second time."""
+    tool = perplexity(tmp_path / "bin")
+    whole = tool.read_text()
+    tool.write_text(whole.replace('cat "$0.says"', 'head -n 3 "$0.says"; mv "$0.whole" "$0"'))
+    tool.with_name("llama-perplexity.whole").write_text(whole)
+    tool.with_name("llama-perplexity.whole").chmod(0o755)
+    with this_machine(tmp_path / "device", tool) as site:
+        found = measure_drift_on(site, gguf, {"ids": store}, settings=ONE)
+    assert found["metrics"]["kld"]["value"] > 0
+    tool.write_text(whole.replace('cat "$0.says"', 'head -n 3 "$0.says"; echo again >>"$0.times"'))
+    with this_machine(tmp_path / "device", tool) as site, pytest.raises(TargetError, match="printed no ppl") as caught:
+        measure_drift_on(site, gguf, {"ids": store}, settings=ONE)
+    assert "does not wait for its log" in str(caught.value.hint)
+    assert len(tool.with_name("llama-perplexity.times").read_text().splitlines()) == 3
+
+
 def test_a_device_of_another_processor_than_the_target_is_refused(tmp_path: Path) -> None:
     with (
         pytest.raises(TargetError, match="and target local is s390x"),
@@ -344,14 +362,13 @@ def test_limits_grow_with_what_is_to_be_done() -> None:
 def test_the_real_llama_perplexity_agrees_with_us_from_our_base_file(
     gguf: Path, store: ReferenceStore, tmp_path: Path
 ) -> None:
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi4edge" / "tools"
-    known = sorted(cache.glob("llama-perplexity-*"))
-    if not known:
+    built = load_script("benchmarks/drift/perplexity.py").perplexity_path()
+    if not built.is_file():
         pytest.skip("benchmarks/drift/perplexity.py has not built llama-perplexity yet")
     (tmp_path / "bin").mkdir()
     tool = tmp_path / "bin" / "llama-perplexity"
     lib = Path(str(importlib.util.find_spec("llama_cpp").origin)).parent / "lib"  # type: ignore[union-attr]
-    tool.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={lib} exec {known[-1]} "$@"\n')
+    tool.write_text(f'#!/bin/sh\nLD_LIBRARY_PATH={lib} exec {built} "$@"\n')
     tool.chmod(0o755)
     ours = measure_drift(gguf, store, settings=ONE)["metrics"]
     with this_machine(tmp_path / "device", tool) as site:

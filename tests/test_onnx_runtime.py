@@ -20,7 +20,8 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError, MissingToolError, TargetError, UsageError
 from phi4edge.measurement.artifact import default_runtime, describe
-from phi4edge.measurement.drift_run import measure_drift, resolve_reference
+from phi4edge.measurement.drift_run import measure_drift
+from phi4edge.measurement.references import resolve_reference
 from phi4edge.measurement.speed import measure_speed
 from phi4edge.quant.matmulnbits_packing import pack_linear
 from phi4edge.quant.scheme import parse_scheme

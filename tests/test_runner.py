@@ -22,7 +22,7 @@ from phi4edge.runtimes import _runner_sources as sources_module
 from phi4edge.runtimes._runner_cache import built, read_runner
 from phi4edge.runtimes._runner_elf import check_program
 from phi4edge.runtimes._runner_recipe import DEFAULT_MARCH, PROGRAMS, Recipe, cmake_flags, march_of, zig_cpu
-from phi4edge.runtimes._runner_sources import commit_of
+from phi4edge.runtimes._runner_sources import ORIGIN, commit_of, unpack
 
 
 @pytest.fixture
@@ -145,6 +145,19 @@ def test_an_sdist_is_taken_and_its_llama_cpp_is_found(commands: Commands, source
     done = commands.build(write_sdist(tmp_path / "sdist.tar.gz", sources))
     assert done["runner"]["llama_cpp_commit"] == COMMIT
     assert done["runner"]["archive_sha256"] == sha256_file(tmp_path / "sdist.tar.gz")
+
+
+def test_programs_are_made_to_wait_for_their_log(sources: Path, tmp_path: Path) -> None:
+    known = "int llama_completion(int argc, char ** argv);\n\nint main(int argc, char ** argv) {\n"
+    (sources / "tools/completion/main.cpp").write_text(known + "    return llama_completion(argc, argv);\n}\n")
+    other = "int main() { return 0; }\n"  # of another form: left as it is, and not said to be changed
+    (sources / "tools/perplexity/main.cpp").write_text(other)
+    unpack(sources, tmp_path / "out")
+    assert json.loads((tmp_path / "out" / ORIGIN).read_text())["changed"] == ["tools/completion/main.cpp"]
+    changed = (tmp_path / "out/tools/completion/main.cpp").read_text()
+    assert changed.index("= llama_completion(argc, argv);") < changed.index("common_log_flush(common_log_main());")
+    assert (tmp_path / "out/tools/perplexity/main.cpp").read_text() == other
+    assert known in (sources / "tools/completion/main.cpp").read_text(), "the user's own are not touched"
 
 
 @needs_a_compiler

@@ -52,7 +52,8 @@ def commands() -> list[object]:
 
 def run(where: tuple[list[str], Path], program: str, *arguments: str | Path) -> str:
     words, folder = where
-    done = subprocess.run([*words, folder / program, *arguments], capture_output=True, timeout=120)
+    command = [*words, folder / program, *arguments]
+    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
     return done.stdout.decode(errors="replace")  # random weights write bytes that are no text
 
@@ -100,8 +101,9 @@ def test_llama_completion_of_a_runner_writes_what_our_own_forward_would(
         (logits,) = stream_logits(source, torch.tensor([ids]), first=len(ids) - 1)
         ids.append(int(logits[-1].argmax()))
     how = ["-n", "6", "--temp", "0", "-no-cnv", "--no-display-prompt", "-c", "128", "-t", "1", "--no-warmup"]
-    said = run(where, "llama-completion", "-m", f32, "-p", prompt, *how)
-    assert said.strip() == tokenizer.decode(ids[start:]).strip()
+    for _ in range(5):  # on a busy machine llama.cpp's own main loses most of it
+        said = run(where, "llama-completion", "-m", f32, "-p", prompt, *how)
+        assert said.strip() == tokenizer.decode(ids[start:]).strip()
 
 
 @pytest.mark.parametrize("where", commands())

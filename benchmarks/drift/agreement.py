@@ -38,9 +38,10 @@ from record import record, update_readme  # noqa: E402
 from phi4edge.cli.main import main as phi4edge  # noqa: E402
 from phi4edge.core.atomic import write_json  # noqa: E402
 from phi4edge.measurement.drift import PositionFigures, compare_chunk, summarize  # noqa: E402
-from phi4edge.measurement.drift_run import measure_drift, resolve_reference  # noqa: E402
+from phi4edge.measurement.drift_run import measure_drift  # noqa: E402
 from phi4edge.measurement.encoding import encode  # noqa: E402
 from phi4edge.measurement.reference import ReferenceStore  # noqa: E402
+from phi4edge.measurement.references import resolve_reference  # noqa: E402
 from phi4edge.runtimes import llama_cpp  # noqa: E402
 from phi4edge.runtimes._api import Settings  # noqa: E402
 from phi4edge.stages.export import export  # noqa: E402

@@ -7,7 +7,7 @@ Compiling takes three minutes of one processor; needs cmake, ninja, a C++17 comp
 
 from __future__ import annotations
 
-__all__ = ["build_perplexity", "parse", "run_perplexity"]
+__all__ = ["build_perplexity", "parse", "perplexity_path", "run_perplexity"]
 
 import hashlib
 import importlib.metadata
@@ -21,6 +21,8 @@ import sys
 import tarfile
 import tempfile
 from pathlib import Path
+
+from phi4edge.runtimes._runner_sources import CHANGE, flush_at_the_end
 
 HERE = Path(__file__).resolve().parent
 PACKAGE = "llama-cpp-python"
@@ -57,16 +59,22 @@ def libraries() -> Path:
     return Path(spec.origin).parent / "lib"
 
 
-def build_perplexity() -> Path:
-    """The program, compiled first where there is none."""
+def perplexity_path() -> Path:
+    """Where the program is kept, built or not."""
     version = importlib.metadata.version(PACKAGE)
-    digest = hashlib.sha256((HERE / "peer" / "CMakeLists.txt").read_bytes())
+    digest = hashlib.sha256((HERE / "peer" / "CMakeLists.txt").read_bytes() + CHANGE.encode())
     for library in sorted(libraries().glob("lib*")):
         digest.update(library.read_bytes())
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "phi4edge" / "tools"
-    program = cache / f"llama-perplexity-{version}-{digest.hexdigest()[:12]}"
+    return cache / f"llama-perplexity-{version}-{digest.hexdigest()[:12]}"
+
+
+def build_perplexity() -> Path:
+    """The program, compiled first where there is none; its main() waits for its log."""
+    version, program = importlib.metadata.version(PACKAGE), perplexity_path()
     if program.is_file():
         return program
+    cache = program.parent
     cache.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=cache, prefix="building-") as scratch:
         place = Path(scratch)
@@ -76,6 +84,7 @@ def build_perplexity() -> Path:
         with tarfile.open(next(place.glob("*.tar.gz"))) as sdist:
             sdist.extractall(place, filter="data")
         sources = next(place.glob("*/vendor/llama.cpp"))
+        flush_at_the_end(sources / "tools" / "perplexity" / "main.cpp")  # or its figures are lost on a busy machine
         defined = [f"-DSOURCES={sources}", f"-DLIBRARIES={libraries()}", "-DBUILD_SHARED_LIBS=OFF"]
         optimized = ["-DCMAKE_BUILD_TYPE=Release", "-DCMAKE_CXX_FLAGS_RELEASE=-O1"]  # the kernels are not in it
         _run(["cmake", "-G", "Ninja", "-S", HERE / "peer", "-B", place / "build", *defined, *optimized])

@@ -46,8 +46,9 @@ from record import record, update_readme  # noqa: E402
 
 from phi4edge.checkpoint.reader import open_checkpoint  # noqa: E402
 from phi4edge.cli.main import main as phi4edge  # noqa: E402
-from phi4edge.measurement.drift_run import compare_session, resolve_reference  # noqa: E402
+from phi4edge.measurement.host import compare_session  # noqa: E402
 from phi4edge.measurement.reference import ReferenceStore, build_store  # noqa: E402
+from phi4edge.measurement.references import resolve_reference  # noqa: E402
 from phi4edge.measurement.texts import Chunks  # noqa: E402
 from phi4edge.model.forward import stream_logits  # noqa: E402
 from phi4edge.runtimes import llama_cpp  # noqa: E402

@@ -17,18 +17,21 @@ from typing import Any
 
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.measurement.artifact import default_runtime
-from phi4edge.measurement.drift_run import measure_domains, text_of
+from phi4edge.measurement.drift_run import measure_on, text_of
 from phi4edge.measurement.gates import Limits, evaluate
 from phi4edge.measurement.kld_base import base_file
-from phi4edge.measurement.llama_perplexity import DIFFERENCES, LEAST_POSITIONS, parse_drift
-from phi4edge.measurement.on_device import Site, open_session, time_limit
+from phi4edge.measurement.llama_perplexity import DIFFERENCES, LEAST_POSITIONS, LostWordsError, parse_drift
+from phi4edge.measurement.on_device import Site, device_host, time_limit
 from phi4edge.measurement.reference import ReferenceStore
+from phi4edge.measurement.result import Measurement
 from phi4edge.runtimes._api import Settings, default_settings
 from phi4edge.runtimes._llama_tools import help_of, perplexity_arguments, run_tool, version_of
 from phi4edge.runtimes._remote import PERPLEXITY, Program, missing
 from phi4edge.runtimes._remote_python import placed_runtime
+from phi4edge.transports._api import Finished
 
 _PRINTED = 5e-7  # nat: half of the last decimal that llama-perplexity prints
+_ATTEMPTS = 3
 _NO_SPREAD = {"kld": None, "ln_ppl_ratio": None, "same_top_p": None}
 
 
@@ -74,7 +77,7 @@ def check_on_device(
             raise missing(site.device, site.found, name, "", site.hint(name))
         site.send_artifact(artifact)
         return
-    with open_session(site, artifact, 8, name, settings, 0):
+    with device_host(site, artifact, name, settings).open(8, 0):
         pass
 
 
@@ -91,7 +94,7 @@ def measure_drift_on(
     """Run the tokens of ``stores`` through ``artifact`` on the device; the ``data`` of a drift document.
 
     Raises:
-        UsageError: as :func:`measure_domains`; or what llama-perplexity cannot do (several texts, under 100 positions).
+        UsageError: as :func:`measure_on`; or what llama-perplexity cannot do (several texts, under 100 positions).
         InputError: a bad artifact, one of another vocabulary, or one that gives NaN.
         MissingToolError: nothing on the device can measure it; the hint says how to get what can.
         TargetError: the program failed or took too long, or the device is gone.
@@ -100,17 +103,9 @@ def measure_drift_on(
     settings = settings or default_settings(name)
     program = _program(site, name)
     if program is None:
+        host = device_host(site, artifact, name, settings)
         with site.awake():
-            return measure_domains(
-                artifact,
-                stores,
-                chunks=chunks,
-                runtime=name,
-                settings=settings,
-                limits=limits,
-                site=site,
-                progress=site.progress,
-            )
+            return measure_on(host, stores, chunks=chunks, limits=limits, progress=site.progress)
     if len(stores) > 1:
         raise UsageError(
             f"{PERPLEXITY} compares on one text a run, and {len(stores)} are given",
@@ -148,9 +143,8 @@ def _by_perplexity(
     limit = site.timeout_s or time_limit(nbytes, text["chunks"] * store.context, 0)
     site.progress.note(f"measuring {artifact.name} on {site.device.name} with {PERPLEXITY}")
     with site.awake():
-        done = run_tool(site.device, program, arguments, limit)
+        done, metrics = _compared(site, program, arguments, limit, text["positions"])
     errors = done.stderr.decode("utf-8", errors="replace")
-    metrics = parse_drift(f"{done.text}\n{errors}", text["positions"])
     gates = [gate for each in limits for gate in evaluate(each, metrics, _NO_SPREAD)]
     return {
         "artifact": site.describe(artifact),
@@ -181,6 +175,25 @@ def _by_perplexity(
         "environment": dict(site.environment),
         "seconds": time.perf_counter() - began,
     }
+
+
+def _compared(
+    site: Site, program: Program, arguments: Sequence[str], limit: float, positions: int
+) -> tuple[Finished, dict[str, Measurement]]:
+    """What llama-perplexity said, and its figures; asked again where it ended well and its last words were lost.
+
+    llama.cpp does not wait for the thread that writes its log, and the statistics are what it says last.
+    """
+    for attempt in range(1, _ATTEMPTS + 1):
+        done = run_tool(site.device, program, arguments, limit)
+        errors = done.stderr.decode("utf-8", errors="replace")
+        try:
+            return done, parse_drift(f"{done.text}\n{errors}", positions)
+        except LostWordsError as error:
+            if attempt == _ATTEMPTS:
+                raise
+            site.progress.note(f"{error.message}; its last words were lost, asking again")
+    raise AssertionError("unreachable")
 
 
 def _check_settings(settings: Settings) -> None:

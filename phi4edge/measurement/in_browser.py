@@ -21,6 +21,7 @@ __all__ = ["BrowserSession", "measure_drift_in_browser", "measure_speed_in_brows
 
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
+from functools import partial
 from types import TracebackType
 from typing import Any, Self
 
@@ -31,8 +32,9 @@ from phi4edge.core.errors import TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.measurement.artifact import describe
 from phi4edge.measurement.browser_guest import Guest, Told
-from phi4edge.measurement.drift_run import Elsewhere, measure_domains
+from phi4edge.measurement.drift_run import measure_on
 from phi4edge.measurement.gates import Limits
+from phi4edge.measurement.host import Host
 from phi4edge.measurement.reference import ReferenceStore
 from phi4edge.measurement.result import Measurement
 from phi4edge.measurement.speed import summarize_speed
@@ -224,23 +226,18 @@ def measure_drift_in_browser(
     """Compare the guest in the browser that opens its link with a reference; the ``data`` of a drift document.
 
     Raises:
-        As :func:`phi4edge.measurement.drift_run.measure_domains` and :meth:`BrowserSession.logits`.
+        As :func:`phi4edge.measurement.drift_run.measure_on` and :meth:`BrowserSession.logits`.
     """
     sessions: list[BrowserSession] = []
 
-    def opened(context: int) -> BrowserSession:
+    def opened(context: int, tokens: int) -> BrowserSession:
         sessions.append(BrowserSession(guest, context))
         return sessions[-1]
 
-    data = measure_domains(
-        guest.artifact,
-        stores,
-        chunks=chunks,
-        settings=guest.settings,
-        limits=limits or (),
-        elsewhere=Elsewhere(*runtime_version(), opened),
-        progress=guest.progress,
+    host = Host(
+        guest.artifact, *runtime_version(), opened, partial(describe, guest.artifact), dict, {"transport": "browser"}
     )
+    data = measure_on(host, stores, chunks=chunks, limits=limits or (), progress=guest.progress)
     (session,) = sessions
     estimate = {
         "kind": "whole vocabulary",
@@ -251,7 +248,6 @@ def measure_drift_in_browser(
     }
     told = session.told
     return data | {
-        "transport": "browser",
         "estimate": estimate,
         "warnings": told.warnings(),
         "environment": told.environment(),

@@ -5,12 +5,13 @@ Everything goes through :mod:`phi4edge.transports._api`; which transport it is m
 
 from __future__ import annotations
 
-__all__ = ["Site", "open_session", "open_site", "time_limit"]
+__all__ = ["Site", "device_host", "open_site", "time_limit"]
 
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -19,6 +20,7 @@ from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_bytes
 from phi4edge.measurement.artifact import describe
 from phi4edge.measurement.fingerprint import fingerprint
+from phi4edge.measurement.host import Host
 from phi4edge.runtimes._api import Session, Settings
 from phi4edge.runtimes._remote import RUNNER_FOLDER, Found, Program, how_to_get, look, missing
 from phi4edge.runtimes._remote_python import PlacedRuntime, archive, placed_runtime, start_worker
@@ -189,17 +191,21 @@ def open_site(
         clean_folder(device)
 
 
-def open_session(site: Site, artifact: Path, context: int, runtime: str, settings: Settings, tokens: int) -> Session:
-    """``artifact`` in our worker on the device, for ``tokens`` tokens in all; see :class:`Session`.
+def device_host(site: Site, artifact: Path, runtime: str, settings: Settings) -> Host:
+    """``artifact`` in our worker on the device."""
 
-    Raises:
-        MissingToolError: no Python there has the runtime.
-        UsageError, InputError, TargetError: as the runtime's own ``open``.
-    """
-    limit = site.timeout_s or time_limit(site.describe(artifact)["bytes"], tokens, 0)
-    module = placed_runtime(runtime)
-    place = site.python(module, artifact, limit)
-    return module.open(artifact, context, site.settings(settings, runtime), place=place)
+    def opened(context: int, tokens: int) -> Session:
+        """Raises MissingToolError where no Python there has the runtime; else as the runtime's own ``open``."""
+        limit = site.timeout_s or time_limit(site.describe(artifact)["bytes"], tokens, 0)
+        module = placed_runtime(runtime)
+        place = site.python(module, artifact, limit)
+        return module.open(artifact, context, site.settings(settings, runtime), place=place)
+
+    place = {"target": site.profile.id, "transport": site.device.transport}
+    version = site.found.packages.get(runtime, "")
+    return Host(
+        artifact, runtime, version, opened, partial(site.describe, artifact), lambda: dict(site.environment), place
+    )
 
 
 def time_limit(nbytes: int, prompt_tokens: int, gen_tokens: int) -> float:

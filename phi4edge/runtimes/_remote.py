@@ -48,13 +48,13 @@ done
 """
 _PYTHON = """
 import importlib.util, json, sys
+from importlib import metadata
 found = {"version": ".".join(map(str, sys.version_info[:3])), "packages": {}}
 for name, package in %r.items():
     if importlib.util.find_spec(name):
         try:
-            from importlib.metadata import version
-            found["packages"][name] = version(package)
-        except Exception:
+            found["packages"][name] = metadata.version(package)
+        except metadata.PackageNotFoundError:  # it lies there without its records
             found["packages"][name] = "unknown"
 print("phi4edge:" + json.dumps(found))
 """

@@ -14,6 +14,7 @@ from typing import Any
 
 from phi4edge.core.errors import UsageError, closest
 from phi4edge.core.hashing import sha256_json
+from phi4edge.runtimes._runner_sources import CHANGE
 
 PROGRAMS = ("llama-bench", "llama-completion", "llama-perplexity")
 
@@ -67,6 +68,7 @@ class Recipe:
             "source": dict(self.source),
             "cmake": [*cmake_flags(self.arch, self.march, self.compiler)],
             "programs": [*PROGRAMS],
+            "change": CHANGE,
         }
 
     @property

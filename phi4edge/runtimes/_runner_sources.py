@@ -6,7 +6,7 @@ the same version computes with the same code as this machine does.
 
 from __future__ import annotations
 
-__all__ = ["ORIGIN", "PACKAGE", "commit_of", "identify", "installed_version", "unpack"]
+__all__ = ["CHANGE", "ORIGIN", "PACKAGE", "commit_of", "flush_at_the_end", "identify", "installed_version", "unpack"]
 
 import hashlib
 import importlib.metadata
@@ -37,6 +37,23 @@ _NEEDED = (
     "tools/completion/CMakeLists.txt",
     "tools/perplexity/CMakeLists.txt",
 )
+# llama.cpp's log is written by a thread of its own that nobody waits for at the end (common/log.h says so): on a busy
+# machine what a program said last was lost, and of llama-completion all of it.
+CHANGE = "main() flushes the log before it returns"
+_CHANGED = ("tools/completion/main.cpp", "tools/perplexity/main.cpp")
+_MAIN = re.compile(
+    r"\s*int (llama_\w+)\(int argc, char \*\* argv\);\s*int main\(.*?\) \{\s*return \1\(argc, argv\);\s*\}\s*"
+)
+_FLUSHED = """#include "log.h"
+
+int {name}(int argc, char ** argv);
+
+int main(int argc, char ** argv) {{
+    const int code = {name}(argc, argv);
+    common_log_flush(common_log_main());
+    return code;
+}}
+"""
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 _OFFLINE = f"or give --sources: {PACKAGE}'s sdist (.tar.gz), or a folder of llama.cpp"
 
@@ -88,7 +105,8 @@ def identify(given: Path | None) -> tuple[tuple[str, str], ...]:
 def unpack(given: Path | None, folder: Path) -> None:
     """Put llama.cpp's sources into ``folder``, which is not there yet and appears only when it is whole.
 
-    ``ORIGIN`` in it says where they came from: ``{"origin", "archive_sha256", "llama_cpp_commit"}``, null if unknown.
+    ``ORIGIN`` in it says where they came from, ``{"origin", "archive_sha256", "llama_cpp_commit"}``, null if unknown,
+    and ``"changed"``: the files to which ``CHANGE`` was done, where they are as we know them.
 
     Raises:
         InputError: ``given`` is damaged or lacks a part of llama.cpp.
@@ -111,11 +129,21 @@ def unpack(given: Path | None, folder: Path) -> None:
                 shutil.copytree(root / name, scratch / "kept" / name)
             elif (root / name).is_file():
                 shutil.copy2(root / name, scratch / "kept" / name)
-        found = {"origin": origin, "archive_sha256": digest, "llama_cpp_commit": commit_of(root)}
+        changed = [name for name in _CHANGED if flush_at_the_end(scratch / "kept" / name)]
+        found = {"origin": origin, "archive_sha256": digest, "llama_cpp_commit": commit_of(root), "changed": changed}
         write_json(scratch / "kept" / ORIGIN, found)
         (scratch / "kept").replace(folder)
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
+
+
+def flush_at_the_end(main: Path) -> bool:
+    """Do ``CHANGE`` to a program's ``main``; whether it was of the form that is known."""
+    known = _MAIN.fullmatch(main.read_text(encoding="utf-8")) if main.is_file() else None
+    if known is None:
+        return False
+    main.write_text(_FLUSHED.format(name=known[1]), encoding="utf-8")
+    return True
 
 
 def commit_of(root: Path) -> str | None:

@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["BackwardPass"]
 
 import time
+from abc import ABC, abstractmethod
 
 import torch
 from safetensors.torch import load_file, save
@@ -32,7 +33,7 @@ from phi4edge.model.rope import rotary_table
 from phi4edge.stages.job import Job
 
 
-class BackwardPass:
+class BackwardPass(ABC):
     """The pass; ``kind`` names it for whoever watches."""
 
     kind = "backward"
@@ -77,16 +78,16 @@ class BackwardPass:
 
     # --- what subclasses look at -----------------------------------------------------------------------------
 
-    def _at_head(self, normed: Tensor, spread: Tensor) -> None:
+    def _at_head(self, normed: Tensor, spread: Tensor) -> None:  # noqa: B027  nothing need be looked at there
         """A piece's final hidden states [positions, hidden], and Σ P(1 − P) over its positions, [vocab]."""
 
     def _of_head(self) -> dict[str, Tensor]:
         """What was found at the head."""
         return {}
 
+    @abstractmethod
     def _observer(self, layer: int, found: dict[str, Tensor]) -> Observer:
         """Called for each linear of a block and each piece."""
-        raise NotImplementedError
 
     def _end_block(self, found: dict[str, Tensor]) -> dict[str, Tensor]:
         """What is stored of a block, once all pieces went through it."""

@@ -208,17 +208,20 @@ def command(
     reference that is made here; tasks and --attribute are measured on this machine only.
     """
     from phi4edge.core.workdir import RUN_FILE
+    from phi4edge.measurement.artifact import default_runtime
     from phi4edge.measurement.device_drift import check_on_device, measure_drift_on
     from phi4edge.measurement.drift_run import (
         CHUNKS,
         check_artifact,
+        greedy_on,
         measure_domains,
-        measure_greedy,
-        resolve_domains,
         without_text,
     )
     from phi4edge.measurement.gates import Gate, Limits, gate_error
+    from phi4edge.measurement.host import this_machine
+    from phi4edge.measurement.on_device import device_host
     from phi4edge.measurement.reference import ReferenceStore, is_store
+    from phi4edge.measurement.references import resolve_domains
     from phi4edge.measurement.tasks.run import check_tasks, measure_tasks, task_gates
     from phi4edge.runtimes._api import Settings
 
@@ -319,18 +322,13 @@ def command(
                 progress=progress,
             )
     if greedy is not None:
-        data["greedy"] = measure_greedy(
-            artifact,
-            found,
-            reference,
-            greedy,
-            count=greedy_tokens,
-            chunks=chunks,
-            runtime=runtime,
-            settings=settings,
-            source=source,
-            site=site,
-            progress=progress,
+        host = (
+            this_machine(artifact, runtime=runtime, settings=settings, source=source)
+            if site is None
+            else device_host(site, artifact, runtime or default_runtime(artifact), settings)
+        )
+        data["greedy"] = greedy_on(
+            host, found, reference, greedy, count=greedy_tokens, chunks=chunks, progress=progress
         )
     if asked is not None:
         answers = tasks["task_answers"] or (out.with_suffix(".answers.jsonl") if out is not None else None)

@@ -1,0 +1,16 @@
+"""The command line in this process, as a script reads it."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from phi4edge.cli.main import main
+
+
+def call_json(capfd: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, dict[str, Any]]:
+    """Exit code and document of a command with ``--json``."""
+    code = main([str(a) for a in (*arguments, "--json", "-q")])
+    return code, json.loads(capfd.readouterr().out)
