@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,19 @@ from support import write_checkpoint
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+
+os.environ.setdefault("PHI4EDGE_COMPUTE", "float32")  # of commands in processes of their own
+
+
+@pytest.fixture(scope="session", autouse=True)
+def float32_products() -> Iterator[None]:
+    """Tests compare with float32 arithmetic; on CPUs with bfloat16 units "auto" would choose these."""
+    from phi4edge.calibration import compute
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(compute, "measure_compute", lambda: compute.Speeds(1.0, 1.0, 0.0))
+        yield
 
 
 @pytest.fixture(scope="session", autouse=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,17 +13,18 @@ from test_solvers import problem
 from torch import Tensor
 
 from phi4edge.calibration.budget import plan_memory
-from phi4edge.calibration.statistics import InputMoments
+from phi4edge.calibration.statistics import SHARD, InputMoments, LayerStats, shards
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import UsageError
 from phi4edge.core.recipe import CorpusRecipe, Recipe
 from phi4edge.model.block import forward_block, load_block
 from phi4edge.model.forward import embed
 from phi4edge.model.rope import rotary_table
+from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.solvers._targets import shifted_target
-from phi4edge.stages import block_solver, job
+from phi4edge.stages import block_solver, guard, job
 from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
@@ -37,76 +39,137 @@ def inputs(width: int = 48, seed: int = 0) -> tuple[Tensor, Tensor]:
     return own, exact
 
 
-def moments(own: Tensor, exact: Tensor, **options: float) -> tuple[Tensor, Tensor]:
-    collected = InputMoments(own.shape[-1], full=True, exact=True)
+def moments(weight: Tensor, own: Tensor, exact: Tensor, **options: float) -> LayerStats:
+    collected = InputMoments(own.shape[-1], full=True, exact=weight)
     for i in range(0, own.shape[0], 2):
         collected.add(own[i : i + 2], exact[i : i + 2])
-    stats = collected.result(**options)
+    return collected.result(**options)
+
+
+def shifted(weight: Tensor, stats: LayerStats, strength: float, damp: float = 0.0, **options: bool) -> Tensor:
+    shift = stats.shift
     assert stats.hessian is not None
-    assert stats.shift is not None
-    return stats.hessian, stats.shift
+    assert shift is not None
+    base = Problem("layer", weight, stats.hessian, parse_scheme("w4g16"))
+    factor = gptq.factor(base, SolverOptions(damp_percent=damp, **options))  # type: ignore[arg-type]
+    return shifted_target(weight, factor, lambda rows: shift.of_rows(weight, rows), strength)
 
 
-def test_the_shifted_target_is_the_least_squares_solution() -> None:
+def weights(rows: int = 20, width: int = 48) -> Tensor:
+    return torch.randn(rows, width, generator=torch.Generator().manual_seed(1))
+
+
+@pytest.mark.parametrize("rows", [20, 40])  # few enough for W D to be gathered in place of D, and not
+@pytest.mark.parametrize("options", [{}, {"act_order": True}, {"group_aware": True}])
+def test_the_shifted_target_is_the_least_squares_solution(rows: int, options: dict[str, bool]) -> None:
     """W′ is the matrix that, fed the quantized model's inputs, comes nearest to W fed the full-precision ones."""
     own, exact = inputs()
-    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
-    H, D = moments(own, exact)
-    target, events = shifted_target(weight, H, D, 1.0, 0.0, "layer")
+    weight = weights(rows)
+    stats = moments(weight, own, exact)
+    target = shifted(weight, stats, 1.0, **options)
     X, Xq = exact.reshape(-1, 48).double(), own.reshape(-1, 48).double()
     best = torch.linalg.lstsq(Xq, X @ weight.double().T).solution.T
-    assert not events
     assert float((target - best).norm() / (best - weight).norm()) < 1e-3
-    half, _ = shifted_target(weight, H, D, 0.5, 0.0, "layer")
-    assert torch.allclose(half, (weight + target) / 2, atol=1e-5)
-    assert torch.equal(shifted_target(weight, H, D, 0.0, 0.0, "layer")[0], weight)
+    assert torch.allclose(shifted(weight, stats, 0.5, **options), (weight + target) / 2, atol=1e-5)
+    assert torch.equal(shifted(weight, stats, 0.0, **options), weight)
 
 
 def test_the_objective_differs_from_the_shifted_one_by_a_constant() -> None:
     """‖W X − Q X̃‖² − tr((W′ − Q) H (W′ − Q)ᵀ) is the same for every Q."""
     own, exact = inputs()
-    generator = torch.Generator().manual_seed(1)
-    weight = torch.randn(20, 48, generator=generator)
-    H, D = moments(own, exact)
-    target = shifted_target(weight, H, D, 1.0, 0.0, "layer")[0].double()
+    generator, weight = torch.Generator().manual_seed(2), weights()
+    stats = moments(weight, own, exact)
+    assert stats.hessian is not None
+    target, H = shifted(weight, stats, 1.0).double(), stats.hessian.double()
     X, Xq = exact.reshape(-1, 48).double(), own.reshape(-1, 48).double()
     constants = []
     for spread in (0.0, 0.1, 1.0):
         Q = weight.double() + spread * torch.randn(20, 48, generator=generator).double()
         whole = ((X @ weight.double().T - Xq @ Q.T) ** 2).sum() / X.shape[0]
-        constants.append(float(whole - (((target - Q) @ H.double()) * (target - Q)).sum()))
+        constants.append(float(whole - (((target - Q) @ H) * (target - Q)).sum()))
     assert constants == pytest.approx([constants[0]] * 3, rel=1e-4)
 
 
-@pytest.mark.parametrize("options", [{}, {"sink_share": 0.2}, {"sink_share": 0.2, "shrinkage": 0.4}])
-def test_inputs_that_are_a_multiple_shift_the_weight_by_that_multiple(options: dict[str, float]) -> None:
+OPTIONS = [{}, {"sink_share": 0.2}, {"sink_share": 0.2, "shrinkage": 0.4}]
+
+
+@pytest.mark.parametrize("rows", [20, 40])
+@pytest.mark.parametrize("options", OPTIONS)
+def test_inputs_that_are_a_multiple_shift_the_weight_by_that_multiple(rows: int, options: dict[str, float]) -> None:
     """Sink weights and shrinkage are the same in D and in H."""
     own, _ = inputs()
-    H, D = moments(own, 1.25 * own, **options)
-    assert torch.allclose(D, 0.25 * H, atol=1e-5)
-    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
-    target, _ = shifted_target(weight, H, D, 1.0, 1e-6, "layer")
-    assert torch.allclose(target, 1.25 * weight, atol=1e-4)
+    weight = weights(rows)
+    stats = moments(weight, own, 1.25 * own, **options)
+    assert stats.hessian is not None
+    assert stats.shift is not None
+    wanted = 0.25 * (weight @ stats.hessian if stats.shift.product else stats.hessian)
+    assert torch.allclose(stats.shift.values, wanted, atol=1e-4)
+    assert torch.allclose(shifted(weight, stats, 1.0, 1e-6), 1.25 * weight, atol=1e-4)
+
+
+@pytest.mark.parametrize("options", OPTIONS)
+def test_the_product_is_gathered_as_from_the_matrix(options: dict[str, float]) -> None:
+    own, exact = inputs()
+    few, many = weights(20), weights(40)
+    product, matrix = moments(few, own, exact, **options).shift, moments(many, own, exact, **options).shift
+    assert product is not None
+    assert matrix is not None
+    assert product.product
+    assert not matrix.product
+    assert torch.allclose(product.values, few @ matrix.values, atol=1e-4)
+
+
+def test_moments_by_shards_add_up_and_hang_on_nothing_but_their_order() -> None:
+    own, exact = inputs()
+    weight = weights()
+    whole = moments(weight, own, exact, sink_share=0.2, shrinkage=0.25)
+    for _ in range(2):
+        first = InputMoments(48, full=True, exact=weight)
+        first.add(own[:4], exact[:4])
+        part = first.empty()
+        part.add(own[:3], exact[:3])
+        part.clear()
+        part.add(own[4:], exact[4:])
+        first.merge(part)
+        stats = first.result(sink_share=0.2, shrinkage=0.25)
+        assert stats.tokens == whole.tokens
+        for found, wanted in ((stats.hessian, whole.hessian), (stats.mean_square, whole.mean_square)):
+            assert found is not None
+            assert wanted is not None
+            assert torch.allclose(found, wanted, rtol=1e-5, atol=1e-6)
+        assert stats.shift is not None
+        assert whole.shift is not None
+        assert torch.allclose(stats.shift.values, whole.shift.values, rtol=1e-4, atol=1e-5)
+
+
+def test_shards_hold_every_sample_once_and_the_last_may_be_short() -> None:
+    assert [list(shard) for shard in shards(SHARD + 3)] == [list(range(SHARD)), list(range(SHARD, SHARD + 3))]
+    assert shards(SHARD) == [range(SHARD)]
+
+
+def rows_of(values: Tensor) -> Callable[[slice], Tensor]:
+    return values.__getitem__
 
 
 def test_aiming_at_full_precision_lowers_the_error_against_it_on_held_out_rows() -> None:
     own, exact = inputs(128)
     held_own, held_exact = inputs(128, seed=5)
-    H, D = moments(own, exact)
     base = problem("w4g32")
-    plain = gptq.solve(Problem("layer", base.weight, H, base.scheme), SolverOptions())
-    target, _ = shifted_target(base.weight, H, D, 1.0, 0.01, "layer")
-    aimed = gptq.solve(Problem("layer", target, H, base.scheme), SolverOptions())
-    candidates = [plain.linear.dequantize(), aimed.linear.dequantize()]
-    without, with_shift = held_out_errors([(0, held_own, held_exact)], base.weight, candidates)
+    stats = moments(base.weight, own, exact)
+    plain = gptq.solve(Problem("layer", base.weight, stats.hessian, base.scheme), SolverOptions())
+    target = shifted(base.weight, stats, 1.0, 0.01)
+    aimed = gptq.solve(Problem("layer", target, stats.hessian, base.scheme), SolverOptions())
+    candidates = [rows_of(found.linear.dequantize()) for found in (plain, aimed)]
+    without, with_shift = held_out_errors(lambda: [(0, held_own, held_exact)], base.weight, candidates)
     assert with_shift.rest < 0.8 * without.rest
 
 
-def test_the_guard_compares_with_what_full_precision_computes() -> None:
+def test_the_guard_compares_with_what_full_precision_computes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(guard, "_ROWS", 16)  # two pieces of the weight
     own, exact = inputs()
     generator = torch.Generator().manual_seed(1)
     weight, other = torch.randn(20, 48, generator=generator), torch.randn(20, 48, generator=generator)
-    (found,) = held_out_errors([(0, own, exact)], weight, [other])
+    (found,) = held_out_errors(lambda: [(0, own, exact)], weight, [rows_of(other)])
     aimed, got = exact @ weight.T, own @ other.T
     expected = ((aimed - got)[:, 1:] ** 2).sum() / (aimed[:, 1:] ** 2).sum()
     assert found.rest == pytest.approx(float(expected), rel=1e-5)
@@ -116,12 +179,13 @@ def test_dead_columns_and_a_singular_hessian_are_borne() -> None:
     own, exact = inputs()
     own[..., 5], exact[..., 5] = 0, 0
     own[..., 7] = own[..., 6]
-    H, D = moments(own, exact)
-    weight = torch.randn(20, 48, generator=torch.Generator().manual_seed(1))
-    target, events = shifted_target(weight, H, D, 1.0, 0.0, "layer")
+    weight = weights()
+    stats = moments(weight, own, exact)
+    target = shifted(weight, stats, 1.0)
     assert bool(torch.isfinite(target).all())
-    assert [event.kind for event in events] == ["damping_raised"]
     assert torch.allclose(target[:, 5], weight[:, 5])
+    made = gptq.factor(Problem("layer", weight, stats.hessian, parse_scheme("w4g16")), SolverOptions(damp_percent=0.0))
+    assert [event.kind for event in made.events] == ["dead_columns", "damping_raised"]
 
 
 def test_a_run_that_aims_at_full_precision_comes_nearer_to_it(phi4_checkpoint: Path, tmp_path: Path) -> None:
@@ -184,7 +248,7 @@ def test_a_shift_that_loses_gives_way_to_the_solver_without_it(
 ) -> None:
     """The guard tries the weights as they are before it takes rounding to nearest."""
     quantize(phi4_checkpoint, Recipe(corpus=CORPUS), tmp_path / "plain")
-    monkeypatch.setattr(block_solver, "shifted_target", lambda weight, *_: (weight * 1.5, ()))
+    monkeypatch.setattr(block_solver, "shifted_target", lambda weight, *_: weight * 1.5)
     summary = quantize(phi4_checkpoint, Recipe(corpus=CORPUS, full_precision_targets=0.5), tmp_path / "run")
     data = summary.manifest["data"]
     assert {event["kind"] for event in data["events"]} & {"fallback_to_unshifted", "fallback_to_rtn"}

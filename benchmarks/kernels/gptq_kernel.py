@@ -35,6 +35,7 @@ from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import SolverOptions
+from phi4edge.solvers._factor import factor_matrix
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -116,7 +117,7 @@ def reference_loop(W: Tensor, U: Tensor, order: Tensor, a: Tensor, b: Tensor) ->
 
 def our_factor(H: Tensor, order: Tensor) -> Tensor:
     """M, as the solver makes it."""
-    return gptq.factor_matrix(H, order, DAMP, "layer")[0]
+    return factor_matrix(H, order, DAMP, "layer").M
 
 
 def our_loop(W: Tensor, H: Tensor, M: Tensor, order: Tensor, params: Params) -> Tensor:

@@ -81,22 +81,14 @@ class BlockPass:
         gain = self.input_norm if stage == 0 else self.post_norm
         return rms_norm(hidden, gain.to(self.device), self.config.rms_norm_eps)
 
-    def advance(self, stage: int, weight: Tensor) -> Iterator[tuple[int, Tensor]]:
-        """Send everything through the stage's linear with ``weight``; yields the next stage's inputs as they come.
-
-        After stage 3 the block's outputs are yielded, and they are the residual stream. Exhaust the iterator.
-        """
+    def advance(self, stage: int, weight: Tensor) -> None:
+        """Send everything through the stage's linear with ``weight``; after stage 3 the block is done."""
         weight = weight.to(self.device)
         for i, x in self.inputs(stage):
             out = F.linear(x, weight)
             if stage == 0:
-                following = o_input(out, self.rotary, self.config)
-                self.stores.attention.write(i, following)
+                self.stores.attention.write(i, o_input(out, self.rotary, self.config))
             elif stage == 2:
-                following = down_input(out)
-                self.stores.activation.write(i, following)
+                self.stores.activation.write(i, down_input(out))
             else:
-                hidden = self.stores.hidden.read(i, i + 1).to(self.device) + out
-                self.stores.hidden.write(i, hidden)
-                following = self._input(2, i) if stage == 1 else hidden
-            yield i, following
+                self.stores.hidden.write(i, self.stores.hidden.read(i, i + 1).to(self.device) + out)

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 __all__ = ["TUNING_LOGIT_BYTES", "TUNING_PIECE_TOKENS", "MemoryPlan", "plan_memory"]
 
-import os
 from dataclasses import dataclass
 
+from phi4edge.calibration.budget_solving import solving_bytes
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
 from phi4edge.core.recipe import Recipe, TuningRecipe
-from phi4edge.quant.parallel import row_pieces
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
@@ -38,53 +37,28 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> Memo
         TargetError: the budget is below the least that would do.
     """
     base = rss_bytes() + _SLACK
-    shapes = list(config.linear_shapes.values())
-    widest = max(columns for _, columns in shapes)
-    block = sum(out * columns for out, columns in shapes) * 4
-    largest = max(out * columns for out, columns in shapes)
-    # One tensor as stored beside its float32 form; rotated, beside two more.
-    reading = largest * (6 if recipe.rotation == "none" else 14)
-    embedding = 16384 * config.hidden_size * 6
+    block = 4 * sum(out * columns for out, columns in config.linear_shapes.values())
+    least = base + solving_bytes(config, recipe)
+    limit = _limit(budget)
     if recipe.corpus is None:
-        needed = base + block + reading + 3 * largest * 4
-        limit = _limit(budget)
-        _check(limit, needed, needed)
-        return MemoryPlan(limit, needed, needed, False)
-    tokens = recipe.corpus.sequence_length  # one sample is computed at a time
-    # Widest moment of a forward pass through one block, its attention included.
-    working = tokens * (2 * config.intermediate_size * 3 + config.q_size * 6 + config.hidden_size * 4) * 4
-    # H and its ordered copy, which becomes the factor; a third to spare until a full-size run has measured it; and D,
-    # where the weight is shifted, or H scaled, where its inputs are; then originals and errors of the rows in work.
+        _check(limit, least, least)
+        return MemoryPlan(limit, least, least, False)
     streams = 2 if recipe.full_precision_targets else 1
-    cores = os.cpu_count() or 1
-    split = [(row_pieces(out, columns), columns) for out, columns in shapes]
-    pieces = max(min(cores, len(found)) * found[0].stop * columns * 13 for found, columns in split)
-    hessian = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
-    squares = 4 if recipe.full_precision_targets or recipe.scales_inputs else 3
-    solving = (squares * widest * widest * 4 if hessian else 0) + pieces
-    if streams == 2:  # a shifted weight beside the weight; H and D while samples go through
-        solving += largest * 4
-        working += 2 * widest * widest * 4
-    square = config.hidden_size**2 * 4  # F of a linear that writes into the residual stream
-    if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
-        solving += 2 * square + 2 * config.hidden_size * max(config.intermediate_size, config.q_size) * 4
-    candidates = 3 * largest * 4  # dequantized candidates beside the weight, for the guard
-    filling = min(4 * 2**26, recipe.corpus.tokens * config.hidden_size * 4)
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
-    learning = 0
-    if recipe.rounding is not None:  # codes, places and state of a block, its weights and gradients, a batch's graph
-        stores += (
-            2 * recipe.corpus.tokens * config.hidden_size * 4
-        )  # what went into the block, and what should come out
+    square = config.hidden_size**2 * 4  # F of a linear that writes into the residual stream
+    if recipe.rounding is not None:
+        stores += 2 * recipe.corpus.tokens * config.hidden_size * 4  # what went into the block, and should come out
         batch = recipe.rounding.batch * recipe.corpus.sequence_length
-        learning = (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
-    least = base + block + max(reading, embedding) + max(working, solving, candidates, filling, learning)
+        # Beside the block: codes, places and state of it, its weights and gradients, and a batch's graph.
+        least = max(
+            least, base + block + (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
+        )
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))
     if recipe.output_curvature:  # so does curvature, with two F, and both as they are put away
         tuning = max(tuning, base + block + _backward(config, recipe) + 4 * square)
-    limit, needed = _limit(budget), max(least, tuning)
+    needed = max(least, tuning)
     _check(limit, needed, needed)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
     tuning_expected = tuning + (0 if spill_tuning else tuning_stores)

@@ -1,23 +1,50 @@
 """What a linear's inputs look like: the Hessian H = XᵀX / tokens and its diagonal, the imatrix.
 
 H is symmetric, so only block columns at or right of the diagonal are multiplied (a blocked rank-k update: half the
-work of a full product for wide layers) and mirrored once at the end. Sums are float32, in a fixed order.
+work of a full product for wide layers) and mirrored once at the end. Sums are float32. Samples are summed by shards of
+:data:`SHARD`, and the shards' sums are added in their order, so that the bytes of a sum do not depend on how many
+machines made it.
 
 Beside H there may be D = (X − X̃)ᵀX̃ / tokens: how far the inputs of the full-precision model, X, lie from those that
 H is made of, X̃, and in which directions of them. Weights and shrinkage are those of H, so that X = cX̃ gives (c − 1)H.
+All that is asked of D is W D; for a linear with far fewer outputs than inputs that is gathered in its place, from
+(X − X̃) Wᵀ: fewer products, and a third of the memory for Phi-4's down_proj.
 """
 
 from __future__ import annotations
 
-__all__ = ["InputMoments", "LayerStats"]
+__all__ = ["SHARD", "InputMoments", "LayerStats", "Shift", "shards", "takes_product"]
 
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
+SHARD = 8  # consecutive samples whose moments are summed apart
 _MIN_BLOCK = 256
 _BLOCKS = 8
+
+
+def shards(samples: int) -> list[range]:
+    """The samples 0 … ``samples`` − 1 in shards; they depend on nothing else."""
+    return [range(start, min(start + SHARD, samples)) for start in range(0, samples, SHARD)]
+
+
+def takes_product(out_features: int, in_features: int) -> bool:
+    """Whether W D [out, in] is gathered for such a linear, and not D [in, in]."""
+    return 2 * out_features <= in_features
+
+
+@dataclass(frozen=True)
+class Shift:
+    """D [in_features, in_features], or the product W D [out_features, in_features], float32."""
+
+    values: Tensor
+    product: bool
+
+    def of_rows(self, weight: Tensor, rows: slice) -> Tensor:
+        """Rows of W D; ``weight`` is the whole of W."""
+        return self.values[rows] if self.product else weight[rows] @ self.values
 
 
 @dataclass(frozen=True)
@@ -27,15 +54,23 @@ class LayerStats:
     mean_square: Tensor  # [in_features] float32: the imatrix, the diagonal of H
     hessian: Tensor | None  # [in_features, in_features] float32, where it was asked for
     tokens: int
-    shift: Tensor | None = None  # D, [in_features, in_features] float32, where full-precision inputs were given
+    shift: Shift | None = None  # where full-precision inputs were given
 
 
 class InputMoments:
     """Accumulates XᵀX, or its diagonal alone, over samples; first positions are kept apart until the end."""
 
-    def __init__(self, width: int, *, full: bool, exact: bool = False, device: torch.device | str = "cpu") -> None:
-        assert full or not exact
-        self._shift = torch.zeros((width, width), device=device) if exact else None
+    def __init__(
+        self, width: int, *, full: bool, exact: Tensor | None = None, device: torch.device | str = "cpu"
+    ) -> None:
+        """``exact`` is W [out_features, width] where samples come with what full precision has in their place."""
+        assert full or exact is None
+        self._weight = exact
+        self._product = exact is not None and takes_product(*exact.shape)
+        self._shift: Tensor | None = None
+        if exact is not None:
+            self._shift = torch.zeros((exact.shape[0] if self._product else width, width), device=device)
+        self._shift_diagonal = torch.zeros(width, device=device) if self._product else None
         self._first_shift: list[Tensor] = []  # [count, width] of each batch, full-precision less own
         self._sum = torch.zeros((width, width) if full else (width,), device=device)
         self._first: list[Tensor] = []  # [count, width] of each batch
@@ -43,15 +78,25 @@ class InputMoments:
         self._full = full
         self._tokens = 0  # after the first positions
 
+    def empty(self) -> InputMoments:
+        """Moments of the same linear with nothing added: for the next shard."""
+        width = self._sum.shape[0]
+        return InputMoments(width, full=self._full, exact=self._weight, device=self._sum.device)
+
+    def clear(self) -> None:
+        """Forget what was added, and keep the memory."""
+        for sums in (self._sum, self._shift, self._shift_diagonal):
+            if sums is not None:
+                sums.zero_()
+        self._first, self._first_shift, self._tokens = [], [], 0
+
     def add(self, x: Tensor, exact: Tensor | None = None) -> None:
         """Add samples ``x`` [count, length, width] float32; ``exact`` is what full precision has in their place."""
         assert (exact is None) == (self._shift is None)
-        if exact is not None and self._shift is not None:
-            shift = exact - x
-            self._first_shift.append(shift[:, 0].clone())
-            self._shift.addmm_(shift[:, 1:].reshape(-1, x.shape[-1]).T, x[:, 1:].reshape(-1, x.shape[-1]))
-        self._first.append(x[:, 0].clone())
         rows = x[:, 1:].reshape(-1, x.shape[-1])
+        if exact is not None:
+            self._add_shift(exact - x, rows)
+        self._first.append(x[:, 0].clone())
         self._tokens += rows.shape[0]
         if not self._full:
             self._sum.add_(rows.pow(2).sum(0))
@@ -59,6 +104,30 @@ class InputMoments:
         for start in range(0, x.shape[-1], self._block):
             stop = min(start + self._block, x.shape[-1])
             self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+
+    def _add_shift(self, shift: Tensor, rows: Tensor) -> None:
+        assert self._shift is not None
+        self._first_shift.append(shift[:, 0].clone())
+        away = shift[:, 1:].reshape(-1, shift.shape[-1])
+        if self._shift_diagonal is None:
+            self._shift.addmm_(away.T, rows)
+            return
+        assert self._weight is not None
+        self._shift_diagonal.add_((away * rows).sum(0))
+        self._shift.addmm_((away @ self._weight.T).T, rows)
+
+    def merge(self, later: InputMoments) -> None:
+        """Add the moments of later samples of the same linear."""
+        self._sum.add_(later._sum)
+        self._first += later._first
+        self._first_shift += later._first_shift
+        self._tokens += later._tokens
+        if self._shift is not None:
+            assert later._shift is not None
+            self._shift.add_(later._shift)
+        if self._shift_diagonal is not None:
+            assert later._shift_diagonal is not None
+            self._shift_diagonal.add_(later._shift_diagonal)
 
     def result(self, sink_share: float | None = None, shrinkage: float = 0.0) -> LayerStats:
         """Means over all rows added; ends the accumulation.
@@ -85,12 +154,26 @@ class InputMoments:
             H[stop:, start:stop] = H[start:stop, stop:].T
             square = H[start:stop, start:stop]
             square.copy_((square + square.T) / 2)
-        D = self._shift
-        if D is not None:
-            D.addmm_(torch.cat(self._first_shift).T, first, alpha=weight).div_(max(tokens, 1))
+        _shrink(H, shrinkage)
+        return LayerStats(mean_square, H, tokens, self._finished_shift(first, weight, max(tokens, 1), shrinkage))
+
+    def _finished_shift(self, first: Tensor, weight: float, tokens: int, shrinkage: float) -> Shift | None:
+        if self._shift is None or self._weight is None:
+            return None
+        away = torch.cat(self._first_shift)
+        if self._shift_diagonal is None:
+            self._shift.addmm_(away.T, first, alpha=weight).div_(tokens)
+            _shrink(self._shift, shrinkage)
+            return Shift(self._shift, product=False)
+        diagonal = self._shift_diagonal.add_((away * first).sum(0), alpha=weight).div_(tokens)
+        self._shift.addmm_((away @ self._weight.T).T, first, alpha=weight).div_(tokens)
         if shrinkage > 0:
-            for moments in (H,) if D is None else (H, D):
-                diagonal = moments.diagonal().clone()
-                moments.mul_(1 - shrinkage)
-                moments.diagonal().copy_(diagonal)
-        return LayerStats(mean_square, H, tokens, D)
+            self._shift.mul_(1 - shrinkage).addcmul_(self._weight, diagonal, value=shrinkage)
+        return Shift(self._shift, product=True)
+
+
+def _shrink(moments: Tensor, shrinkage: float) -> None:
+    if shrinkage > 0:
+        diagonal = moments.diagonal().clone()
+        moments.mul_(1 - shrinkage)
+        moments.diagonal().copy_(diagonal)

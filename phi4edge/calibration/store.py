@@ -57,11 +57,15 @@ class ActivationStore:
         flat = values.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1).view(np.uint8)
         _transfer(os.pwritev, self._file, flat.data, start * self._row)
 
-    def save(self, path: Path) -> None:
-        """Write the array to ``path`` atomically, raw little-endian float32."""
+    def save(self, path: Path) -> str:
+        """Write the array to ``path`` atomically, raw little-endian float32; its sha256."""
+        digest = hashlib.sha256()
         with atomic_file(path) as file:
             for i in range(self.shape[0]):
-                file.write(self.read(i, i + 1).contiguous().numpy().tobytes())
+                data = self.read(i, i + 1).contiguous().numpy().reshape(-1).view(np.uint8).data
+                digest.update(data)
+                file.write(data)
+        return digest.hexdigest()
 
     def load(self, path: Path, sha256: str) -> bool:
         """Fill the array from ``path``; False where the file is missing or not the one that was saved."""

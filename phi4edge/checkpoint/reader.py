@@ -9,6 +9,7 @@ from __future__ import annotations
 __all__ = ["CheckpointReader", "open_checkpoint", "read_tensor", "stored_dtype"]
 
 import os
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,14 @@ class CheckpointReader:
     def stored_dtype(self, name: str) -> torch.dtype:
         """The dtype that tensor ``name`` has in its file."""
         return stored_dtype(self.index.tensors[name])
+
+    def will_need(self, name: str) -> None:
+        """Have the system read tensor ``name`` into its page cache meanwhile, where it can; takes no RAM of ours."""
+        ref = self.index.tensors.get(name)
+        if ref is None or not hasattr(os, "posix_fadvise"):
+            return
+        with suppress(OSError), open(ref.path, "rb", buffering=0) as file:
+            os.posix_fadvise(file.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Tensor ``name`` (or rows of it) in float32.

@@ -14,6 +14,8 @@ from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.jsonfile import read_object
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.recipe import (
+    BFLOAT16,
+    COMPUTES,
     EFFORTS,
     ROTATIONS,
     CorpusRecipe,
@@ -141,6 +143,15 @@ _OPTIONS = (
     ),
     click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation."),
     click.option(
+        "--compute",
+        type=click.Choice(COMPUTES),
+        default=Recipe.compute,
+        show_default=True,
+        envvar="PHI4EDGE_COMPUTE",
+        help="Matrix products of forward passes and Hessians: float32, or the CPU's bfloat16 units; auto: the faster "
+        "one here, measured. A resumed run keeps what it began with.",
+    ),
+    click.option(
         "--guard/--no-guard", default=True, help="Compare each linear with rtn on samples kept aside.  [default: on]"
     ),
     click.option(
@@ -230,5 +241,6 @@ def recipe_text(recipe: Recipe) -> str:
     tuned = "" if tuning is None else f", tuned {tuning.passes:g} × over the samples{codes}"
     coupled = "" if not recipe.output_curvature else f", output curvature {recipe.output_curvature:g}"
     rounding = recipe.rounding
+    products = ", products in bfloat16" if recipe.compute == BFLOAT16 else ""
     rounded = "" if rounding is None else f", rounding learned {rounding.passes:g} × over the samples"
-    return f"{recipe.method} {scheme}{scaled}{turned}{coupled}, calibration: {text}{rounded}{tuned}"
+    return f"{recipe.method} {scheme}{scaled}{turned}{coupled}, calibration: {text}{products}{rounded}{tuned}"

@@ -6,7 +6,10 @@ Settings come, strongest first, from a flag, a ``PHI4EDGE_*`` variable, a recipe
 from __future__ import annotations
 
 __all__ = [
+    "BFLOAT16",
+    "COMPUTES",
     "EFFORTS",
+    "FLOAT32",
     "ROTATIONS",
     "CorpusRecipe",
     "MixRecipe",
@@ -22,6 +25,8 @@ from typing import Any
 
 from phi4edge.core.errors import UsageError
 
+FLOAT32, BFLOAT16 = "float32", "bfloat16"
+COMPUTES = ("auto", FLOAT32, BFLOAT16)  # auto: the faster one on this machine
 ROTATIONS = ("none", "residual", "heads", "residual+heads", "auto")  # auto: residual+heads where that can be folded
 
 
@@ -136,6 +141,7 @@ class Recipe:
     awq: bool = False  # scale input channels by activation, whatever the method; the method "awq" always does
     rotation: str = "none"  # what is rotated before anything is rounded: one of ROTATIONS
     rotation_seed: int = 0
+    compute: str = "auto"  # matrix products of forward passes and Hessians: one of COMPUTES
     mix: MixRecipe | None = None  # None: every linear on ``scheme``
     types: tuple[tuple[str, str], ...] = ()  # linears that have another scheme, by name: a mix given back
     tables: tuple[tuple[str, str], ...] = ()  # types of "head" and "embedding" that such a mix has in a GGUF
@@ -195,6 +201,8 @@ class Recipe:
             raise UsageError("the held-out guard needs at least 2 samples", "give more --samples, or --no-guard")
         if self.rotation not in ROTATIONS:
             raise UsageError(f"unknown rotation {self.rotation!r}", f"one of {', '.join(ROTATIONS)}")
+        if self.compute not in COMPUTES:
+            raise UsageError(f"unknown compute {self.compute!r}", f"one of {', '.join(COMPUTES)}")
         if self.imatrix_sha256 is not None and (self.method != "rtn" or self.corpus is not None):
             what = "calibration text" if self.method == "rtn" else f"--method {self.method}"
             raise UsageError(

@@ -8,7 +8,18 @@ look at its input, replace its weight and go on with what the replaced weight gi
 
 from __future__ import annotations
 
-__all__ = ["LINEARS", "Block", "down_input", "forward_block", "load_block", "o_input", "rms_norm", "unrounded"]
+__all__ = [
+    "LINEARS",
+    "Block",
+    "down_input",
+    "forward_block",
+    "linear_name",
+    "load_block",
+    "load_norms",
+    "o_input",
+    "rms_norm",
+    "unrounded",
+]
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -36,18 +47,25 @@ class Block:
     down: Tensor  # [hidden, intermediate]
 
 
+def linear_name(layer: int, stage: int) -> str:
+    """The tensor of linear ``stage`` (0 … 3) of block ``layer``, without ".weight"."""
+    return f"model.layers.{layer}.{LINEARS[stage]}"
+
+
+def load_norms(source: WeightSource, layer: int) -> tuple[Tensor, Tensor]:
+    """The gains of block ``layer``: before attention and before the MLP, [hidden] float32 each."""
+    prefix = f"model.layers.{layer}."
+    return (
+        source.tensor(prefix + "input_layernorm.weight"),
+        source.tensor(prefix + "post_attention_layernorm.weight"),
+    )
+
+
 def load_block(source: WeightSource, layer: int) -> Block:
     """Read block ``layer`` from ``source``; the only copy of its weights in RAM."""
-    prefix = f"model.layers.{layer}."
-    qkv, o, gate_up, down = (source.tensor(f"{prefix}{name}.weight") for name in LINEARS)
-    return Block(
-        source.tensor(prefix + "input_layernorm.weight"),
-        qkv,
-        o,
-        source.tensor(prefix + "post_attention_layernorm.weight"),
-        gate_up,
-        down,
-    )
+    input_norm, post_norm = load_norms(source, layer)
+    qkv, o, gate_up, down = (source.tensor(f"{linear_name(layer, stage)}.weight") for stage in range(len(LINEARS)))
+    return Block(input_norm, qkv, o, post_norm, gate_up, down)
 
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from phi4edge.core.events import Event
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import Scheme
+from phi4edge.solvers._factor import Factor
 
 
 @dataclass(frozen=True)
@@ -26,6 +27,7 @@ class Problem:
     hessian: Tensor | None  # [in_features, in_features] float32, XᵀX / tokens; None: identity
     scheme: Scheme
     mean_square: Tensor | None = None  # [in_features]: diag H, where the whole of H was not needed
+    factor: Factor | None = None  # of the Hessian under the solver's options, where it has been made
 
     @property
     def importance(self) -> Tensor | None:

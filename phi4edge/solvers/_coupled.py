@@ -33,6 +33,7 @@ from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._factor import factor_matrix
 from phi4edge.solvers._loss import layer_loss
 from phi4edge.solvers._refine import refine
 
@@ -52,8 +53,10 @@ def solve_coupled(problem: Problem, curvature: Tensor, options: SolverOptions) -
     W, grid, rows = problem.weight, grid_for(problem.scheme), problem.weight.shape[0]
     order = torch.arange(rows, device=W.device)
     order = order[torch.argsort(order % STEPS, stable=True)]
-    N, _, events = gptq.factor_matrix(curvature, order, 0.0, f"{problem.name} (rows)")
-    factor = gptq.factor(problem, options)
+    coupled = factor_matrix(curvature, order, 0.0, f"{problem.name} (rows)")
+    N = coupled.M
+    if problem.factor is None:
+        problem = replace(problem, factor=gptq.factor(problem, options))
     E = torch.empty_like(W)  # of the rows in that order
     found: list[Solution] = []
     start = 0
@@ -62,7 +65,7 @@ def solve_coupled(problem: Problem, curvature: Tensor, options: SolverOptions) -
         here = W[order[start:stop]]
         if start < stop:
             part = replace(problem, weight=torch.addmm(here, N[:start, start:stop].T, E[:start]) if start else here)
-            found.append(refine(part, gptq.solve(part, options, factor), options))
+            found.append(refine(part, gptq.solve(part, options), options))
             E[start:stop] = here - found[-1].linear.dequantize()
         start = stop
     back = order.argsort()
@@ -73,6 +76,6 @@ def solve_coupled(problem: Problem, curvature: Tensor, options: SolverOptions) -
         found[0],
         linear=linear,
         loss=layer_loss(problem, linear),
-        events=(*found[0].events, *events),
+        events=(*found[0].events, *coupled.events),
         loss_unrefined=None,
     )

@@ -32,44 +32,30 @@ to .03 of the mean diagonal, while every candidate costs a factorisation and a s
 
 from __future__ import annotations
 
-__all__ = ["NEEDS_HESSIAN", "Factor", "factor", "factor_matrix", "solve"]
+__all__ = ["NEEDS_HESSIAN", "factor", "solve"]
 
 import math
-from dataclasses import dataclass
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from phi4edge.core.errors import Phi4EdgeError
-from phi4edge.core.events import Event
 from phi4edge.quant.grid import Grid, NestedGrid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._factor import Factor, factor_matrix
 from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = True
 _FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
 _BLOCK = 128  # columns between two products with those finished since
 _SUB, _GROUPED_SUB = 16, 32  # columns between two products inside a block; where parameters are found on the way
-_FACTOR_BLOCK = 384  # columns of R made together
-_MAX_DAMP = 1.0
-
-
-@dataclass(frozen=True)
-class Factor:
-    """What the loop needs of H, whatever the weights are."""
-
-    M: Tensor  # [in_features, in_features] float32
-    order: Tensor | None  # of the columns
-    damp_percent: float  # that was used
-    events: tuple[Event, ...]
 
 
 def factor(problem: Problem, options: SolverOptions) -> Factor:
-    """M of the problem's H, of None as of the identity; :func:`solve` takes it for any rows of the linear.
+    """The factor of the problem's H, of None as of the identity, in the order that columns are visited.
 
     Raises:
         InputError: the group size does not divide in_features.
@@ -79,8 +65,7 @@ def factor(problem: Problem, options: SolverOptions) -> Factor:
     groups = problem.scheme.groups(n, problem.name)
     H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
     order = _order(H.diagonal().clone(), n // groups, _unit(problem, groups), options)
-    M, damp, events = factor_matrix(H, order, options.damp_percent, problem.name)
-    return Factor(M, order, damp, events)
+    return factor_matrix(H, order, options.damp_percent, problem.name)
 
 
 def _unit(problem: Problem, groups: int) -> int:
@@ -88,10 +73,10 @@ def _unit(problem: Problem, groups: int) -> int:
     return problem.scheme.unit if problem.scheme.nested else problem.weight.shape[1] // groups
 
 
-def solve(problem: Problem, options: SolverOptions, made: Factor | None = None) -> Solution:
+def solve(problem: Problem, options: SolverOptions) -> Solution:
     """Codes of ``problem.weight`` by GPTQ; a Hessian of None is the identity, which gives RTN's codes.
 
-    ``made`` is what :func:`factor` gave for the same H and options.
+    H is factored unless ``problem.factor`` is what :func:`factor` made of it under the same options.
 
     Raises:
         InputError: the group size does not divide in_features.
@@ -99,7 +84,7 @@ def solve(problem: Problem, options: SolverOptions, made: Factor | None = None) 
     """
     W, n = problem.weight, problem.weight.shape[1]
     groups = problem.scheme.groups(n, problem.name)
-    made = made if made is not None else factor(problem, options)
+    made = problem.factor if problem.factor is not None else factor(problem, options)
     H = problem.hessian
     diagonal = H.diagonal().clone() if H is not None else torch.ones(n, device=W.device)
     unit = _unit(problem, groups)
@@ -128,63 +113,6 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
     groups = outside.argsort(dim=1, descending=True, stable=True)
     columns = columns.gather(1, groups[:, :, None].expand_as(columns))
     return columns[outside.amax(1).argsort(descending=True, stable=True)].reshape(-1)
-
-
-def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str) -> tuple[Tensor, float, tuple[Event, ...]]:
-    """M for the damped H in the given column order; damping is raised tenfold until H can be factored."""
-    mean = float(H.diagonal().mean())
-    events: list[Event] = []
-    # A dead column (input always zero) has no say: any diagonal will do.
-    dead = int((H.diagonal() == 0).sum())
-    if dead:
-        events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
-    asked = damp
-    while True:
-        R = H.clone() if order is None else _ordered(H, order)
-        R.diagonal().add_(damp * mean if mean > 0 else 1.0)
-        if _factor_upper(R):
-            break
-        damp = max(damp * 10, 1e-4)
-        if damp > _MAX_DAMP or not math.isfinite(mean):
-            raise Phi4EdgeError(f"{name}: the Hessian cannot be factored even with damping {damp / 10:g}")
-    if damp != asked:
-        detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
-        events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
-    return R.div_(R.diagonal().clone()[None, :]), damp, tuple(events)
-
-
-def _ordered(H: Tensor, order: Tensor) -> Tensor:
-    """H[order][:, order], some rows at a time on each core, with no second copy of the whole on the way."""
-    R = torch.empty_like(H)
-
-    def copy(rows: slice) -> None:
-        torch.index_select(H.index_select(0, order[rows]), 1, order, out=R[rows])
-
-    run_parallel([partial(copy, rows) for rows in row_pieces(H.shape[0], H.shape[1], _FACTOR_BLOCK)])
-    return R
-
-
-def _factor_upper(H: Tensor) -> bool:
-    """Put R, H = R Rᵀ, into the upper triangle of ``H``; False where H is not positive definite.
-
-    What lies below the diagonal is left as it was: nothing reads it. Block columns go from the last to the first, with
-    nearly all of the work in matrix products.
-    """
-    n = H.shape[0]
-    for start in range((n - 1) // _FACTOR_BLOCK * _FACTOR_BLOCK, -1, -_FACTOR_BLOCK):
-        stop = min(start + _FACTOR_BLOCK, n)
-        here, block = slice(start, stop), H[:stop, start:stop]
-        if stop < n:
-            block.addmm_(H[:stop, stop:], H[here, stop:].T, alpha=-1)
-        # The upper factor of a small H is the flipped lower factor of the flipped H.
-        lower, info = torch.linalg.cholesky_ex(H[here, here].flip(0, 1))
-        if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
-            return False
-        R = lower.flip(0, 1)
-        H[here, here] = R
-        if start:
-            H[:start, here] = torch.linalg.solve_triangular(R.T, H[:start, here], upper=False, left=False)
-    return True
 
 
 def _solve_rows(

@@ -1,42 +1,42 @@
 """The four linears of a block, one after the other, each solved on what the quantized ones before it feed it.
 
-For each: gather its inputs' moments over the calibration samples (but for those kept aside), scale its input channels
-if asked, shift its target towards full precision if asked, solve, refine if asked, compare with rounding to nearest on
-the samples kept aside, and send everything on through the weights that were chosen.
+For each: read it, gather its inputs' moments over the calibration samples (but for those kept aside), scale its input
+channels if asked, shift its target towards full precision if asked, solve, refine if asked, compare with rounding to
+nearest on the samples kept aside, and send everything on through the weights that were chosen. One linear is in RAM at
+a time; the system reads the next one into its page cache meanwhile.
 """
 
 from __future__ import annotations
 
 __all__ = ["BlockSolver", "SolvedBlock"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
 
 from torch import Tensor
 
-from phi4edge.calibration.blockpass import BlockPass
-from phi4edge.calibration.statistics import InputMoments, LayerStats
+from phi4edge.calibration.statistics import LayerStats
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, rss_bytes
+from phi4edge.core.parts import PartTimes
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
-from phi4edge.model.block import LINEARS, Block
+from phi4edge.model.block import LINEARS, linear_name, load_block, load_norms
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.solvers import rtn
+from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._coupled import solve_coupled
 from phi4edge.solvers._refine import refine
 from phi4edge.solvers._targets import shifted_target
 from phi4edge.stages.curvature import Curvatures
-from phi4edge.stages.guard import HeldOut, held_out_errors
+from phi4edge.stages.guard import HeldOut
 from phi4edge.stages.job import Job
 from phi4edge.stages.rounding import round_block
+from phi4edge.stages.samples import BlockSamples
 from phi4edge.stages.scaling import scale_inputs
-from phi4edge.stages.stream import CalibrationStream, side_by_side
-
-Arriving = Iterator[tuple[int, Tensor]]
+from phi4edge.stages.stream import CalibrationStream
 
 
 @dataclass
@@ -56,8 +56,7 @@ class _Task:
     problem: Problem
     stage: int
     stats: LayerStats | None  # None: no calibration text
-    passing: BlockPass | None  # the samples, as the quantized model has them
-    exact: BlockPass | None  # and as full precision has them, where targets are aimed at
+    samples: BlockSamples | None  # standing before it
     factors: Tensor | None  # [in_features]: what the weight's columns were multiplied by, and inputs divided
 
 
@@ -65,9 +64,14 @@ class BlockSolver:
     """Solves block after block with the same recipe."""
 
     def __init__(
-        self, job: Job, stream: CalibrationStream | None, progress: Progress, curvatures: Curvatures | None = None
+        self,
+        job: Job,
+        stream: CalibrationStream | None,
+        progress: Progress,
+        parts: PartTimes,
+        curvatures: Curvatures | None = None,
     ) -> None:
-        self._curvatures = curvatures
+        self._curvatures, self._parts = curvatures, parts
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
         self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
@@ -79,50 +83,48 @@ class BlockSolver:
             group_aware=self._recipe.group_aware,
         )
 
-    def solve(self, block: Block, layer: int) -> SolvedBlock:
-        """The block's codes, as tensors to store; the streams are left at its outputs."""
+    def solve(self, layer: int) -> SolvedBlock:
+        """The codes of block ``layer``, as tensors to store; the streams are left at its outputs."""
         out, stream = SolvedBlock(), self._stream
-        passing = stream.block_pass(block) if stream is not None else None
-        exact = stream.exact_pass(block) if stream is not None else None
-        arriving = passing.inputs(0) if passing is not None else None
-        beside = exact.inputs(0) if exact is not None else None
+        samples = stream.before(load_norms(self._job.source, layer)) if stream is not None else None
         linear: QuantizedLinear | None = None
         inputs = stream.copy_of_inputs() if stream is not None and self._recipe.rounding is not None else None
         solved: list[QuantizedLinear] = []
         self._places: dict[str, Tensor] = {}
-        for stage, (part, weight) in enumerate(
-            zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)
-        ):
-            name = f"model.layers.{layer}.{part}"
-            self._progress.status(f"block {layer} {part} · RSS {format_bytes(rss_bytes())}")
-            stats = self._moments(weight.shape[1], arriving, beside)
-            given, factors, scaling = weight.to(self._job.device), None, {}
-            if self._recipe.scales_inputs and stats is not None and passing is not None:
-                scaled = scale_inputs(self._job, layer, stage, given, stats, passing, linear)
-                given, stats, passing, factors = scaled.weight, scaled.stats, scaled.passing, scaled.factors
+        for stage in range(len(LINEARS)):
+            name = linear_name(layer, stage)
+            self._progress.status(f"block {layer} {LINEARS[stage]} · RSS {format_bytes(rss_bytes())}")
+            weight = self._read(layer, stage)
+            stats = self._moments(stage, weight, samples)
+            given, factors, scaling = weight, None, {}
+            if self._recipe.scales_inputs and stats is not None and samples is not None:
+                scaled = scale_inputs(self._job, layer, stage, given, stats, samples, linear)
+                given, stats, factors = scaled.weight, scaled.stats, scaled.factors
                 scaling = {"awq": scaled.record}
                 out.tensors |= scaled.tensors
             hessian, mean_square = (
                 (stats.hessian, stats.mean_square) if stats is not None else (None, self._given(name))
             )
             problem = Problem(name, given, hessian, self._job.scheme_of(name), mean_square)
-            linear, record, events = self._choose(_Task(problem, stage, stats, passing, exact, factors))
+            with self._parts.part("solve"):
+                linear, record, events = self._choose(_Task(problem, stage, stats, samples, factors))
             out.tensors |= linear.to("cpu").to_tensors()
             solved.append(linear)
             if mean_square is not None:
                 out.tensors[f"{name}.imatrix"] = mean_square.cpu()
             out.records.append(record | scaling)
             out.events += events
-            if passing is not None:
-                arriving = passing.advance(stage, linear.dequantize())
-                beside = exact.advance(stage, weight) if exact is not None else None
+            del problem, stats, hessian, given  # before the samples go on: the largest arrays of a run
+            if samples is not None:
+                samples.advance_exact(stage, weight)
+                del weight
+                samples.advance(stage, linear.dequantize())
             self._progress.advance()
-        if arriving is not None:
-            for _ in side_by_side(arriving, beside):  # the block's outputs, written to the streams as they come
-                pass
         if inputs is not None and stream is not None:
             self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
-            rounded, events = round_block(self._job, block, layer, solved, self._places, stream, inputs)
+            block = load_block(self._job.source, layer)
+            with self._parts.part("round"):
+                rounded, events = round_block(self._job, block, layer, solved, self._places, stream, inputs)
             inputs.close()
             for learned in rounded.block.linears:
                 out.tensors |= learned.to_tensors()
@@ -130,18 +132,25 @@ class BlockSolver:
             out.events += events
         return out
 
+    def _read(self, layer: int, stage: int) -> Tensor:
+        """One linear's weights, float32, on the device; the one after it is asked for."""
+        with self._parts.part("read"):
+            weight = self._job.source.tensor(f"{linear_name(layer, stage)}.weight").to(self._job.device)
+            following = layer * len(LINEARS) + stage + 1
+            if following < self._job.checkpoint.config.num_layers * len(LINEARS):
+                self._job.checkpoint.will_need(f"{linear_name(*divmod(following, len(LINEARS)))}.weight")
+        return weight
+
     def _given(self, name: str) -> Tensor | None:
         """Mean squared inputs of a linear from the imatrix that the user gave, if there is one."""
         return None if self._job.imatrix is None else self._job.imatrix.values[name].to(self._job.device)
 
-    def _moments(self, width: int, arriving: Arriving | None, beside: Arriving | None) -> LayerStats | None:
-        if arriving is None or self._stream is None:
+    def _moments(self, stage: int, weight: Tensor, samples: BlockSamples | None) -> LayerStats | None:
+        if samples is None:
             return None
-        moments = InputMoments(width, full=self._whole, exact=beside is not None, device=self._job.device)
-        for sample, x, exact in side_by_side(arriving, beside):
-            if sample < self._stream.kept:
-                moments.add(x, exact)
-        return moments.result(self._recipe.sink_share, self._recipe.shrinkage)
+        moments = samples.moments(stage, weight, full=self._whole)
+        with self._parts.part("moments"):
+            return moments.result(self._recipe.sink_share, self._recipe.shrinkage)
 
     def _choose(self, task: _Task) -> tuple[QuantizedLinear, dict[str, Any], list[Event]]:
         """The solver's codes, or RTN's where these lose to them on samples that no Hessian has seen."""
@@ -153,8 +162,13 @@ class BlockSolver:
 
     def _chosen(self, task: _Task) -> tuple[QuantizedLinear, dict[str, Any], list[Event], Problem]:
         """The same, and the problem that it was chosen for."""
-        recipe, problem = self._recipe, task.problem
-        aimed, events = self._aim(task)
+        recipe, problem, events = self._recipe, task.problem, list[Event]()
+        aims = task.stats is not None and task.stats.hessian is not None and task.stats.shift is not None
+        if self._solver.NEEDS_HESSIAN or aims:
+            problem = replace(problem, factor=gptq.factor(problem, self._options))
+        if aims and not self._solver.NEEDS_HESSIAN and problem.factor is not None:
+            events += problem.factor.events  # else they are the solution's
+        aimed = self._aim(problem, task.stats) if aims else problem
         coupling = self._coupling(problem)
         solution = self._solve(aimed) if coupling is None else solve_coupled(aimed, coupling, self._options)
         record: dict[str, Any] = {
@@ -171,7 +185,7 @@ class BlockSolver:
             record["target_shift"] = float(shift)
         events += solution.events
         plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
-        if plain or task.passing is None or self._stream is None or not recipe.guard:
+        if plain or task.samples is None or not recipe.guard:
             return solution.linear, record, events, aimed
         fallback = rtn.solve(problem, self._options)
         ours, theirs = self._held_out(task, [solution.linear, fallback.linear])
@@ -200,29 +214,24 @@ class BlockSolver:
 
     def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
         """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""
-        assert task.passing is not None
-        assert self._stream is not None
-        beside = task.exact.inputs(task.stage, self._stream.kept) if task.exact is not None else None
-        if beside is not None and task.factors is not None:
-            factors = task.factors
-            beside = ((sample, x / factors) for sample, x in beside)
-        held = side_by_side(task.passing.inputs(task.stage, self._stream.kept), beside)
-        return held_out_errors(held, task.problem.weight, [linear.dequantize() for linear in candidates])
+        assert task.samples is not None
+        values = [_values_of(linear) for linear in candidates]
+        return task.samples.held_out(task.stage, task.problem.weight, values, task.factors)
 
-    def _aim(self, task: _Task) -> tuple[Problem, list[Event]]:
-        """The problem with its target shifted towards full precision, where the recipe asks for it."""
-        problem, stats, recipe = task.problem, task.stats, self._recipe
-        if stats is None or stats.hessian is None or stats.shift is None:
-            return problem, []
-        target, events = shifted_target(
-            problem.weight,
-            stats.hessian,
-            stats.shift,
-            recipe.full_precision_targets,
-            recipe.damp_percent,
-            problem.name,
-        )
-        return replace(problem, weight=target), list(events)
+    def _aim(self, problem: Problem, stats: LayerStats | None) -> Problem:
+        """The problem with its target shifted towards full precision."""
+        assert stats is not None
+        assert stats.shift is not None
+        assert problem.factor is not None
+        weight, shift = problem.weight, stats.shift
+        strength = self._recipe.full_precision_targets
+        target = shifted_target(weight, problem.factor, lambda rows: shift.of_rows(weight, rows), strength)
+        return replace(problem, weight=target)
+
+
+def _values_of(linear: QuantizedLinear) -> Callable[[slice], Tensor]:
+    """Rows of what a quantized linear stands for."""
+    return lambda rows: linear.rows(rows.start, rows.stop).dequantize()
 
 
 def _fallback(kind: str, name: str, who: str, taken: str, ours: HeldOut, theirs: HeldOut) -> Event:

@@ -139,18 +139,15 @@ def _measure(
     for layer in range(config.num_layers):
         block = load_block(checkpoint, layer)
         passing = BlockPass(block.input_norm, block.post_norm, config, rotary, stores)
-        arriving = passing.inputs(0)
         for stage, (name, weight) in enumerate(
             zip(LINEARS, (block.qkv, block.o, block.gate_up, block.down), strict=True)
         ):
             progress.status(f"block {layer} {name}")
             moments = InputMoments(weight.shape[1], full=False)
-            for _, x in arriving:
+            for _, x in passing.inputs(stage):
                 moments.add(x)
             imatrix[f"model.layers.{layer}.{name}.imatrix"] = moments.result().mean_square
-            arriving = passing.advance(stage, weight)
-        for _ in arriving:
-            pass
+            passing.advance(stage, weight)
         progress.advance()
     progress.finish()
     return imatrix

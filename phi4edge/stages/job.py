@@ -11,13 +11,16 @@ from pathlib import Path
 import torch
 
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
+from phi4edge.calibration.compute import choose_compute, has_bfloat16_units
 from phi4edge.calibration.corpus import Corpus
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.errors import MissingToolError, UsageError
 from phi4edge.core.events import SILENT, Progress
-from phi4edge.core.recipe import Recipe
+from phi4edge.core.jsonfile import read_object
+from phi4edge.core.recipe import BFLOAT16, FLOAT32, Recipe
 from phi4edge.core.registry import load as load_plugin
+from phi4edge.core.workdir import RUN_FILE
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
@@ -70,7 +73,9 @@ def prepare(
         scheme.groups(columns, f"model.layers.0.{name}")
     if device == "cuda" and not torch.cuda.is_available():
         raise MissingToolError("no CUDA device, or torch was installed without CUDA", "use --device cpu")
-    recipe = replace(recipe, rotation=foldable(recipe.rotation, config))
+    begun = _compute_of_run(run) if recipe.compute == "auto" else None
+    compute = choose_compute(begun or recipe.compute, device)
+    recipe = replace(recipe, rotation=foldable(recipe.rotation, config), compute=compute)
     source = rotated(checkpoint, recipe.rotation, recipe.rotation_seed)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)
@@ -88,6 +93,15 @@ def prepare(
         linears = {name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2}
         given.check(linears, str(imatrix))
     return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, given, own)
+
+
+def _compute_of_run(run: Path | None) -> str | None:
+    """What a run that is gone on with was begun with, where this machine can do it too."""
+    begun = run / RUN_FILE if run is not None else None
+    if begun is None or not begun.is_file():
+        return None
+    found = read_object(begun).get("inputs", {}).get("recipe", {}).get("compute")
+    return found if found == FLOAT32 or (found == BFLOAT16 and has_bfloat16_units()) else None
 
 
 def _types(config: ModelConfig, recipe: Recipe) -> dict[str, Scheme]:

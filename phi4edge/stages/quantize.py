@@ -9,21 +9,25 @@ from __future__ import annotations
 __all__ = ["QuantizeSummary", "finished_manifest", "intact_blocks", "plan", "quantize"]
 
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors.torch import save
+from torch import Tensor
 
+from phi4edge.calibration.compute import computing
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.memory import peak_rss_bytes, release_memory
+from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.workdir import Workdir
-from phi4edge.model.block import LINEARS, load_block
+from phi4edge.model.block import LINEARS
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget
 from phi4edge.stages.block_solver import BlockSolver
@@ -79,17 +83,17 @@ def quantize(
             key = sha256_json(inputs)
             mix = None
             if recipe.mix is not None:
-                with torch.no_grad():
+                with torch.no_grad(), computing(job.recipe.compute):
                     mix = allocate(job, work.path, key, progress)
                 types = {name: parse_scheme(other) for name, other in mix.types.items() if other != mix.base}
                 job = replace(job, scheme=parse_scheme(mix.base), types=types)
             curvatures, measured = None, None
             if recipe.output_curvature:
-                with torch.no_grad():
+                with torch.no_grad(), computing(job.recipe.compute):
                     curvatures, measured = measure_curvature(job, work.path, key, progress)
             with torch.inference_mode():
                 _solve_blocks(job, work, progress, curvatures)
-            with torch.no_grad():
+            with torch.no_grad(), computing(job.recipe.compute):
                 tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
             manifest = finish(job, work, key, tuned, mix, measured)
         return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
@@ -124,27 +128,42 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curva
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
         progress.note(work.repaired)
-    stream = CalibrationStream(job, work, done, progress) if job.corpus is not None else None
-    solver = BlockSolver(job, stream, progress, curvatures)
-    for layer in range(done, config.num_layers):
-        started = time.monotonic()
-        block = load_block(job.source, layer)
-        solved = solver.solve(block, layer)
-        files = [block_file(layer)]
-        write_bytes(work.path / files[0], save(solved.tensors))
-        events = [event.as_dict() for event in solved.events]
-        record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
-        if solved.rounding is not None:
-            record["rounding"] = solved.rounding
-        if stream is not None and layer + 1 < config.num_layers:
-            record |= stream.save(layer + 1)
-        record["performance"] = {"seconds": time.monotonic() - started, "peak_rss_bytes": peak_rss_bytes()}
-        work.commit(record, files)
-        if stream is not None:
-            stream.forget(layer)
-        del block, solved
-        release_memory()  # so that what a block leaves behind does not add up
+    parts = PartTimes()
+    stream = CalibrationStream(job, work, done, progress, parts) if job.corpus is not None else None
+    solver = BlockSolver(job, stream, progress, parts, curvatures)
+    with ThreadPoolExecutor(1, "commit") as behind:
+        pending: Future[None] | None = None
+        for layer in range(done, config.num_layers):
+            started = time.monotonic()
+            solved = solver.solve(layer)
+            events = [event.as_dict() for event in solved.events]
+            record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
+            if solved.rounding is not None:
+                record["rounding"] = solved.rounding
+            with parts.part("write"):  # the residual stream, and what is still to be written of the block before
+                if stream is not None and layer + 1 < config.num_layers:
+                    record |= stream.save(layer + 1)
+                if pending is not None:
+                    pending.result()
+            seconds = time.monotonic() - started
+            record["performance"] = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "parts": parts.take()}
+            pending = behind.submit(_commit, work, layer, solved.tensors, record, stream)
+            del solved
+            release_memory()  # so that what a block leaves behind does not add up
+        if pending is not None:
+            pending.result()
     progress.finish()
+
+
+def _commit(
+    work: Workdir, layer: int, tensors: dict[str, Tensor], record: dict[str, Any], stream: CalibrationStream | None
+) -> None:
+    """Write a block and the journal's line, while the next block is in work."""
+    files = [block_file(layer)]
+    write_bytes(work.path / files[0], save(tensors))
+    work.commit(record, files)
+    if stream is not None:
+        stream.forget(layer)
 
 
 def intact_blocks(work: Workdir) -> int:

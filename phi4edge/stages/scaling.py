@@ -16,11 +16,11 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from phi4edge.calibration.blockpass import BlockPass
 from phi4edge.calibration.statistics import LayerStats
 from phi4edge.model.topology import LINKS
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.job import Job
+from phi4edge.stages.samples import BlockSamples
 from phi4edge.transforms.awq import divide_rows, fold_gain, search_scales
 
 
@@ -30,7 +30,6 @@ class Scaled:
 
     weight: Tensor  # [out_features, in_features] float32
     stats: LayerStats  # of the inputs that arrive now
-    passing: BlockPass  # that gives them
     tensors: dict[str, Tensor]  # what the run stores of the producer from now on
     factors: Tensor  # [in_features] float32: columns of the weight were multiplied by, inputs divided
     record: dict[str, float]  # α and what it did, for the manifest
@@ -42,10 +41,12 @@ def scale_inputs(
     stage: int,
     weight: Tensor,
     stats: LayerStats,
-    passing: BlockPass,
+    samples: BlockSamples,
     producer: QuantizedLinear | None,
 ) -> Scaled:
-    """Search scales for the linear of ``stage`` and fold them; the moments of its inputs are divided in place.
+    """Search scales for the linear of ``stage`` and fold them: ``samples`` arrive scaled from then on.
+
+    The moments of its inputs are divided in place.
 
     ``producer`` is the linear solved before, and None before the first.
     """
@@ -56,13 +57,14 @@ def scale_inputs(
     found = search_scales(weight, stats.hessian, scheme, channels)
     record = {"alpha": found.alpha, "error": found.error, "error_unscaled": found.error_unscaled}
     if found.alpha == 0:
-        return Scaled(weight, stats, passing, {}, torch.ones(weight.shape[1], device=weight.device), record)
+        return Scaled(weight, stats, {}, torch.ones(weight.shape[1], device=weight.device), record)
     if link.from_norm:
         name = f"model.layers.{layer}.{link.producer}.weight"
         dtype = job.checkpoint.stored_dtype(name)
+        before, behind = samples.norms
         first = link.producer == "input_layernorm"
-        gain, factors = fold_gain(passing.input_norm if first else passing.post_norm, found.scales.cpu(), dtype)
-        passing = replace(passing, input_norm=gain) if first else replace(passing, post_norm=gain)
+        gain, factors = fold_gain(before if first else behind, found.scales.cpu(), dtype)
+        samples.regain((gain, behind) if first else (before, gain))
         tensors = {name: gain.to(dtype)}
     else:
         assert producer is not None, "a linear comes before"
@@ -73,12 +75,13 @@ def scale_inputs(
             for field, values in producer.params.items()
         }
         divided = replace(producer, params=params)
-        for _ in passing.advance(stage - 1, divided.dequantize()):
-            pass
+        samples.advance(stage - 1, divided.dequantize())
         tensors = divided.to("cpu").to_tensors()
     factors = factors.to(weight.device)
-    for moments in (stats.hessian, stats.shift):
-        if moments is not None:
-            moments.div_(factors).div_(factors[:, None])  # the largest arrays of a run: no copy
+    stats.hessian.div_(factors).div_(factors[:, None])  # the largest arrays of a run: no copy
+    if stats.shift is not None:
+        stats.shift.values.div_(factors)
+        if not stats.shift.product:
+            stats.shift.values.div_(factors[:, None])
     stats = replace(stats, mean_square=stats.mean_square / factors.square())
-    return Scaled(weight * factors, stats, passing, tensors, factors, record)
+    return Scaled(weight * factors, stats, tensors, factors, record)

@@ -6,38 +6,34 @@ the full-precision ones make of them.
 
 from __future__ import annotations
 
-__all__ = ["CalibrationStream", "side_by_side"]
+__all__ = ["CalibrationStream"]
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
+from phi4edge.calibration.compute import computing
 from phi4edge.calibration.store import ActivationStore
+from phi4edge.calibration.streams import Streams
 from phi4edge.core.events import Progress
-from phi4edge.core.hashing import sha256_file
+from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
-from phi4edge.model.block import Block, forward_block, load_block
+from phi4edge.model.block import LINEARS, Block, forward_block, linear_name, load_norms
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import read_block, read_norms
+from phi4edge.stages.samples import BlockSamples, LocalSamples
 
 HIDDEN, EXACT = "hidden", "exact"  # the two streams by their names in the journal
-
-
-def side_by_side(
-    arriving: Iterator[tuple[int, Tensor]], exact: Iterator[tuple[int, Tensor]] | None
-) -> Iterator[tuple[int, Tensor, Tensor | None]]:
-    """Samples of both streams together: (sample, own, full-precision or None where there is no such stream)."""
-    for sample, x in arriving:
-        yield sample, x, next(exact)[1] if exact is not None else None
 
 
 class CalibrationStream:
     """The calibration samples on their way through the blocks."""
 
-    def __init__(self, job: Job, work: Workdir, done: int, progress: Progress) -> None:
+    def __init__(self, job: Job, work: Workdir, done: int, progress: Progress, parts: PartTimes) -> None:
         """Stand before block ``done``: from the file that was kept, or through the finished blocks once more."""
         assert job.corpus is not None
         config, tokens = job.checkpoint.config, job.corpus.tokens
@@ -48,7 +44,8 @@ class CalibrationStream:
         self._exact = Stores.create(config, samples, length, scratch) if job.recipe.full_precision_targets > 0 else None
         self._shape, self._scratch = (samples, length, config.hidden_size), scratch
         self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
-        self._config, self._device = config, job.device
+        self._config, self._device, self._parts = config, job.device, parts
+        self._compute = job.recipe.compute
         self._rotary = rotary_table(config.rope, length, job.device)
         self._folder = folder
         folder.mkdir(exist_ok=True)
@@ -67,27 +64,23 @@ class CalibrationStream:
         for layer in range(done):  # the residual stream was lost: send it through the finished blocks again
             progress.status(f"recomputing {kind} states, block {layer}")
             changed = read_norms(work.path, layer) if kind == HIDDEN else {}
-            block = load_block(Overlay(job.source, changed), layer)
-            passing = self._pass(block, stores)
-            weights = (
-                (block.qkv, block.o, block.gate_up, block.down)
-                if kind == EXACT
-                else (linear.dequantize() for linear in read_block(work.path, layer, job.scheme_of))
-            )
-            for stage, weight in enumerate(weights):
-                for _ in passing.advance(stage, weight):
-                    pass
+            passing = self._pass(load_norms(Overlay(job.source, changed), layer), stores)
+            if kind == EXACT:
+                weights = (job.source.tensor(f"{linear_name(layer, stage)}.weight") for stage in range(len(LINEARS)))
+            else:
+                weights = (linear.dequantize() for linear in read_block(work.path, layer, job.scheme_of))
+            with computing(self._compute):
+                for stage, weight in enumerate(weights):
+                    passing.advance(stage, weight)
 
-    def block_pass(self, block: Block) -> BlockPass:
-        """The pass through ``block``."""
-        return self._pass(block, self.stores)
+    def before(self, norms: tuple[Tensor, Tensor]) -> BlockSamples:
+        """The samples before a block with these norms."""
+        own = self._pass(norms, self.stores)
+        exact = replace(own, stores=self._exact) if self._exact is not None else None
+        return LocalSamples(Streams(own, exact), self.kept, self._shape[0], self._parts, self._compute)
 
-    def exact_pass(self, block: Block) -> BlockPass | None:
-        """The pass of the full-precision stream, or None where the recipe does not ask for one."""
-        return self._pass(block, self._exact) if self._exact is not None else None
-
-    def _pass(self, block: Block, stores: Stores) -> BlockPass:
-        return BlockPass(block.input_norm, block.post_norm, self._config, self._rotary, stores, self._device)
+    def _pass(self, norms: tuple[Tensor, Tensor], stores: Stores) -> BlockPass:
+        return BlockPass(*norms, self._config, self._rotary, stores, self._device)
 
     def aims(self, block: Block, inputs: ActivationStore, strength: float) -> ActivationStore:
         """What ``block`` should put out for the quantized model's ``inputs``; the other stream stands at its outputs.
@@ -116,10 +109,10 @@ class CalibrationStream:
         """Send the quantized model's samples through ``block`` with other ``weights``, from its ``inputs`` on."""
         for i in range(self._shape[0]):
             self.stores.hidden.write(i, inputs.read(i, i + 1))
-        passing = self.block_pass(block)
-        for stage, weight in enumerate(weights):
-            for _ in passing.advance(stage, weight):
-                pass
+        passing = self._pass((block.input_norm, block.post_norm), self.stores)
+        with computing(self._compute):
+            for stage, weight in enumerate(weights):
+                passing.advance(stage, weight)
 
     def save(self, layer: int) -> dict[str, dict[str, str]]:
         """Keep the residual streams that go into block ``layer``; what the journal says of each."""
@@ -127,8 +120,7 @@ class CalibrationStream:
         for kind, stores in ((HIDDEN, self.stores), (EXACT, self._exact)):
             if stores is not None:
                 path = self._folder / f"{layer:05d}.{kind}.bin"
-                stores.hidden.save(path)
-                kept[kind] = {"file": f"hidden/{path.name}", "sha256": sha256_file(path)}
+                kept[kind] = {"file": f"hidden/{path.name}", "sha256": stores.hidden.save(path)}
         return kept
 
     def forget(self, layer: int) -> None:

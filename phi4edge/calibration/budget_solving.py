@@ -1,0 +1,70 @@
+"""What solving a block needs in RAM, moment by moment, from the shapes alone.
+
+One linear [m, n] is in RAM at a time. Beside it stand, one after the other: what it is read from; H and a shard's part
+of it with what is gathered for targets; H and its factor with the shifted weight and the rows in work; candidates'
+errors for the guard; and a sample on its way through. Throughout there are the codes of the block in work and of the
+one being written.
+"""
+
+from __future__ import annotations
+
+__all__ = ["solving_bytes"]
+
+import os
+
+from phi4edge.calibration.statistics import SHARD, takes_product
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.recipe import Recipe
+from phi4edge.quant.parallel import row_pieces
+from phi4edge.quant.scheme import parse_scheme
+
+_EMBEDDED_ROWS, _EMBEDDED_VALUES = 16384, 2**26  # of the embedding in RAM at a time; embedded at a time
+_GUARD_ROWS, _SHIFT_ROWS = 8192, 2048
+_IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
+_DEQUANTIZED = 9  # bytes a weight while codes become values: codes, values, and their product with the steps
+
+
+def solving_bytes(config: ModelConfig, recipe: Recipe) -> int:
+    """Peak of everything beside the interpreter, activations between blocks not counted."""
+    shapes = list(config.linear_shapes.values())
+    bits = max(
+        [parse_scheme(recipe.scheme).bits_per_weight, *(parse_scheme(t).bits_per_weight for _, t in recipe.types)]
+    )
+    if recipe.mix is not None:
+        bits = max(parse_scheme(name).bits_per_weight for name in recipe.mix.candidates)
+    codes = int(sum(m * n for m, n in shapes) * max(bits, 4.5) / 8)
+    held = 3 * codes  # of the block in work; of the one before, and its file as it is written
+    peak: int = max(_linear_bytes(config, recipe, m, n) for m, n in shapes)
+    if recipe.corpus is not None:
+        slices = _EMBEDDED_ROWS * config.hidden_size * 6
+        filling = 4 * min(_EMBEDDED_VALUES, recipe.corpus.tokens * config.hidden_size)
+        peak = max(peak, slices + filling)
+    return held + peak
+
+
+def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
+    W = 4 * m * n
+    # The tensor as stored beside its float32 form; rotated, beside two more.
+    reading = m * n * (6 if recipe.rotation == "none" else 14)
+    pieces = row_pieces(m, n)
+    rows = min(os.cpu_count() or 1, len(pieces)) * int(pieces[0].stop)
+    working = rows * n * _IN_WORK + m * n * _DEQUANTIZED
+    if recipe.corpus is None:
+        return max(reading, W + working)
+    length = recipe.corpus.sequence_length
+    two = recipe.full_precision_targets > 0
+    whole = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
+    square = 4 * n * n if whole else 0
+    shift = (W if takes_product(m, n) else square) if two else 0
+    parts = 2 if recipe.corpus.samples - recipe.held_out > SHARD else 1
+    sample = 4 * length * (6 * n + 2 * m)
+    gathering = W + parts * (square + shift) + sample
+    factors = 2 * square  # H and its factor, or H as the search for scales multiplies with it
+    targets = shift + W if two else 0
+    solving = W + factors + targets + max(working, 3 * 4 * min(m, _SHIFT_ROWS) * n)
+    if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
+        solving += 2 * 4 * m * m + 2 * W
+    checked = min(m, _GUARD_ROWS)
+    checking = W + factors + targets + 2 * m * n + 3 * 4 * checked * n + 4 * length * (3 * n + 6 * checked)
+    passing = W + m * n * _DEQUANTIZED + 4 * length * (2 * n + 3 * m + 3 * config.q_size)
+    return max(reading, gathering, solving, checking, passing)

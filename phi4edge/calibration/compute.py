@@ -1,0 +1,93 @@
+"""How matrix products of the forward passes and of the Hessians are computed: float32, or the CPU's bfloat16 units.
+
+Where a CPU has such units (AMX, AVX-512 BF16) a product is several times as fast on them. Its inputs are rounded to
+bfloat16 on the way in, sums stay float32, and so does what comes out; activations of a bfloat16 model hold no more
+anyway. Solvers always factor and round in float32.
+
+The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``), which oneDNN follows where the units are there
+and nowhere else. Which one is used decides bits of the codes, so it is part of what a run was begun with.
+"""
+
+from __future__ import annotations
+
+__all__ = ["BFLOAT16", "FLOAT32", "Speeds", "choose_compute", "computing", "has_bfloat16_units", "measure_compute"]
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from phi4edge.core.errors import MissingToolError
+from phi4edge.core.recipe import BFLOAT16, FLOAT32
+
+_TOKENS, _WIDTH = 512, 2048  # of the products that are timed
+_SECONDS = 0.15  # for each of both
+_WORTH = 1.2  # times as fast, for bits that differ
+_ERROR = 2.0**-7  # of the norm: twice what rounding both inputs may cost
+
+
+@dataclass(frozen=True)
+class Speeds:
+    """What products ran at here."""
+
+    float32: float  # GFLOP/s
+    bfloat16: float  # GFLOP/s
+    error: float  # norm of the difference, relative to the float32 product's
+
+
+def has_bfloat16_units() -> bool:
+    """Whether this CPU computes bfloat16 products and torch can ask it to."""
+    cpu = torch.cpu
+    found = (getattr(cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
+    return any(bool(probe()) for probe in found if probe is not None)
+
+
+@contextmanager
+def computing(unit: str) -> Iterator[None]:
+    """Products inside are computed as ``unit`` says; the setting is the process's."""
+    settings = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = settings.fp32_precision
+    settings.fp32_precision = "bf16" if unit == BFLOAT16 else "ieee"
+    try:
+        yield
+    finally:
+        settings.fp32_precision = before
+
+
+def measure_compute() -> Speeds:
+    """Time and compare both kinds of product on this machine, a fraction of a second."""
+    generator = torch.Generator().manual_seed(0)
+    x, w = (torch.randn(rows, _WIDTH, generator=generator) for rows in (_TOKENS, _WIDTH))
+    slow, exact = _timed(FLOAT32, x, w)
+    fast, rounded = _timed(BFLOAT16, x, w)
+    return Speeds(slow, fast, float((rounded - exact).norm() / exact.norm()))
+
+
+def _timed(unit: str, x: Tensor, w: Tensor) -> tuple[float, Tensor]:
+    with computing(unit), torch.inference_mode():
+        out, done = torch.nn.functional.linear(x, w), 0
+        started = time.perf_counter()
+        while time.perf_counter() - started < _SECONDS:
+            out, done = torch.nn.functional.linear(x, w), done + 1
+        return 2e-9 * done * x.shape[0] * w.numel() / (time.perf_counter() - started), out
+
+
+def choose_compute(asked: str, device: str = "cpu") -> str:
+    """``asked`` with "auto" decided: bfloat16 where it is worth it and as exact as it can be, else float32.
+
+    Raises:
+        MissingToolError: bfloat16 was asked for and cannot be had.
+    """
+    there = device == "cpu" and has_bfloat16_units()
+    if asked == BFLOAT16 and not there:
+        raise MissingToolError(
+            "no bfloat16 units that torch can use: they are looked for on CPUs with AMX or AVX-512 BF16",
+            "use --compute float32",
+        )
+    if asked != "auto" or not there:
+        return asked if asked != "auto" else FLOAT32
+    speeds = measure_compute()
+    return BFLOAT16 if speeds.bfloat16 > _WORTH * speeds.float32 and speeds.error < _ERROR else FLOAT32
