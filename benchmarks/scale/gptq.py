@@ -19,6 +19,7 @@ import shutil
 import sys
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -59,10 +60,8 @@ def child(model: str, recipe: Recipe, out: Path, budget: int, blocks: int, pipe:
 
     from phi4edge.stages.quantize import quantize
 
-    try:
+    with suppress(KeyboardInterrupt):
         quantize(model, recipe, out, ram_budget=budget, progress=Until(out / "journal.jsonl", blocks))
-    except KeyboardInterrupt:
-        pass
     peak = peak_rss_bytes()
     config = open_checkpoint(model).config
     length = recipe.corpus.sequence_length if recipe.corpus is not None else 512
@@ -92,7 +91,7 @@ def product_rates(tokens: int, m: int, n: int) -> dict[str, float]:
 
 
 def flops(config: ModelConfig, recipe: Recipe) -> dict[str, dict[str, float]]:
-    """What a block's parts take, by linear: a symmetric product counts half, a product that can be left out not at all."""
+    """What a block's parts take, by linear: a symmetric product counts half."""
     from phi4edge.calibration.statistics import takes_product
 
     assert recipe.corpus is not None
@@ -119,8 +118,8 @@ def shares(found: Mapping[str, Any], config: ModelConfig, recipe: Recipe, blocks
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     head = (
-        "| model | effort | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve | check | "
-        "write | share of one product's speed: forward, moments | whole model, estimated |"
+        "| model | effort | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve | check "
+        "| write | share of one product's speed: forward, moments | whole model, estimated |"
     )
     lines = [head, "|---" * 14 + "|"]
     for document in documents:
@@ -130,13 +129,12 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         total = sum(r["block_seconds"]) / len(r["block_seconds"])
         lines.append(
             f"| {r['model']} | {r['effort']} | {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
-            f"{r['peak_rss_bytes'] / 2**30:.2f} | {total:.0f} | {parts} | {share['forward']:.2f}, {share['moments']:.2f} | "
-            f"{r['whole_seconds_estimated'] / 3600:.1f} h |"
+            f"{r['peak_rss_bytes'] / 2**30:.2f} | {total:.0f} | {parts} | "
+            f"{share['forward']:.2f}, {share['moments']:.2f} | {r['whole_seconds_estimated'] / 3600:.1f} h |"
         )
-    cpu = documents[0]["machine"]["cpu"]["model"]
-    return "\n".join(
-        [*lines, "", f"Means over the blocks that were run, {documents[0]['results']['threads']} threads; {cpu}."]
-    )
+    first = documents[0]
+    machine = f"{first['results']['threads']} threads; {first['machine']['cpu']['model']}"
+    return "\n".join([*lines, "", f"Means over the blocks that were run, {machine}."])
 
 
 def main() -> None:
