@@ -118,8 +118,8 @@ def shares(found: Mapping[str, Any], config: ModelConfig, recipe: Recipe, blocks
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     head = (
-        "| model | effort | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve | check "
-        "| write | share of one product's speed: forward, moments | whole model, estimated |"
+        "| model | effort | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve "
+        "| check | write | share of one product's speed: forward, moments | whole model, estimated |"
     )
     lines = [head, "|---" * 14 + "|"]
     for document in documents:
