@@ -136,6 +136,10 @@ def _performance(
     return {
         **total_cost(list(stages.values())),
         **{name: spent["seconds"] for name, spent in stages.items()},
+        "parts_seconds": {
+            part: sum(b.get("parts", {}).get(part, 0.0) for b in blocks)
+            for part in sorted({part for b in blocks for part in b.get("parts", {})})
+        },
         "block_seconds": [b["seconds"] for b in blocks],
         "block_peak_rss_bytes": [b["peak_rss_bytes"] for b in blocks],
     }
