@@ -22,7 +22,7 @@ from transformers import Phi3ForCausalLM
 
 from phi4edge.checkpoint.config import parse_config
 from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
-from phi4edge.core.errors import InputError
+from phi4edge.core.errors import InputError, TargetError
 from phi4edge.core.events import Progress
 from phi4edge.model.source import QuantizedModel, WeightSource
 from phi4edge.quant.ggml import BLOCK_TYPES
@@ -465,7 +465,7 @@ def test_no_room_is_said_before_anything_is_written(
     phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(10**6, 10**6 - 1000, 1000))
-    with pytest.raises(InputError, match="1000 B are free"):
+    with pytest.raises(TargetError, match="1000 B are free"):
         gguf.write_f16(open_checkpoint(phi4_checkpoint), tmp_path / "new" / "m.gguf", WriteOptions())
     assert not list(tmp_path.iterdir())
 

@@ -15,7 +15,7 @@ from safetensors import safe_open
 from support import write_checkpoint
 
 from phi4edge.cli.main import main
-from phi4edge.core.errors import InputError
+from phi4edge.core.errors import InputError, TargetError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load, names
 from phi4edge.pipeline import Order, plan
@@ -165,7 +165,7 @@ def test_a_disk_that_is_too_small_is_noticed_before_writing(
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1000))
-    with pytest.raises(InputError, match=r"needs .* KiB, but 1000 B are free"):
+    with pytest.raises(TargetError, match=r"needs .* KiB, but 1000 B are free"):
         load(WRITERS, form).write(quantized_model(phi4_checkpoint, "w4g32"), tmp_path / "out", WriteOptions())
     assert list(tmp_path.iterdir()) == []
 

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.core.errors import InputError, ResumeError, UsageError
+from phi4edge.core.errors import InputError, ResumeError, TargetError, UsageError
 from phi4edge.core.hashing import sha256_bytes
 from phi4edge.measurement import reference as module
 from phi4edge.measurement.encoding import STEP
@@ -163,7 +163,7 @@ def test_a_full_disk_is_a_sentence_and_finished_chunks_stay(
         build_store(checkpoint, text, path)
     assert [file.name for file in sorted(path.glob("*.logits"))] == ["00000.logits", "00001.logits", "00002.logits"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))
-    with pytest.raises(InputError, match=r"needs .* KiB, but 1000 B are free"):
+    with pytest.raises(TargetError, match=r"needs .* KiB, but 1000 B are free"):
         build_store(checkpoint, text, path)
 
 

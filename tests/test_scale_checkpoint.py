@@ -116,6 +116,6 @@ def test_what_cannot_be_made_is_refused(script: Any, tmp_path: Path, monkeypatch
     with pytest.raises(InputError, match="has 3 blocks"):
         script.make_checkpoint(tmp_path / "model", "phi-4", 4)
     monkeypatch.setattr("phi4edge.core.disk.free_bytes", lambda path: 1 << 20)
-    with pytest.raises(TargetError, match=r"takes 99.* MiB, and 1 MiB are free"):
+    with pytest.raises(TargetError, match=r"needs 99.* MiB, but 1 MiB are free"):
         script.make_checkpoint(tmp_path / "model", "phi-4", 1)
     assert not list(tmp_path.iterdir())

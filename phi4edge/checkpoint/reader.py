@@ -6,8 +6,9 @@ and peak RSS is a promise here.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointReader", "open_checkpoint", "read_tensor", "stored_dtype"]
+__all__ = ["CheckpointReader", "check_values", "open_checkpoint", "read_tensor", "stored_dtype"]
 
+import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
@@ -63,6 +64,22 @@ def read_tensor(ref: TensorRef, rows: slice | None = None) -> Tensor:
     return torch.from_numpy(buffer).view(_TORCH[ref.dtype]).reshape(shape)
 
 
+def check_values(ref: TensorRef, values: Tensor, first: int = 0) -> None:
+    """Hold values of the tensor that ``ref`` points at, from its ``first`` on, to be finite.
+
+    Raises:
+        InputError: one is NaN or Inf; how many, and where the first of them stands.
+    """
+    bad = ~torch.isfinite(values.reshape(-1))
+    if not bool(bad.any()):
+        return
+    place = [int(i) for i in np.unravel_index(first + int(bad.to(torch.uint8).argmax()), ref.shape)]
+    raise InputError(
+        f"{ref.path.name}: {ref.name} holds {int(bad.sum())} value(s) that are NaN or Inf, the first at {place}",
+        "the weights are damaged; download the shard again",
+    )
+
+
 @dataclass(frozen=True)
 class CheckpointReader:
     """Weights of a checkpoint by name, float32, checked for NaN and Inf as they pass."""
@@ -102,15 +119,8 @@ class CheckpointReader:
             raise InputError(f"{self.index.folder}: tensor {name} is missing")
         values = read_tensor(ref, rows).float()
         # A sum is finite only if all terms are (overflow of a float32 sum is re-examined).
-        if not torch.isfinite(values.sum()) and not bool(torch.isfinite(values).all()):
-            bad = int((~torch.isfinite(values)).sum())
-            first = (~torch.isfinite(values)).nonzero()[0].tolist()
-            if rows is not None:
-                first[0] += rows.start or 0
-            raise InputError(
-                f"{ref.path.name}: {name} holds {bad} value(s) that are NaN or Inf, the first at {first}",
-                "the weights are damaged; download the shard again",
-            )
+        if not torch.isfinite(values.sum()):
+            check_values(ref, values, 0 if rows is None else (rows.start or 0) * math.prod(ref.shape[1:]))
         return values
 
 

@@ -21,6 +21,7 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from phi4edge import __version__
 from phi4edge.cli.render import emit_error
+from phi4edge.core.disk import full_disk, is_full
 from phi4edge.core.errors import Phi4EdgeError, UsageError, closest
 
 # In the order in which a newcomer meets them; a test holds this table against the files.
@@ -110,9 +111,15 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return fail(Phi4EdgeError("interrupted", "finished work is kept; the same command goes on from there"), 130)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        return fail(full_disk(error.filename or "a file", error) if is_full(error) else _unexpected(error))
     except Exception as error:  # noqa: BLE001  the outermost boundary: anything else is a defect of ours
-        return fail(Phi4EdgeError(f"unexpected {type(error).__name__}: {error}", "-vv shows where"))
+        return fail(_unexpected(error))
     return 0
+
+
+def _unexpected(error: Exception) -> Phi4EdgeError:
+    return Phi4EdgeError(f"unexpected {type(error).__name__}: {error}", "-vv shows where")
 
 
 def entry() -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 __all__ = ["ahead"]
 
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Generator, Iterable
 from queue import Empty, Full, Queue
 from typing import TypeVar
 
@@ -17,7 +17,7 @@ T = TypeVar("T")
 _PATIENCE_S = 0.1  # between two looks at whether the other side gave up
 
 
-def ahead(items: Iterable[T]) -> Iterator[T]:
+def ahead(items: Iterable[T]) -> Generator[T, None, None]:
     """The same items in the same order; an error in ``items`` is raised where its item would have come."""
     handed: Queue[tuple[bool, T | BaseException | None]] = Queue(maxsize=1)
     given_up = threading.Event()

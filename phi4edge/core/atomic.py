@@ -24,6 +24,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from phi4edge.core.disk import full_disk, is_full
 from phi4edge.core.errors import InputError
 
 PARTIAL = ".partial"
@@ -38,9 +39,18 @@ def fsync_directory(path: Path) -> None:
         os.close(descriptor)
 
 
+def _say_if_full(path: Path, error: BaseException) -> None:
+    if isinstance(error, OSError) and is_full(error):
+        raise full_disk(path, error) from error
+
+
 @contextmanager
 def atomic_file(path: Path) -> Iterator[BinaryIO]:
-    """Open ``path`` for writing; it takes its name only when the block ends without an error."""
+    """Open ``path`` for writing; it takes its name only when the block ends without an error.
+
+    Raises:
+        TargetError: the disk is full; what was written is removed.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + PARTIAL)
     try:
@@ -50,8 +60,9 @@ def atomic_file(path: Path) -> Iterator[BinaryIO]:
             os.fsync(file.fileno())
         partial.replace(path)
         fsync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         partial.unlink(missing_ok=True)
+        _say_if_full(path, error)
         raise
 
 
@@ -62,6 +73,9 @@ def atomic_files(paths: Sequence[Path], *, replaced: Sequence[Path] = ()) -> Ite
     The first of them is the one by which the set is opened, so it takes its name last, and where it replaces
     another it goes first: at no instant can a mixture of an old and a new set be opened. ``replaced`` are files of
     an old set to be removed then.
+
+    Raises:
+        TargetError: the disk is full; what was written is removed.
     """
     partial = [path.with_name(path.name + PARTIAL) for path in paths]
     named: list[Path] = []
@@ -87,9 +101,10 @@ def atomic_files(paths: Sequence[Path], *, replaced: Sequence[Path] = ()) -> Ite
         for path in set(replaced) - set(paths):
             path.unlink(missing_ok=True)
         fsync_directory(folder)
-    except BaseException:
+    except BaseException as error:
         for path in (*partial, *named):
             path.unlink(missing_ok=True)
+        _say_if_full(paths[0], error)
         raise
 
 
@@ -110,6 +125,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
 
     Raises:
         InputError: ``path`` exists with something in it and ``replace`` is false.
+        TargetError: the disk is full; what was written is removed.
     """
     if path.exists() and not replace and (not path.is_dir() or any(path.iterdir())):
         raise InputError(f"{path}: already exists", "choose another --out, or pass --force to replace it")
@@ -129,6 +145,7 @@ def atomic_directory(path: Path, *, replace: bool = False) -> Iterator[Path]:
             path.unlink()
         partial.replace(path)
         fsync_directory(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(partial, ignore_errors=True)
+        _say_if_full(path, error)
         raise

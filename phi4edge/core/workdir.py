@@ -24,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 from phi4edge.core.atomic import PARTIAL, write_bytes, write_json
+from phi4edge.core.disk import full_disk, is_full
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.core.hashing import sha256_file, sha256_json
 
@@ -87,13 +88,22 @@ class Workdir:
         os.close(self._lock)
 
     def commit(self, record: dict[str, Any], files: list[str]) -> None:
-        """Append a finished step whose ``files`` (relative names) are already in place under their final names."""
+        """Append a finished step whose ``files`` (relative names) are already in place under their final names.
+
+        Raises:
+            TargetError: the disk is full.
+        """
         whole = {**record, "files": {name: sha256_file(self.path / name) for name in files}}
         line = json.dumps({"record": whole, "check": sha256_json(whole)}, ensure_ascii=False, allow_nan=False) + "\n"
-        with (self.path / JOURNAL).open("ab") as file:
-            file.write(line.encode())
-            file.flush()
-            os.fsync(file.fileno())
+        try:
+            with (self.path / JOURNAL).open("ab") as file:
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            if is_full(error):  # a line cut off is dropped by the next process
+                raise full_disk(self.path / JOURNAL, error) from error
+            raise
         self.records.append(whole)
 
     def drop_after(self, count: int, reason: str) -> None:

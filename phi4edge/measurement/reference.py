@@ -17,7 +17,6 @@ __all__ = ["ReferenceStore", "build_store", "cache_folder", "default_store", "fi
 import fcntl
 import json
 import os
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -33,10 +32,10 @@ from numpy.typing import NDArray
 from phi4edge.checkpoint.index import CheckpointIndex
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import write_bytes, write_json
+from phi4edge.core.disk import require_space
 from phi4edge.core.errors import InputError, ResumeError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_bytes, sha256_file, sha256_json
-from phi4edge.core.memory import format_bytes
 from phi4edge.core.workdir import differences
 from phi4edge.measurement.encoding import (
     StoredChunk,
@@ -297,12 +296,8 @@ def _compute(path: Path, checkpoint: CheckpointReader, text: Chunks, top: int | 
     first, vocab = first_scored(context), checkpoint.config.vocab_size
     size = chunk_bytes(context - 1 - first, vocab, top)
     missing = [i for i in range(count) if not _is_whole(path / _chunk_name(i), size)]
-    free = shutil.disk_usage(path).free
-    if len(missing) * size > free:
-        raise InputError(
-            f"{path}: the store needs {format_bytes(len(missing) * size)}, but {format_bytes(free)} are free",
-            f"give fewer --chunks, free space, or name another place with --store or ${CACHE}",
-        )
+    hint = f"give fewer --chunks, free space, or name another place with --store or ${CACHE}"
+    require_space(path, len(missing) * size, "the store", hint)
     progress.note(f"reference logits: {len(missing)} of {count} chunks to compute, into {path}")
     group = sequences_in_ram(checkpoint, context)
     for start in range(0, len(missing), group):

@@ -106,8 +106,8 @@ class Grid:
         A group whose step is zero stands for ``b`` alone: its codes are the middle ones.
         """
         safe = torch.where(a == 0, torch.ones_like(a), a)
-        codes = torch.round((values - b) / safe).clamp_(self.low, self.high)
-        return torch.where(a == 0, torch.full_like(codes, self.middle if self.scheme.symmetric else 0), codes)
+        codes = (values - b).div_(safe).round_().clamp_(self.low, self.high)
+        return codes.masked_fill_(a == 0, self.middle if self.scheme.symmetric else 0)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Real values of ``codes`` [rows, in_features], float32."""

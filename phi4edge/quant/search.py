@@ -19,6 +19,8 @@ from __future__ import annotations
 
 __all__ = ["search", "search_again"]
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -26,7 +28,9 @@ from phi4edge.quant.grid import Grid, NestedGrid, Params, half, reciprocal
 from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
+_TOGETHER = 1 << 20  # of those, times candidates, computed in one operation
 _REFINEMENTS = 2
+_LANES, _CHAINS, _LINKS = 8, 4, 16  # of torch's sums: float32 in a vector, sums side by side, links without a cascade
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 _REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since
@@ -51,10 +55,16 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
         InputError: a scale exceeds float16.
     """
     rows, groups, size = values.shape
-    weight = _importance(importance, values)
+    weight = None if importance is None else _importance(importance, values)
     step = max(1, _CHUNK // max(groups * size, 1))
+    scratch = _Scratch(max(_TOGETHER, step * groups * size), values.device)
     parts = [
-        _search(grid, values[r : r + step].reshape(-1, size), weight[r : r + step].reshape(-1, size))
+        _search(
+            grid,
+            values[r : r + step].reshape(-1, size),
+            None if weight is None else weight[r : r + step].reshape(-1, size),
+            scratch,
+        )
         for r in range(0, rows, step)
     ]
     return {field: torch.cat([part[field] for part in parts]).reshape(rows, -1) for field in grid.fields}
@@ -76,19 +86,31 @@ def search_again(grid: NestedGrid, params: Params, group: int, values: Tensor, i
     }
 
 
-def _importance(importance: Tensor | None, values: Tensor) -> Tensor:
-    if importance is None:
-        return torch.ones(1, device=values.device).expand_as(values)
+def _importance(importance: Tensor, values: Tensor) -> Tensor:
     # A channel that calibration never excited still counts a little: its weights must stay near.
     floor = importance.mean(-1, keepdim=True) * 1e-4 + torch.finfo(torch.float32).tiny
     return torch.maximum(importance, floor).expand_as(values)
 
 
-def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
+class _Scratch:
+    """Memory for what is computed of all candidates at once: asking for it anew each time costs more than the work."""
+
+    def __init__(self, count: int, device: torch.device) -> None:
+        self._flat = [torch.empty(count, device=device) for _ in range(2)]
+
+    def pair(self, *shape: int) -> tuple[Tensor, Tensor]:
+        """Two tensors of ``shape``, of any content."""
+        count = math.prod(shape)
+        first, second = (flat[:count].reshape(shape) for flat in self._flat)
+        return first, second
+
+
+def _search(grid: Grid, x: Tensor, h: Tensor | None, scratch: _Scratch) -> Params:
+    if grid.scheme.symmetric and not grid.scheme.nested:
+        return {"scales": half(_symmetric(grid, x, h, scratch))}
+    h = torch.ones(1, device=x.device).expand_as(x) if h is None else h
     if isinstance(grid, NestedGrid):
-        return _nested(grid, x, h)
-    if grid.scheme.symmetric:
-        return {"scales": half(_symmetric(grid, x, h))}
+        return _nested(grid, x, h, scratch)
     if grid.scheme.grid == "affine":
         return _with_zero_point(grid, x, h)
     scale, minimum = _with_minimum(grid, x, h)
@@ -99,32 +121,82 @@ def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
     return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-38), torch.zeros_like(numerator))
 
 
-def _symmetric(grid: Grid, x: Tensor, h: Tensor) -> Tensor:
+def _symmetric(grid: Grid, x: Tensor, h: Tensor | None, scratch: _Scratch) -> Tensor:
+    """Steps of the groups ``x`` [n, group_size]: [n]; None for ``h`` weighs all alike."""
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
-    extreme = x.gather(1, x.abs().argmax(1, keepdim=True))  # [n, 1], with its sign
-    hx = h * x
-    best = torch.full_like(extreme, -1.0)
-    scale = torch.zeros_like(extreme)
-
-    def consider(inverse: Tensor) -> None:
-        nonlocal best, scale
-        q = (x * inverse).round_().clamp_(low, high)
-        along = (hx * q).sum(1, keepdim=True)
-        square = (h * q).mul_(q).sum(1, keepdim=True)
-        score = _ratio(along * along, square)  # what the group's error falls by at the best step
+    extreme = _extreme(x)
+    safe = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
+    ends = (low,) if low == -high else (low, high)
+    inverses = torch.stack([end * ratio / safe for ratio in _ratios(grid.scheme) for end in ends])
+    # A group a column, so that sums within a group are over rows, and every operation over long ones.
+    weight = None if h is None else h.T.contiguous()
+    x = x.T.contiguous()
+    hx = x if weight is None else weight * x
+    together = max(1, _TOGETHER // (x.shape[0] * inverses.shape[0]))
+    fits = []
+    for start in range(0, x.shape[1], together):
+        some = slice(start, start + together)
+        part = None if weight is None else weight[:, some]
+        fits.append(_fit(x[:, some], hx[:, some], part, inverses[:, some], low, high, scratch))
+    along, square = (torch.cat(parts, dim=1) for parts in zip(*fits, strict=True))
+    score = _ratio(along * along, square)  # what the group's error falls by at the best step
+    best = score.amax(0)
+    turn = torch.arange(len(score), 0, -1, device=x.device, dtype=torch.float32)[:, None]
+    first = (len(score) - ((score == best) * turn).amax(0, keepdim=True)).long()  # of equals; argmax is slow here
+    scale = _ratio(along.gather(0, first), square.gather(0, first)).squeeze(0)
+    for _ in range(_REFINEMENTS):
+        again = _ratio(torch.ones_like(scale), scale.abs()) * scale.sign()
+        along, square = (found.squeeze(0) for found in _fit(x, hx, weight, again[None], low, high, scratch))
+        score = _ratio(along * along, square)
         better = score > best
         best = torch.where(better, score, best)
         scale = torch.where(better, _ratio(along, square), scale)
+    return torch.where(extreme == 0, torch.zeros_like(scale), scale)
 
-    safe = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
-    for ratio in _ratios(grid.scheme):
-        consider(low * ratio / safe)
-        if low != -high:
-            consider(high * ratio / safe)
-    for _ in range(_REFINEMENTS):
-        consider(_ratio(torch.ones_like(scale), scale.abs()) * scale.sign())
-    scale = scale.squeeze(1)
-    return torch.where(extreme.squeeze(1) == 0, torch.zeros_like(scale), scale)
+
+def _extreme(x: Tensor) -> Tensor:
+    """The value of each row of ``x`` that is furthest from zero, with its sign; the first of equals."""
+    least, most = x.amin(1), x.amax(1)
+    found = torch.where(most > -least, most, least)
+    equal = (most == -least).nonzero().squeeze(1)
+    if equal.numel():
+        rows = x[equal]
+        found[equal] = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
+    return found
+
+
+def _fit(
+    x: Tensor, hx: Tensor, h: Tensor | None, inverses: Tensor, low: float, high: float, scratch: _Scratch
+) -> tuple[Tensor, Tensor]:
+    """Σ h·x·q and Σ h·q² of the codes q that each candidate [candidates, n] gives to ``x`` [group_size, n]."""
+    q, terms = scratch.pair(x.shape[0], *inverses.shape)
+    torch.mul(x[:, None], inverses, out=q).round_().clamp_(low, high)
+    along = _sum(torch.mul(hx[:, None], q, out=terms))
+    return along, _sum(q.square_() if h is None else torch.mul(h[:, None], q, out=terms).mul_(q))
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums over the first axis of [group_size, candidates, n]; overwrites ``values``.
+
+    Added in the order in which torch adds numbers that lie side by side, eight lanes and four chains at a time: which
+    candidate wins does not depend on how groups lie in memory, nor on how wide a machine's vectors are.
+    """
+    size, shape = values.shape[0], values.shape[1:]
+    if size % _LANES or size > _LANES * _CHAINS * _LINKS:
+        return values.permute(1, 2, 0).contiguous().sum(2)
+    lanes = values.reshape(size // _LANES, -1)
+    chains = min(_CHAINS, lanes.shape[0]) if lanes.shape[0] >= _CHAINS else 1
+    whole = lanes.shape[0] // chains * chains if chains > 1 else 1
+    for link in range(chains, whole, chains):
+        lanes[:chains].add_(lanes[link : link + chains])
+    for rest in range(whole, lanes.shape[0]):
+        lanes[0].add_(lanes[rest])
+    for chain in range(1, chains):
+        lanes[0].add_(lanes[chain])
+    total = lanes[0].reshape(_LANES, -1)
+    for lane in range(1, _LANES):
+        total[0].add_(total[lane])
+    return total[0].reshape(shape).clone()
 
 
 def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> Params:
@@ -199,10 +271,10 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
     return scale.squeeze(1), minimum.squeeze(1)
 
 
-def _nested(grid: NestedGrid, x: Tensor, h: Tensor) -> Params:
+def _nested(grid: NestedGrid, x: Tensor, h: Tensor, scratch: _Scratch) -> Params:
     blocks = (-1, grid.scheme.unit // grid.scheme.group_size)
     if grid.scheme.symmetric:
-        a = _symmetric(grid, x, h)
+        a = _symmetric(grid, x, h, scratch)
         b = a * -grid.middle
     else:
         a, b = _with_minimum(grid, x, h)

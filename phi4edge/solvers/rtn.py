@@ -20,6 +20,7 @@ from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = False
+_WEIGHTS = 1 << 17  # rounded at a time: what that needs stays in a core's cache
 
 
 def solve(problem: Problem, options: SolverOptions) -> Solution:
@@ -33,15 +34,23 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     groups = problem.scheme.groups(columns, problem.name)
     grid = grid_for(problem.scheme)
     importance = None if h is None else h.reshape(groups, -1)
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
+    step = max(1, _WEIGHTS // columns)
 
-    def solve_rows(piece: slice) -> tuple[torch.Tensor, Params]:
-        part = W[piece].reshape(-1, groups, columns // groups)
-        params = search(grid, part, importance)
-        a, b = grid.steps(params)
-        return grid.encode(part, a[:, :, None], b[:, :, None]).reshape(-1, columns).to(torch.uint8), params
+    def solve_rows(piece: slice) -> Params:
+        params = search(grid, W[piece].reshape(-1, groups, columns // groups), importance)
+        a, b = (found[:, :, None] for found in grid.steps(params))
+        for start in range(0, piece.stop - piece.start, step):
+            some, rows = (
+                slice(start, start + step),
+                slice(piece.start + start, min(piece.start + start + step, piece.stop)),
+            )
+            part = W[rows].reshape(-1, groups, columns // groups)
+            codes[rows] = grid.encode(part, a[some], b[some]).reshape(-1, columns)
+        return params
 
-    parts = run_parallel([partial(solve_rows, piece) for piece in row_pieces(rows, columns, options.rows)])
-    codes = torch.cat([found for found, _ in parts])
-    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
+    pieces = row_pieces(rows, columns, options.rows)
+    parts = run_parallel([partial(solve_rows, piece) for piece in pieces])
+    params = {field: torch.cat([part[field] for part in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
     return Solution(linear, layer_loss(problem, linear), 0.0)

@@ -10,14 +10,12 @@ from pathlib import Path
 from typing import Any
 
 from phi4edge import __version__
+from phi4edge.checkpoint.digest import digest_file
 from phi4edge.checkpoint.index import CheckpointIndex
-from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import write_json
-from phi4edge.core.hashing import sha256_file
 from phi4edge.core.recipe import CorpusRecipe
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
-_PIECE = 1 << 22  # weights in RAM at a time
 LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
 _READ: dict[str, dict[str, str]] = {}  # hashes of what this process has read, by folder and stamps
 CODE = 2  # raised when the same recipe would give other codes
@@ -56,23 +54,10 @@ def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
         return dict(known["sha256"])
     seen = json.dumps([str(index.folder.resolve()), stamps])
     if seen not in _READ:
-        check_finite(CheckpointReader(index))
-        _READ[seen] = {path.name: sha256_file(path) for path in paths}
+        known_tensors = index.config.tensor_shapes()
+        weights = [ref for name, ref in index.tensors.items() if name in known_tensors]  # packed linears are not
+        _READ[seen] = {path.name: digest_file(path, (r for r in weights if r.path == path)) for path in paths}
     return dict(_READ[seen])
-
-
-def check_finite(checkpoint: CheckpointReader) -> None:
-    """Read every tensor that is there once, a bounded piece at a time; packed linears are not in the index.
-
-    Raises:
-        InputError: a weight is NaN or Inf; the tensor is named.
-    """
-    for name, shape in checkpoint.config.tensor_shapes().items():
-        if name not in checkpoint.index.tensors:
-            continue
-        rows = max(1, _PIECE // max(shape[-1], 1)) if len(shape) > 1 else shape[0]
-        for start in range(0, shape[0], rows):
-            checkpoint.tensor(name, slice(start, min(start + rows, shape[0])))
 
 
 def note_location(index: CheckpointIndex, run: Path, hashes: dict[str, str]) -> None:

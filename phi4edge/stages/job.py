@@ -24,6 +24,7 @@ from phi4edge.core.workdir import RUN_FILE
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer
+from phi4edge.stages.room import check_room
 from phi4edge.stages.selftext import SelfText, load_corpus_of
 from phi4edge.transforms.rotation import foldable, rotated
 from phi4edge.writers._imatrix import Imatrix, read_imatrix
@@ -58,13 +59,13 @@ def prepare(
     progress: Progress = SILENT,
     imatrix: Path | None = None,
 ) -> Job:
-    """Check model, scheme, tokenizer, device, RAM, corpus and imatrix.
+    """Check model, scheme, tokenizer, device, RAM, disk, corpus and imatrix.
 
     ``run`` is where the work will be done; without it, a corpus that the model must write first is not made.
 
     Raises:
         InputError, UsageError: the model, the scheme or the corpus is not usable, or the model cannot be rotated.
-        TargetError: ``ram_budget`` cannot be kept.
+        TargetError: ``ram_budget`` cannot be kept, or there is no room for the run.
         MissingToolError: no such device.
     """
     config, scheme = checkpoint.config, parse_scheme(recipe.scheme)
@@ -80,6 +81,8 @@ def prepare(
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(config, recipe, ram_budget)
     types = _types(config, recipe)
+    if run is not None:
+        check_room(run, config, recipe, memory, lambda linear: types.get(linear, scheme))
     corpus, own = None, None
     if recipe.corpus is not None:
         held_out = recipe.held_out

@@ -13,8 +13,8 @@ from pathlib import Path
 
 from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import read_tensor, stored_dtype
+from phi4edge.core.disk import require_space
 from phi4edge.core.errors import InputError
-from phi4edge.core.memory import format_bytes
 from phi4edge.core.modelcard import UNMEASURED
 from phi4edge.model.source import QuantizedModel
 from phi4edge.writers._safetensors import Piece
@@ -28,18 +28,13 @@ def check_output(model: QuantizedModel, out: Path, nbytes: int) -> None:
     """Refuse a place that would overwrite the base model, or where ``nbytes`` do not fit.
 
     Raises:
-        InputError: such a place.
+        InputError: it would overwrite.
+        TargetError: it is too small.
     """
     source, target = model.checkpoint.index.folder.resolve(), out.resolve()
     if target == source or target in source.parents:
         raise InputError(f"{out}: is, or holds, the base model's own folder", "choose another --out")
-    parent = next(p for p in (target, *target.parents) if p.is_dir())
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise InputError(
-            f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
-            "free space, or choose another --out",
-        )
+    require_space(out, nbytes, "this artifact", "free space, or choose another --out")
 
 
 def copy_side_files(model: QuantizedModel, folder: Path) -> None:

@@ -13,7 +13,6 @@ from __future__ import annotations
 __all__ = ["FORMAT", "SCHEMES", "GgufReader", "matches", "read", "refusal", "write", "write_f16"]
 
 import json
-import shutil
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import prod
@@ -25,9 +24,9 @@ from phi4edge import __version__
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import atomic_files, write_bytes
+from phi4edge.core.disk import require_space
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.hashing import HashedFile, sha256_bytes
-from phi4edge.core.memory import format_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
@@ -109,7 +108,8 @@ def write(model: QuantizedModel, out: Path, options: WriteOptions) -> Artifact:
     """Write the file ``out``; RAM is bounded by one linear.
 
     Raises:
-        InputError: the format cannot hold the model, ``out`` exists, or there is no room for it.
+        InputError: the format cannot hold the model, or ``out`` exists.
+        TargetError: there is no room for it.
     """
     check_held(
         FORMAT, _shape_refusal(model, options), SCHEMES
@@ -131,7 +131,8 @@ def write_f16(checkpoint: CheckpointReader, out: Path, options: WriteOptions, dt
     checkpoint exactly.
 
     Raises:
-        InputError: a value exceeds float16 (the tensor is named), ``out`` exists, or there is no room for it.
+        InputError: a value exceeds float16 (the tensor is named), or ``out`` exists.
+        TargetError: there is no room for it.
     """
     if dtype not in PLAIN:
         raise UsageError(f"dtype {dtype!r} is not one of {', '.join(PLAIN)}")
@@ -253,11 +254,5 @@ def _check_output(out: Path, paths: list[Path], force: bool, nbytes: int) -> lis
     taken = [path for path in (*paths, *old) if path.exists()]
     if taken and not force:
         raise InputError(f"{taken[0]}: already exists", "choose another --out, or pass --force to replace it")
-    parent = next(p for p in out.resolve().parents if p.is_dir())
-    free = shutil.disk_usage(parent).free
-    if nbytes > free:
-        raise InputError(
-            f"{out}: needs {format_bytes(nbytes)}, but {format_bytes(free)} are free",
-            "free space, or choose another --out",
-        )
+    require_space(out, nbytes, "this artifact", "free space, or choose another --out")
     return old
