@@ -6,20 +6,42 @@ __all__ = ["TerminalProgress", "progress_for"]
 
 import sys
 import time
+from collections.abc import Callable
+from datetime import timedelta
 from typing import Any
 
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import BarColumn, MofNCompleteColumn, ProgressColumn, Task, TaskID, TextColumn, TimeElapsedColumn
 from rich.progress import Progress as Bar
+from rich.text import Text
 
+from phi4edge.cli.render import duration
 from phi4edge.core.events import SILENT, Progress
 
 _LOG_SECONDS = 15.0
 _PLAIN: dict[str, Any] = {"markup": False, "soft_wrap": True}
 
 
+class _Left(ProgressColumn):
+    """Seconds left, as the display has them at each refresh."""
+
+    max_refresh = 0.5
+
+    def __init__(self, left: Callable[[], float | None]) -> None:
+        super().__init__()
+        self._left = left
+
+    def render(self, task: Task) -> Text:
+        left = self._left()
+        return Text("-:--:--" if left is None else str(timedelta(seconds=round(left))), style="progress.remaining")
+
+
 class TerminalProgress(Progress):
-    """Blocks or linears done, what is in work, RSS, elapsed and remaining time."""
+    """Blocks or linears done, what is in work, RSS, elapsed and remaining time.
+
+    What is left is what the stage last said, less the time since; a stage that says nothing is taken to go on as it
+    went so far.
+    """
 
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
@@ -27,11 +49,13 @@ class TerminalProgress(Progress):
         self._task: TaskID | None = None
         self._stage, self._unit, self._total, self._done, self._text = "", "", 0, 0, ""
         self._first_done, self._began, self._logged = 0, 0.0, 0.0
+        self._told: tuple[float, float] | None = None  # seconds that were left, and when
 
     def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         """See :class:`Progress`."""
         self._stage, self._unit, self._total, self._done, self._text = stage, unit, total, done, ""
         self._first_done, self._began, self._logged = done, time.monotonic(), time.monotonic()
+        self._told = None
         if not self._console.is_terminal:
             return
         self._bar = Bar(
@@ -41,7 +65,7 @@ class TerminalProgress(Progress):
             TextColumn(unit + "s"),
             TimeElapsedColumn(),
             TextColumn("left"),
-            TimeRemainingColumn(),
+            _Left(self.left),
             TextColumn("{task.fields[status]}"),
             console=self._console,
             transient=False,
@@ -58,12 +82,22 @@ class TerminalProgress(Progress):
         now = time.monotonic()
         if now - self._logged >= _LOG_SECONDS:
             self._logged = now
-            fresh = self._done - self._first_done
-            left = (now - self._began) / fresh * (self._total - self._done)
             counted = f"{self._done}/{self._total} {self._unit}s"
-            self._console.print(
-                f"{self._stage}: {counted}, about {left:.0f} s left · {self._text}", markup=False, soft_wrap=True
-            )
+            left = self.left()
+            assert left is not None  # a unit is done
+            self._console.print(f"{self._stage}: {counted}, about {duration(left)} left · {self._text}", **_PLAIN)
+
+    def remaining(self, seconds: float) -> None:
+        """See :class:`Progress`."""
+        self._told = (seconds, time.monotonic())
+
+    def left(self) -> float | None:
+        """Seconds left, estimated; None before anything is known."""
+        now, fresh = time.monotonic(), self._done - self._first_done
+        if self._told is not None:
+            seconds, when = self._told
+            return max(0.0, seconds - (now - when))
+        return (now - self._began) / fresh * (self._total - self._done) if fresh else None
 
     def status(self, text: str) -> None:
         """See :class:`Progress`."""

@@ -6,7 +6,7 @@ With ``--json`` stdout is one document, ``{"schema": "phi4edge/<command>/1", "ok
 
 from __future__ import annotations
 
-__all__ = ["emit", "emit_error", "emit_failure", "envelope", "failure_document", "table"]
+__all__ = ["duration", "emit", "emit_error", "emit_failure", "envelope", "failure_document", "table"]
 
 import json
 from collections.abc import Sequence
@@ -60,6 +60,14 @@ def emit_error(command: str, error: Phi4EdgeError, *, as_json: bool, code: int) 
     click.echo(f"Error: {error.message}", err=True)
     if error.hint:
         click.echo(f"Hint: {error.hint}", err=True)
+
+
+def duration(seconds: float) -> str:
+    """Seconds as a reader plans with them: 0.4 s, 41 s, 12 min, 3 h 20 min."""
+    if seconds < 99.5:
+        return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
+    minutes = round(seconds / 60)
+    return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:

@@ -36,6 +36,9 @@ class Progress:
     def advance(self, count: int = 1) -> None:
         """``count`` further units of the current stage are finished."""
 
+    def remaining(self, seconds: float) -> None:
+        """From now on the command will take about ``seconds``, estimated; until the stage or the next word ends."""
+
     def status(self, text: str) -> None:
         """What is being worked on right now, a few words."""
 

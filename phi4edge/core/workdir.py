@@ -74,6 +74,8 @@ class Workdir:
         try:
             if restart:
                 _clear(path)
+            for stray in path.glob(f"*{PARTIAL}"):  # of a process that was killed as it wrote
+                stray.unlink()
             _begin(path, dict(inputs))
             records, repaired = _replay(path)
         except BaseException:

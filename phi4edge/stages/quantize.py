@@ -35,6 +35,9 @@ from phi4edge.stages.curvature import Curvatures, measure_curvature
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
+from phi4edge.stages.pace import Pace, PacedProgress
+from phi4edge.stages.predict import predict
+from phi4edge.stages.rates import measure_rates, work_of
 from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
 from phi4edge.stages.stream import CalibrationStream
 from phi4edge.stages.tune import tune
@@ -106,8 +109,12 @@ def plan(
     ram_budget: int | None = None,
     device: str = "cpu",
     imatrix: Path | None = None,
+    out: Path | None = None,
 ) -> dict[str, Any]:
-    """The same checks as :func:`quantize`, and what it would do; writes nothing and reads no weight."""
+    """The same checks as :func:`quantize`, what it would do, and how long that would take (estimated).
+
+    For the estimate a few weights are read, and ``out``'s disk is written to; nothing is left there.
+    """
     job = prepare(open_checkpoint(model), recipe, ram_budget, device, imatrix=imatrix)
     if recipe.mix is not None:
         check_budget(job.checkpoint.config, recipe.mix)
@@ -119,12 +126,14 @@ def plan(
         "linears": config.num_layers * len(LINEARS),
         "codes_bytes": int(config.linear_parameters * job.scheme.bits_per_weight / 8),
         "memory": asdict(job.memory),
+        "time": None if device != "cpu" else predict(work_of(job), measure_rates(job, out or Path())).as_dict(),
     }
 
 
 def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None) -> None:
     config = job.checkpoint.config
     done = intact_blocks(work)
+    progress = _paced(job, work, done, progress)
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
         progress.note(work.repaired)
@@ -150,6 +159,7 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curva
             pending = behind.submit(_commit, work, layer, solved.tensors, record, stream)
             del solved
             release_memory()  # so that what a block leaves behind does not add up
+            progress.block_done()
         if pending is not None:
             pending.result()
     progress.finish()
@@ -164,6 +174,16 @@ def _commit(
     work.commit(record, files)
     if stream is not None:
         stream.forget(layer)
+
+
+def _paced(job: Job, work: Workdir, done: int, shown: Progress) -> PacedProgress:
+    """A display that knows what is left: from what the finished blocks took, or a prediction while there are none."""
+    finished = [float(record["performance"]["seconds"]) for record in work.records[:done]]
+    wanted = shown is not SILENT and job.device == "cpu" and not (finished and job.recipe.tuning is None)
+    prediction = None
+    if wanted:
+        prediction = predict(work_of(job), measure_rates(job, work.path))
+    return PacedProgress(shown, Pace(job.checkpoint.config.num_layers, finished, prediction))
 
 
 def intact_blocks(work: Workdir) -> int:

@@ -1,0 +1,225 @@
+"""How long a quantization will take: its shapes × what this machine was measured to do → seconds, all estimated.
+
+Nothing is measured or read here. What is counted, for a linear [R, n], T tokens of which a share is kept for H:
+
+    forward   2 T R n                 each stream, and norms, attention and activation a sample at a time
+    moments   T n² for H              half of a product; 2 T n² for D, or 2 T R n twice where W D is gathered
+    solve     n³/3 to factor H        R n weights through the loop and the sweeps, which are not products;
+              2 R n² a product        the loop's half, target, each sweep, each loss
+    check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside
+
+A recipe may ask for what has no estimate yet; it is named, and the total is of the rest.
+"""
+
+from __future__ import annotations
+
+__all__ = ["PARTS", "LinearRates", "Prediction", "Rates", "Work", "predict"]
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phi4edge.calibration.parts import share_of_self
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.recipe import Recipe, TuningRecipe
+from phi4edge.quant.scheme import Scheme
+
+PARTS = ("read", "forward", "moments", "solve", "check", "write")  # of a block, as the journal has them
+_EVALUATIONS = 4  # of tuning, on held-out samples
+_STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
+
+
+@dataclass(frozen=True)
+class LinearRates:
+    """What this machine does for one of a block's linears."""
+
+    forward: float  # FLOP/s of x Wᵀ, a sample at a time
+    moments: float  # FLOP/s of H's sum, n² counted a token
+    product: float  # FLOP/s of a product [n, tokens] [tokens, n] that is added up
+    factor: float  # FLOP/s of H's factorisation, n³/3 counted
+    solve: float  # seconds a weight in the solver's and the refinement's loops, products left out
+    nearest: float  # seconds a weight of rounding to nearest, scales searched
+    decode: float  # seconds a weight that codes are made values again
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What this machine was measured to do at a model's shapes."""
+
+    linears: Mapping[str, LinearRates]  # by name within the block
+    norm: float  # seconds a sample
+    attention: float
+    activation: float
+    read: float  # bytes/s of the checkpoint as stored, through what the recipe does to weights
+    check: float  # bytes/s of the checkpoint, looked through for what is not finite, and hashed
+    write: float  # bytes/s to the run's disk, synced, and hashed again
+    sync: float  # seconds a file, however small
+    scratch: float  # bytes/s of activations in files
+    head: float  # seconds a position and word of the vocabulary: KLD and its gradient
+    threads: int
+
+
+@dataclass(frozen=True)
+class Work:
+    """What is to be done."""
+
+    config: ModelConfig
+    recipe: Recipe
+    scheme: Scheme
+    stored_bytes: int  # a weight, in the checkpoint
+    spill: bool  # activations live in files
+    spill_tuning: bool = False  # so do tuning's states
+    keep_graphs: bool = False  # tuning keeps blocks between the way forward and the way back
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Seconds, estimated."""
+
+    blocks: int
+    block: Mapping[str, float]  # of one block, by part
+    linears: tuple[float, ...]  # of one block, by linear in order of use, its reading with it; what is written left out
+    hashing: float  # of the checkpoint, before anything else
+    tuning: float
+    not_estimated: tuple[str, ...]  # what the recipe asks for beside that
+
+    @property
+    def block_seconds(self) -> float:
+        """One block."""
+        return sum(self.block.values())
+
+    @property
+    def seconds(self) -> float:
+        """All that is estimated."""
+        return self.hashing + self.blocks * self.block_seconds + self.tuning
+
+    def as_dict(self) -> dict[str, Any]:
+        """The prediction as a JSON object; every number in it is an estimate and says so."""
+        parts = {"hash": self.hashing, **{part: self.blocks * self.block[part] for part in PARTS}}
+        return {
+            "seconds_estimated": self.seconds,
+            "parts_seconds_estimated": parts | {"tuning": self.tuning},
+            "block_seconds_estimated": self.block_seconds,
+            "not_estimated": list(self.not_estimated),
+        }
+
+
+def predict(work: Work, rates: Rates) -> Prediction:
+    """What ``work`` costs at ``rates``."""
+    config, recipe = work.config, work.recipe
+    shapes = config.linear_shapes
+    weights = sum(out * inp for out, inp in shapes.values())
+    block = dict.fromkeys(PARTS, 0.0)
+    block["read"] = weights * work.stored_bytes / rates.read
+    linears = []
+    for name, shape in shapes.items():
+        found = _linear(recipe, shape, rates.linears[name], rates.threads)
+        linears.append(sum(found.values()) + math.prod(shape) * work.stored_bytes / rates.read)
+        for part, seconds in found.items():
+            block[part] += seconds
+    written = weights * _stored_codes(work.scheme) / 8
+    if recipe.corpus is not None:
+        streams = 2 if recipe.full_precision_targets > 0 else 1
+        samples, residual = recipe.corpus.samples, recipe.corpus.tokens * config.hidden_size * 4
+        between = streams * samples * (4 * rates.norm + rates.attention + rates.activation)
+        if work.spill:
+            widths = 8 * config.hidden_size + 3 * (config.q_size + config.intermediate_size)
+            between += streams * recipe.corpus.tokens * widths * 4 / rates.scratch
+        block["forward"] += between
+        linears = [seconds + between / len(shapes) for seconds in linears]
+        written += streams * residual
+        block["write"] += streams * rates.sync
+    block["write"] += 2 * rates.sync + written / rates.write  # the block's file and its line
+    parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
+    return Prediction(
+        config.num_layers,
+        block,
+        tuple(linears),
+        parameters * work.stored_bytes / rates.check,
+        _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
+        _left_out(recipe),
+    )
+
+
+def _stored_codes(scheme: Scheme) -> float:
+    """Bits a weight in the run directory, where codes of other than four bits take a byte each."""
+    return scheme.bits_per_weight if scheme.bits == 4 else scheme.bits_per_weight - scheme.bits + 8
+
+
+def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads: int) -> dict[str, float]:
+    rows, n = shape
+    nearest = rows * n * rates.nearest
+    if recipe.corpus is None:
+        return {"solve": nearest}
+    length, kept, held = recipe.corpus.sequence_length, recipe.kept, recipe.held_out
+    exact = recipe.full_precision_targets > 0
+    whole = recipe.method != "rtn" or recipe.whole_hessian
+    sample = 2 * length * rows * n / rates.forward  # seconds of one through the linear
+    found = {"forward": (2 if exact else 1) * recipe.corpus.samples * sample}
+    products = 0.0  # of [rows, n] with [n, n], 2 R n² each
+    if whole:
+        found["moments"] = kept * length * n * n / rates.moments
+        products += 1  # the loss
+    if exact and _takes_product(rows, n):
+        found["moments"] += 2 * kept * sample
+    elif exact:
+        found["moments"] += kept * 2 * length * n * n / rates.product
+        products += 1
+    passes = (recipe.sweeps or 2) if recipe.refined else 0
+    products += passes + (1 if recipe.refined else 0)
+    solve = nearest if recipe.method == "rtn" else 0.0
+    if recipe.method != "rtn" or recipe.refined:
+        solve += rows * n * rates.solve
+    if recipe.method != "rtn":
+        products += 0.5
+    if recipe.method != "rtn" or exact:
+        solve += n**3 / 3 / rates.factor
+    if exact:
+        products += 1
+    guarded = recipe.guard and (recipe.method != "rtn" or recipe.whole_hessian)
+    if guarded:
+        found["check"] = held * (4 if exact else 3) * sample
+        solve += nearest
+        products += 1 if whole else 0
+    found["solve"] = solve + products * 2 * rows * n * n / rates.forward
+    return found
+
+
+def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
+    """Teacher, steps and evaluations."""
+    config, recipe = work.config, work.recipe
+    assert recipe.corpus is not None
+    samples, length, layers = recipe.corpus.samples, recipe.corpus.sequence_length, config.num_layers
+    forward, decode, weights = 2 * rates.norm + rates.attention + rates.activation, 0.0, 0
+    for name, (rows, n) in config.linear_shapes.items():
+        forward += 2 * length * rows * n / rates.linears[name].forward
+        decode += rows * n * rates.linears[name].decode
+        weights += rows * n
+    head = length * config.vocab_size * rates.head  # a sample
+    steps = max(1, math.ceil(tuning.passes * recipe.kept / tuning.batch))
+    # Forward, again where it was not kept, and back: once for the inputs and once for the weights.
+    block = tuning.batch * (3 if work.keep_graphs else 4) * forward + (1 if work.keep_graphs else 2) * decode
+    block += 2 * decode  # the weight's gradient, reduced to that of its scales
+    if work.spill_tuning:
+        codes = weights * _stored_codes(work.scheme) / 8
+        state = weights * (work.scheme.bits_per_weight - work.scheme.bits) / 16 * _STATE_BYTES
+        block += 2 * (codes + state) / rates.scratch + state / rates.write + rates.sync
+    teacher = layers * (weights * work.stored_bytes / rates.read + samples * forward)
+    evaluation = recipe.held_out * (layers * forward + head) + layers * decode
+    return teacher + steps * (layers * block + tuning.batch * head) + _EVALUATIONS * evaluation
+
+
+def _left_out(recipe: Recipe) -> tuple[str, ...]:
+    asked = {
+        "choosing types": recipe.mix is not None,
+        "output curvature": recipe.output_curvature > 0,
+        "scaling inputs": recipe.scales_inputs,
+        "learned rounding": recipe.rounding is not None,
+        "text that the model writes": recipe.corpus is not None and share_of_self(recipe.corpus.corpus) > 0,
+    }
+    return tuple(name for name, is_asked in asked.items() if is_asked)
+
+
+def _takes_product(rows: int, n: int) -> bool:
+    return False

@@ -1,0 +1,261 @@
+"""What this machine does at a model's shapes, measured in seconds: a few pieces of each kind of work, run for real.
+
+Products are measured on the widths that the model has, with fewer rows (what a row costs does not hang on how many
+there are); H, D and the factorisation on at most 4,096 channels; the solver on the rows that its threads take at a time
+and a few hundred columns. The checkpoint is read at places drawn anew each time, so that a second measurement does not
+find what the first one left in the page cache; what is written to the run's disk has no name and is gone at once.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Clock", "measure_rates", "work_of"]
+
+import hashlib
+import os
+import random
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F  # noqa: N812
+from torch import Tensor
+
+from phi4edge.calibration.budget import TUNING_LOGIT_BYTES
+from phi4edge.calibration.statistics import InputMoments
+from phi4edge.calibration.store import ActivationStore
+from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.core.errors import InputError
+from phi4edge.core.registry import load as load_plugin
+from phi4edge.distillation.loss import Head
+from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
+from phi4edge.model.rope import rotary_table
+from phi4edge.quant.parallel import row_pieces
+from phi4edge.solvers import gptq, rtn
+from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._refine import refine
+from phi4edge.stages.job import Job
+from phi4edge.stages.predict import LinearRates, Rates, Work
+
+Clock = Callable[[], float]
+
+_WIDEST = 4096  # channels of a Hessian that is measured
+_VALUES = 2**23  # weights of a product that is measured
+_SOLVED = 2**21  # weights that the solver is measured on
+_LONG, _REPEATED = 0.2, 0.03  # seconds after which once is enough; spent on what is shorter
+_DATA_FREE_ROWS = 512  # tokens in a product that nobody asks for
+_WRITTEN = 2**25  # bytes
+_READS = 3  # tensors
+_VOCABULARY = 8192  # words of a head that is measured
+
+
+def measure_rates(job: Job, folder: Path, clock: Clock = time.perf_counter) -> Rates:
+    """Rates for ``job``, whose run would lie in ``folder`` (which need not be there yet).
+
+    ``clock`` gives seconds: those of a wall, or of this process's CPUs where the machine is shared.
+
+    Raises:
+        InputError: the disk cannot be written to.
+    """
+    with torch.inference_mode():
+        return _Measurement(job, folder, clock).rates()
+
+
+def work_of(job: Job) -> Work:
+    """What ``job`` has to do, in the terms of a prediction."""
+    stored = job.checkpoint.stored_dtype(f"model.layers.0.{LINEARS[0]}.weight").itemsize
+    memory = job.memory
+    return Work(
+        job.checkpoint.config, job.recipe, job.scheme, stored, memory.spill, memory.spill_tuning, memory.keep_graphs
+    )
+
+
+@dataclass
+class _Drawn:
+    """The head of an invented model."""
+
+    config: ModelConfig
+
+    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
+        assert rows is not None
+        return torch.full((rows.stop - rows.start, self.config.hidden_size), 0.01)
+
+
+class _Measurement:
+    def __init__(self, job: Job, folder: Path, clock: Clock) -> None:
+        self._job, self._recipe, self._config = job, job.recipe, job.checkpoint.config
+        self._clock = clock
+        while not folder.is_dir():
+            folder = folder.parent
+        self._folder = folder
+        self._generator = torch.Generator().manual_seed(0)
+        corpus = job.recipe.corpus
+        self._length = corpus.sequence_length if corpus is not None else _DATA_FREE_ROWS
+
+    def rates(self) -> Rates:
+        config, length = self._config, self._length
+        by_width: dict[int, tuple[float, float, float]] = {}
+        linears = {}
+        for name, (rows, n) in config.linear_shapes.items():
+            if self._recipe.corpus is not None and n not in by_width:
+                by_width[n] = self._squares(n)
+            moments, product, factor = by_width.get(n, (1.0, 1.0, 1.0))
+            forward = self._forward(rows, n)
+            solve, nearest, decode = self._solver(name, rows, n, forward)
+            linears[name] = LinearRates(forward, moments, product, factor, solve, nearest, decode)
+        norm = attention = activation = scratch = head = 0.0
+        if self._recipe.corpus is not None:
+            hidden = self._draw(1, length, config.hidden_size)
+            gain = torch.ones(config.hidden_size)
+            norm = self._seconds(lambda: rms_norm(hidden, gain, config.rms_norm_eps))
+            qkv = self._draw(1, length, config.q_size + 2 * config.kv_size)
+            rotary = rotary_table(config.rope, length)
+            attention = self._seconds(lambda: o_input(qkv, rotary, config))
+            gate_up = self._draw(1, length, 2 * config.intermediate_size)
+            activation = self._seconds(lambda: down_input(gate_up))
+            memory = self._job.memory
+            scratch = self._scratch() if memory.spill or memory.spill_tuning else 1.0
+            head = self._head() if self._recipe.tuning is not None else 0.0
+        read, check = self._read()
+        write, sync = self._write()
+        threads = torch.get_num_threads()
+        return Rates(linears, norm, attention, activation, read, check, write, sync, scratch, head, threads)
+
+    # --- computing -------------------------------------------------------------------------------------------
+
+    def _draw(self, *shape: int) -> Tensor:
+        return torch.randn(shape, generator=self._generator)
+
+    def _seconds(self, call: Callable[[], object]) -> float:
+        """Median seconds of ``call``; a long one is made once."""
+        spent: list[float] = []
+        while sum(spent) < _REPEATED or len(spent) < 3:
+            began = self._clock()
+            call()
+            spent.append(self._clock() - began)
+            if spent[0] > _LONG:
+                break
+        spent = spent[1:] or spent  # the first call finds nothing ready
+        return max(sorted(spent)[len(spent) // 2], 1e-9)
+
+    def _forward(self, rows: int, n: int) -> float:
+        x, rows = self._draw(1, self._length, n), min(rows, max(256, _VALUES // n))
+        weight = self._draw(rows, n)
+        return 2 * self._length * rows * n / self._seconds(lambda: F.linear(x, weight))
+
+    def _squares(self, n: int) -> tuple[float, float, float]:
+        """Rates of H's sum, of D's and of the factorisation."""
+        n, length = min(n, _WIDEST), self._length
+        x, away = self._draw(1, length, n), self._draw(length, n)
+        moments = InputMoments(n, full=True)
+        summed = length * n * n / self._seconds(lambda: moments.add(x))
+        D = torch.zeros(n, n)
+        product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
+        D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
+        problem = Problem("measured", D[:1], D, replace(self._job.scheme, group_size=n), None)
+        options = SolverOptions(self._recipe.damp_percent)
+        return summed, product, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
+
+    def _solver(self, name: str, rows: int, n: int, forward: float) -> tuple[float, float, float]:
+        """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""
+        scheme = self._job.scheme_of(f"model.layers.0.{name}")
+        piece = row_pieces(rows, n)[0].stop
+        together = piece * min(torch.get_num_threads(), -(-rows // piece))
+        unit = scheme.unit if scheme.unit > 0 else 128
+        columns = min(n, max(unit, _SOLVED // together // unit * unit))
+        W = self._draw(together, columns)
+        mean_square = self._draw(columns).square() + 0.1
+        count = together * columns
+        recipe = self._recipe
+        options = SolverOptions(
+            recipe.damp_percent,
+            recipe.act_order,
+            rows=piece,
+            refit=recipe.refit,
+            sweeps=recipe.sweeps,
+            group_aware=recipe.group_aware,
+        )
+        known = mean_square if recipe.corpus is not None else None
+        rounding = Problem(name, W, None, scheme, known)
+        nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
+        solution = rtn.solve(rounding, options)
+        decode = self._seconds(solution.linear.dequantize) / count
+        if recipe.corpus is None or (recipe.method == "rtn" and not recipe.refined):
+            return 0.0, nearest, decode
+        x = self._draw(4 * columns, columns)
+        H = (x.T @ x / x.shape[0]).add_(torch.diag(mean_square))
+        problem = Problem(name, W, H, scheme, None)
+        solver = load_plugin("phi4edge.solvers", recipe.method)
+
+        def solve() -> Solution:
+            return refine(problem, solver.solve(problem, options), options)
+
+        passes = (recipe.sweeps or 2) + 1 if recipe.refined else 0
+        products = 2 * together * columns**2 * (1.5 + passes) / forward  # counted apart, as they grow with n²
+        seconds = self._seconds(solve)
+        return max(seconds - products, 0.2 * seconds) / count, nearest, decode
+
+    def _head(self) -> float:
+        config = replace(self._config, vocab_size=min(self._config.vocab_size, _VOCABULARY))
+        share = config.vocab_size / self._config.vocab_size
+        head = Head(_Drawn(config), "head", torch.bfloat16, int(TUNING_LOGIT_BYTES * share))
+        hidden, other = self._draw(2, self._length, config.hidden_size).unbind()
+        seconds = self._seconds(lambda: head.divergence(hidden, other, gradient=True))
+        return seconds / (self._length * config.vocab_size)
+
+    # --- disks -----------------------------------------------------------------------------------------------
+
+    def _read(self) -> tuple[float, float]:
+        """Bytes/s of the checkpoint through the recipe's source, and as it is looked through and hashed."""
+        checkpoint, source = self._job.checkpoint, self._job.source
+        draw = random.SystemRandom()
+        nbytes, reading, checking = 0, 0.0, 0.0
+        for _ in range(_READS):
+            name = f"model.layers.{draw.randrange(self._config.num_layers)}.{LINEARS[1]}.weight"
+            nbytes += checkpoint.index.tensors[name].nbytes
+            began = self._clock()
+            source.tensor(name)
+            read = self._clock()
+            reading += read - began
+            data = checkpoint.tensor(name).to(checkpoint.stored_dtype(name)).view(torch.uint8).numpy()
+            hashlib.sha256(data.data).digest()
+            checking += self._clock() - read
+        return nbytes / max(reading, 1e-9), nbytes / max(checking, 1e-9)
+
+    def _write(self) -> tuple[float, float]:
+        """Bytes/s of a file that is written, synced and hashed; seconds of one that holds nothing to speak of."""
+        data = bytes(_WRITTEN)
+        try:
+            sync = min(self._written(b"\0") for _ in range(3))
+            whole = self._written(data)
+        except OSError as error:
+            raise InputError(
+                f"{self._folder}: cannot be written to ({error.strerror})", "choose another --out"
+            ) from error
+        began = self._clock()
+        hashlib.sha256(data).digest()
+        return _WRITTEN / max(whole - sync + self._clock() - began, 1e-9), sync
+
+    def _written(self, data: bytes) -> float:
+        began = self._clock()
+        with tempfile.TemporaryFile(dir=self._folder) as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        return self._clock() - began
+
+    def _scratch(self) -> float:
+        length = max(2, _WRITTEN // (4 * self._config.hidden_size * 4))
+        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
+            store = ActivationStore(4, length, self._config.hidden_size, Path(folder) / "measured")
+            values = torch.zeros(1, length, self._config.hidden_size)
+            began = self._clock()
+            for i in range(4):
+                store.write(i, values)
+            for i in range(4):
+                store.read(i, i + 1)
+            seconds = self._clock() - began
+            store.close()
+        return 2 * store.nbytes / max(seconds, 1e-9)
