@@ -19,7 +19,7 @@ from phi4edge.stages.job import prepare
 from phi4edge.stages.pace import Pace, PacedProgress
 from phi4edge.stages.predict import LinearRates, Prediction, Rates, Work, predict
 from phi4edge.stages.quantize import plan, quantize
-from phi4edge.stages.rates import measure_rates, work_of
+from phi4edge.stages.rates import estimate, estimate_shapes
 
 NEVER = 1e30  # a rate so high that its part takes no time
 FREE = LinearRates(NEVER, NEVER, NEVER, NEVER, 0.0, 0.0, 0.0)
@@ -102,7 +102,10 @@ def test_what_has_no_estimate_is_named_and_nothing_is_called_measured() -> None:
 # --- what the display says -----------------------------------------------------------------------------------
 
 # Seconds of the 30 blocks of a real run: SmolLM2-135M as Phi-3, GPTQ at default effort, 32 × 512 tokens.
-RECORDED: list[float] = []
+RECORDED = [
+    8.4, 8.0, 7.5, 7.4, 7.7, 8.4, 8.7, 8.5, 7.6, 7.3, 7.7, 7.0, 7.2, 7.6, 8.5,
+    8.6, 10.7, 7.8, 7.7, 7.5, 7.8, 7.4, 9.1, 10.2, 7.9, 7.7, 8.5, 8.3, 8.1, 7.9,
+]  # fmt: skip
 
 
 class _Clock:
@@ -115,6 +118,12 @@ class _Clock:
 def prediction(block: float, tuning: float = 0.0) -> Prediction:
     shares = {"read": 0.1 * block, "solve": 0.8 * block, "write": 0.1 * block}
     return Prediction(30, shares, (0.3 * block, 0.1 * block, 0.3 * block, 0.2 * block), 0.0, tuning, ())
+
+
+def test_after_two_blocks_the_rest_of_a_recorded_run_is_foretold() -> None:
+    for done in range(2, 29):
+        left = Pace(30, RECORDED[:done], None, _Clock()).remaining()
+        assert left == pytest.approx(sum(RECORDED[done:]), rel=0.25), done
 
 
 def test_before_the_first_block_the_prediction_is_scaled_by_what_was_measured() -> None:
@@ -171,12 +180,19 @@ def test_a_small_run_takes_about_as_long_as_predicted(tmp_path: Path) -> None:
     text = str(Path(__file__).with_name("support.py"))
     recipe = Recipe(corpus=CorpusRecipe(text, 16, 128), scheme="q4_0", full_precision_targets=0.5, refit=True, sweeps=3)
     job = prepare(open_checkpoint(model), recipe, None, "cpu")
-    predicted = predict(work_of(job), measure_rates(job, tmp_path / "run", time.process_time))
+    predicted = estimate(job, tmp_path / "run", time.process_time)
     assert not (tmp_path / "run").exists()
     began = time.process_time()
     quantize(model, recipe, tmp_path / "run")
     took = time.process_time() - began
     assert 0.4 * took < predicted.seconds < 2.5 * took
+
+
+def test_shapes_alone_are_enough_but_for_reading(tmp_path: Path) -> None:
+    found = estimate_shapes(CONFIG, replace(PLAIN, tuning=TuningRecipe()), tmp_path / "run")
+    assert found.tuning > 0
+    assert found.block["read"] == found.hashing == 0
+    assert found.not_estimated == ("reading the checkpoint",)
 
 
 def test_a_plan_says_how_long_and_leaves_nothing(phi4_checkpoint: Path, tmp_path: Path) -> None:

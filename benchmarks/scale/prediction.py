@@ -57,17 +57,15 @@ def measure(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str, 
     from phi4edge.core.recipe import CorpusRecipe, solving_recipe
     from phi4edge.stages.job import prepare
     from phi4edge.stages.pace import Pace
-    from phi4edge.stages.predict import predict
     from phi4edge.stages.quantize import quantize
-    from phi4edge.stages.rates import measure_rates, work_of
+    from phi4edge.stages.rates import estimate
 
     corpus = CorpusRecipe(arguments.corpus, arguments.samples, arguments.sequence_length)
     settings = {"scheme": arguments.scheme, "effort": arguments.effort, "tune_passes": arguments.tune_passes}
     recipe = solving_recipe(settings, corpus)
     job = prepare(open_checkpoint(model), recipe, None, "cpu")
     predicted = {
-        name: predict(work_of(job), measure_rates(job, out, clock))
-        for name, clock in (("wall", time.perf_counter), ("cpu", time.process_time))
+        name: estimate(job, out, clock) for name, clock in (("wall", time.perf_counter), ("cpu", time.process_time))
     }
     recorder = Recorder()
     began = {"wall": time.monotonic(), "cpu": time.process_time()}

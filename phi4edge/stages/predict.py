@@ -138,7 +138,7 @@ def predict(work: Work, rates: Rates) -> Prediction:
         tuple(linears),
         parameters * work.stored_bytes / rates.check,
         _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
-        _left_out(recipe),
+        _left_out(recipe, rates),
     )
 
 
@@ -210,8 +210,9 @@ def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
     return teacher + steps * (layers * block + tuning.batch * head) + _EVALUATIONS * evaluation
 
 
-def _left_out(recipe: Recipe) -> tuple[str, ...]:
+def _left_out(recipe: Recipe, rates: Rates) -> tuple[str, ...]:
     asked = {
+        "reading the checkpoint": math.isinf(rates.read),
         "choosing types": recipe.mix is not None,
         "output curvature": recipe.output_curvature > 0,
         "scaling inputs": recipe.scales_inputs,

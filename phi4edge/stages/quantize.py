@@ -36,8 +36,7 @@ from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.pace import Pace, PacedProgress
-from phi4edge.stages.predict import predict
-from phi4edge.stages.rates import measure_rates, work_of
+from phi4edge.stages.rates import estimate
 from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
 from phi4edge.stages.stream import CalibrationStream
 from phi4edge.stages.tune import tune
@@ -126,7 +125,7 @@ def plan(
         "linears": config.num_layers * len(LINEARS),
         "codes_bytes": int(config.linear_parameters * job.scheme.bits_per_weight / 8),
         "memory": asdict(job.memory),
-        "time": None if device != "cpu" else predict(work_of(job), measure_rates(job, out or Path())).as_dict(),
+        "time": None if device != "cpu" else estimate(job, out or Path()).as_dict(),
     }
 
 
@@ -182,7 +181,7 @@ def _paced(job: Job, work: Workdir, done: int, shown: Progress) -> PacedProgress
     wanted = shown is not SILENT and job.device == "cpu" and not (finished and job.recipe.tuning is None)
     prediction = None
     if wanted:
-        prediction = predict(work_of(job), measure_rates(job, work.path))
+        prediction = estimate(job, work.path)
     return PacedProgress(shown, Pace(job.checkpoint.config.num_layers, finished, prediction))
 
 

@@ -8,11 +8,13 @@ find what the first one left in the page cache; what is written to the run's dis
 
 from __future__ import annotations
 
-__all__ = ["Clock", "measure_rates", "work_of"]
+__all__ = ["Clock", "estimate", "estimate_shapes", "measure_rates", "work_of"]
 
 import hashlib
+import math
 import os
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,21 +25,25 @@ import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from phi4edge.calibration.budget import TUNING_LOGIT_BYTES
+from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, MemoryPlan, plan_memory
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.errors import InputError
+from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
 from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
 from phi4edge.model.rope import rotary_table
+from phi4edge.model.source import WeightSource
 from phi4edge.quant.parallel import row_pieces
+from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
 from phi4edge.stages.job import Job
-from phi4edge.stages.predict import LinearRates, Rates, Work
+from phi4edge.stages.predict import LinearRates, Prediction, Rates, Work, predict
 
 Clock = Callable[[], float]
 
@@ -48,28 +54,44 @@ _LONG, _REPEATED = 0.2, 0.03  # seconds after which once is enough; spent on wha
 _DATA_FREE_ROWS = 512  # tokens in a product that nobody asks for
 _WRITTEN = 2**25  # bytes
 _READS = 3  # tensors
+_PUBLISHED = 2  # bytes a weight, where no checkpoint says: bfloat16
 _VOCABULARY = 8192  # words of a head that is measured
 
 
-def measure_rates(job: Job, folder: Path, clock: Clock = time.perf_counter) -> Rates:
-    """Rates for ``job``, whose run would lie in ``folder`` (which need not be there yet).
+def estimate(job: Job, folder: Path, clock: Clock = time.perf_counter) -> Prediction:
+    """How long ``job`` will take on this machine, its run in ``folder`` (which need not be there yet).
 
     ``clock`` gives seconds: those of a wall, or of this process's CPUs where the machine is shared.
 
     Raises:
         InputError: the disk cannot be written to.
     """
-    with torch.inference_mode():
-        return _Measurement(job, folder, clock).rates()
-
-
-def work_of(job: Job) -> Work:
-    """What ``job`` has to do, in the terms of a prediction."""
     stored = job.checkpoint.stored_dtype(f"model.layers.0.{LINEARS[0]}.weight").itemsize
-    memory = job.memory
-    return Work(
-        job.checkpoint.config, job.recipe, job.scheme, stored, memory.spill, memory.spill_tuning, memory.keep_graphs
-    )
+    work = work_of(job.checkpoint.config, job.recipe, job.scheme, stored, job.memory)
+    return predict(work, measure_rates(work, folder, job.checkpoint, job.source, clock))
+
+
+def estimate_shapes(config: ModelConfig, recipe: Recipe, folder: Path) -> Prediction:
+    """The same for a model of which no weight is at hand: reading it is left out, and said to be."""
+    work = work_of(config, recipe, parse_scheme(recipe.scheme), _PUBLISHED, plan_memory(config, recipe, None))
+    return predict(work, measure_rates(work, folder))
+
+
+def work_of(config: ModelConfig, recipe: Recipe, scheme: Scheme, stored: int, memory: MemoryPlan) -> Work:
+    """What a recipe has to do, in the terms of a prediction; ``stored`` is bytes a weight."""
+    return Work(config, recipe, scheme, stored, memory.spill, memory.spill_tuning, memory.keep_graphs)
+
+
+def measure_rates(
+    work: Work,
+    folder: Path,
+    checkpoint: CheckpointReader | None = None,
+    source: WeightSource | None = None,
+    clock: Clock = time.perf_counter,
+) -> Rates:
+    """Rates for ``work``; without a checkpoint, reading takes no time."""
+    with torch.inference_mode():
+        return _Measurement(work, folder, clock).rates(checkpoint, source)
 
 
 @dataclass
@@ -84,17 +106,17 @@ class _Drawn:
 
 
 class _Measurement:
-    def __init__(self, job: Job, folder: Path, clock: Clock) -> None:
-        self._job, self._recipe, self._config = job, job.recipe, job.checkpoint.config
+    def __init__(self, work: Work, folder: Path, clock: Clock) -> None:
+        self._work, self._recipe, self._config = work, work.recipe, work.config
         self._clock = clock
         while not folder.is_dir():
             folder = folder.parent
         self._folder = folder
         self._generator = torch.Generator().manual_seed(0)
-        corpus = job.recipe.corpus
+        corpus = work.recipe.corpus
         self._length = corpus.sequence_length if corpus is not None else _DATA_FREE_ROWS
 
-    def rates(self) -> Rates:
+    def rates(self, checkpoint: CheckpointReader | None, source: WeightSource | None) -> Rates:
         config, length = self._config, self._length
         by_width: dict[int, tuple[float, float, float]] = {}
         linears = {}
@@ -103,7 +125,7 @@ class _Measurement:
                 by_width[n] = self._squares(n)
             moments, product, factor = by_width.get(n, (1.0, 1.0, 1.0))
             forward = self._forward(rows, n)
-            solve, nearest, decode = self._solver(name, rows, n, forward)
+            solve, nearest, decode = self._solver(rows, n, forward)
             linears[name] = LinearRates(forward, moments, product, factor, solve, nearest, decode)
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
@@ -115,10 +137,11 @@ class _Measurement:
             attention = self._seconds(lambda: o_input(qkv, rotary, config))
             gate_up = self._draw(1, length, 2 * config.intermediate_size)
             activation = self._seconds(lambda: down_input(gate_up))
-            memory = self._job.memory
-            scratch = self._scratch() if memory.spill or memory.spill_tuning else 1.0
+            scratch = self._scratch() if self._work.spill or self._work.spill_tuning else 1.0
             head = self._head() if self._recipe.tuning is not None else 0.0
-        read, check = self._read()
+        read, check = math.inf, math.inf
+        if checkpoint is not None and source is not None:
+            read, check = self._read(checkpoint, source)
         write, sync = self._write()
         threads = torch.get_num_threads()
         return Rates(linears, norm, attention, activation, read, check, write, sync, scratch, head, threads)
@@ -154,13 +177,13 @@ class _Measurement:
         D = torch.zeros(n, n)
         product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
-        problem = Problem("measured", D[:1], D, replace(self._job.scheme, group_size=n), None)
+        problem = Problem("measured", D[:1], D, replace(self._work.scheme, group_size=n), None)
         options = SolverOptions(self._recipe.damp_percent)
         return summed, product, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
-    def _solver(self, name: str, rows: int, n: int, forward: float) -> tuple[float, float, float]:
+    def _solver(self, rows: int, n: int, forward: float) -> tuple[float, float, float]:
         """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""
-        scheme = self._job.scheme_of(f"model.layers.0.{name}")
+        scheme = self._work.scheme
         piece = row_pieces(rows, n)[0].stop
         together = piece * min(torch.get_num_threads(), -(-rows // piece))
         unit = scheme.unit if scheme.unit > 0 else 128
@@ -178,7 +201,7 @@ class _Measurement:
             group_aware=recipe.group_aware,
         )
         known = mean_square if recipe.corpus is not None else None
-        rounding = Problem(name, W, None, scheme, known)
+        rounding = Problem("measured", W, None, scheme, known)
         nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
         solution = rtn.solve(rounding, options)
         decode = self._seconds(solution.linear.dequantize) / count
@@ -186,7 +209,7 @@ class _Measurement:
             return 0.0, nearest, decode
         x = self._draw(4 * columns, columns)
         H = (x.T @ x / x.shape[0]).add_(torch.diag(mean_square))
-        problem = Problem(name, W, H, scheme, None)
+        problem = Problem("measured", W, H, scheme, None)
         solver = load_plugin("phi4edge.solvers", recipe.method)
 
         def solve() -> Solution:
@@ -207,9 +230,8 @@ class _Measurement:
 
     # --- disks -----------------------------------------------------------------------------------------------
 
-    def _read(self) -> tuple[float, float]:
+    def _read(self, checkpoint: CheckpointReader, source: WeightSource) -> tuple[float, float]:
         """Bytes/s of the checkpoint through the recipe's source, and as it is looked through and hashed."""
-        checkpoint, source = self._job.checkpoint, self._job.source
         draw = random.SystemRandom()
         nbytes, reading, checking = 0, 0.0, 0.0
         for _ in range(_READS):
@@ -226,7 +248,7 @@ class _Measurement:
 
     def _write(self) -> tuple[float, float]:
         """Bytes/s of a file that is written, synced and hashed; seconds of one that holds nothing to speak of."""
-        data = bytes(_WRITTEN)
+        data = bytes(self._room())
         try:
             sync = min(self._written(b"\0") for _ in range(3))
             whole = self._written(data)
@@ -236,7 +258,11 @@ class _Measurement:
             ) from error
         began = self._clock()
         hashlib.sha256(data).digest()
-        return _WRITTEN / max(whole - sync + self._clock() - began, 1e-9), sync
+        return len(data) / max(whole - sync + self._clock() - began, 1e-9), sync
+
+    def _room(self) -> int:
+        """Bytes to write for a measurement: little beside what is free, so that no run fails for it."""
+        return max(1, min(_WRITTEN, shutil.disk_usage(self._folder).free // 16))
 
     def _written(self, data: bytes) -> float:
         began = self._clock()
@@ -247,7 +273,7 @@ class _Measurement:
         return self._clock() - began
 
     def _scratch(self) -> float:
-        length = max(2, _WRITTEN // (4 * self._config.hidden_size * 4))
+        length = max(1, self._room() // (4 * self._config.hidden_size * 4))
         with tempfile.TemporaryDirectory(dir=self._folder) as folder:
             store = ActivationStore(4, length, self._config.hidden_size, Path(folder) / "measured")
             values = torch.zeros(1, length, self._config.hidden_size)
