@@ -22,7 +22,7 @@ from phi4edge.stages.quantize import plan, quantize
 from phi4edge.stages.rates import estimate, estimate_shapes
 
 NEVER = 1e30  # a rate so high that its part takes no time
-FREE = LinearRates(NEVER, NEVER, NEVER, NEVER, 0.0, 0.0, 0.0)
+FREE = LinearRates(NEVER, NEVER, NEVER, NEVER, NEVER, 0.0, 0.0, 0.0)
 CONFIG = parse_config(tiny_config(num_hidden_layers=3))
 SHAPES = CONFIG.linear_shapes
 WEIGHTS = sum(rows * n for rows, n in SHAPES.values())
@@ -32,7 +32,7 @@ PLAIN = Recipe(corpus=CORPUS, scheme="w4g32")
 
 def rates(linear: LinearRates = FREE, **changes: float) -> Rates:
     """Rates of a machine that does everything at once, but for what is named."""
-    free = Rates(dict.fromkeys(LINEARS, linear), 0, 0, 0, NEVER, NEVER, NEVER, 0, NEVER, 0, 2)
+    free = Rates(dict.fromkeys(LINEARS, linear), 0, 0, 0, NEVER, NEVER, NEVER, NEVER, 0, NEVER, 0, 2)
     return replace(free, **changes)
 
 
@@ -46,7 +46,8 @@ def test_parts_are_shapes_over_rates() -> None:
     assert seconds["forward"] == pytest.approx(16 * (32 * products + 4 * 0.5))
     assert seconds["check"] == pytest.approx(2 * 32 * 3 * products)
     squares = sum(2 * rows * n * n for rows, n in SHAPES.values()) / 1e6
-    assert seconds["solve"] == pytest.approx(2.5 * squares)  # the loop's half, and a loss for each candidate
+    dense = predict(work(), rates(replace(FREE, dense=1e6))).block
+    assert dense["solve"] == pytest.approx(2.5 * squares)  # the loop's half, and a loss for each candidate
     assert predict(work(), rates(replace(FREE, moments=1e6))).block["moments"] == pytest.approx(
         14 * 32 * sum(n * n for _, n in SHAPES.values()) / 1e6
     )
@@ -57,12 +58,20 @@ def test_parts_are_shapes_over_rates() -> None:
         WEIGHTS * 1.1e-3
     )
     assert predict(work(), rates(read=1e6)).block["read"] == pytest.approx(2 * WEIGHTS / 1e6)
+
+
+def test_codes_are_written_and_weights_are_fetched_behind_the_computing() -> None:
     codes, residual = 4.5 * WEIGHTS / 8, 16 * 32 * 64 * 4
-    assert predict(work(), rates(write=1e6)).block["write"] == pytest.approx((codes + residual) / 1e6)
+    alone = predict(work(), rates(write=1e6, disk=1e6)).block
+    assert alone["write"] == pytest.approx((codes + residual) / 1e6)  # there is nothing to hide behind
+    assert alone["read"] == pytest.approx(2 * WEIGHTS / 1e6)
+    hidden = predict(work(), rates(replace(FREE, forward=1e6), write=1e6, disk=1e6)).block
+    assert hidden["write"] == pytest.approx(residual / 1e6)
+    assert hidden["read"] == 0
 
 
 def test_a_second_stream_sweeps_and_files_cost_what_they_add() -> None:
-    only_forward = rates(replace(FREE, forward=1e6))
+    only_forward = rates(replace(FREE, forward=1e6, dense=1e6))
     one = predict(work(), only_forward).block
     two = predict(work(replace(PLAIN, full_precision_targets=0.5)), only_forward).block
     assert two["forward"] == pytest.approx(2 * one["forward"])

@@ -8,6 +8,9 @@ Nothing is measured or read here. What is counted, for a linear [R, n], T tokens
               2 R n² a product        the loop's half, target, each sweep, each loss
     check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside
 
+A block is written behind the next one, and the next weights are fetched from the disk meanwhile: either costs what it
+takes longer than the computing. What is left of reading is a copy and what the recipe does to weights.
+
 A recipe may ask for what has no estimate yet; it is named, and the total is of the rest.
 """
 
@@ -21,6 +24,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge.calibration.parts import share_of_self
+from phi4edge.calibration.statistics import takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import Recipe, TuningRecipe
 from phi4edge.quant.scheme import Scheme
@@ -34,7 +38,8 @@ _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 class LinearRates:
     """What this machine does for one of a block's linears."""
 
-    forward: float  # FLOP/s of x Wᵀ, a sample at a time
+    forward: float  # FLOP/s of x Wᵀ, a sample at a time, as the recipe computes
+    dense: float  # FLOP/s of the solver's products, [rows, n] [n, n], float32
     moments: float  # FLOP/s of H's sum, n² counted a token
     product: float  # FLOP/s of a product [n, tokens] [tokens, n] that is added up
     factor: float  # FLOP/s of H's factorisation, n³/3 counted
@@ -51,7 +56,8 @@ class Rates:
     norm: float  # seconds a sample
     attention: float
     activation: float
-    read: float  # bytes/s of the checkpoint as stored, through what the recipe does to weights
+    read: float  # bytes/s of the checkpoint as stored, from the page cache through what the recipe does to weights
+    disk: float  # bytes/s of the checkpoint into the page cache
     check: float  # bytes/s of the checkpoint, looked through for what is not finite, and hashed
     write: float  # bytes/s to the run's disk, synced, and hashed again
     sync: float  # seconds a file, however small
@@ -111,14 +117,13 @@ def predict(work: Work, rates: Rates) -> Prediction:
     shapes = config.linear_shapes
     weights = sum(out * inp for out, inp in shapes.values())
     block = dict.fromkeys(PARTS, 0.0)
-    block["read"] = weights * work.stored_bytes / rates.read
     linears = []
     for name, shape in shapes.items():
         found = _linear(recipe, shape, rates.linears[name], rates.threads)
         linears.append(sum(found.values()) + math.prod(shape) * work.stored_bytes / rates.read)
         for part, seconds in found.items():
             block[part] += seconds
-    written = weights * _stored_codes(work.scheme) / 8
+    codes = 2 * rates.sync + weights * _stored_codes(work.scheme) / 8 / rates.write  # the block's file and its line
     if recipe.corpus is not None:
         streams = 2 if recipe.full_precision_targets > 0 else 1
         samples, residual = recipe.corpus.samples, recipe.corpus.tokens * config.hidden_size * 4
@@ -128,9 +133,11 @@ def predict(work: Work, rates: Rates) -> Prediction:
             between += streams * recipe.corpus.tokens * widths * 4 / rates.scratch
         block["forward"] += between
         linears = [seconds + between / len(shapes) for seconds in linears]
-        written += streams * residual
-        block["write"] += streams * rates.sync
-    block["write"] += 2 * rates.sync + written / rates.write  # the block's file and its line
+        block["write"] = streams * (rates.sync + residual / rates.write)
+    computing = sum(block.values()) - block["write"]
+    stored = weights * work.stored_bytes
+    block["read"] = stored / rates.read + max(0.0, stored / rates.disk - computing)
+    block["write"] += max(0.0, codes - computing)
     parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     return Prediction(
         config.num_layers,
@@ -161,8 +168,8 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
     if whole:
         found["moments"] = kept * length * n * n / rates.moments
         products += 1  # the loss
-    if exact and _takes_product(rows, n):
-        found["moments"] += 2 * kept * sample
+    if exact and takes_product(rows, n):
+        found["moments"] += kept * sample * (1 + rates.forward / rates.product)
     elif exact:
         found["moments"] += kept * 2 * length * n * n / rates.product
         products += 1
@@ -182,7 +189,7 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
         found["check"] = held * (4 if exact else 3) * sample
         solve += nearest
         products += 1 if whole else 0
-    found["solve"] = solve + products * 2 * rows * n * n / rates.forward
+    found["solve"] = solve + products * 2 * rows * n * n / rates.dense
     return found
 
 
@@ -205,14 +212,14 @@ def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
         codes = weights * _stored_codes(work.scheme) / 8
         state = weights * (work.scheme.bits_per_weight - work.scheme.bits) / 16 * _STATE_BYTES
         block += 2 * (codes + state) / rates.scratch + state / rates.write + rates.sync
-    teacher = layers * (weights * work.stored_bytes / rates.read + samples * forward)
+    teacher = layers * (weights * work.stored_bytes * (1 / rates.read + 1 / rates.disk) + samples * forward)
     evaluation = recipe.held_out * (layers * forward + head) + layers * decode
     return teacher + steps * (layers * block + tuning.batch * head) + _EVALUATIONS * evaluation
 
 
 def _left_out(recipe: Recipe, rates: Rates) -> tuple[str, ...]:
     asked = {
-        "reading the checkpoint": math.isinf(rates.read),
+        "reading the checkpoint": math.isinf(rates.check),
         "choosing types": recipe.mix is not None,
         "output curvature": recipe.output_curvature > 0,
         "scaling inputs": recipe.scales_inputs,
@@ -220,7 +227,3 @@ def _left_out(recipe: Recipe, rates: Rates) -> tuple[str, ...]:
         "text that the model writes": recipe.corpus is not None and share_of_self(recipe.corpus.corpus) > 0,
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)
-
-
-def _takes_product(rows: int, n: int) -> bool:
-    return False

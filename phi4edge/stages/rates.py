@@ -19,6 +19,7 @@ import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -26,6 +27,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, MemoryPlan, plan_memory
+from phi4edge.calibration.compute import choose_compute, computing
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
@@ -49,6 +51,7 @@ Clock = Callable[[], float]
 
 _WIDEST = 4096  # channels of a Hessian that is measured
 _VALUES = 2**23  # weights of a product that is measured
+_PRODUCT = 1024  # rows and columns of one that solvers make
 _SOLVED = 2**21  # weights that the solver is measured on
 _LONG, _REPEATED = 0.2, 0.03  # seconds after which once is enough; spent on what is shorter
 _DATA_FREE_ROWS = 512  # tokens in a product that nobody asks for
@@ -73,6 +76,7 @@ def estimate(job: Job, folder: Path, clock: Clock = time.perf_counter) -> Predic
 
 def estimate_shapes(config: ModelConfig, recipe: Recipe, folder: Path) -> Prediction:
     """The same for a model of which no weight is at hand: reading it is left out, and said to be."""
+    recipe = replace(recipe, compute=choose_compute(recipe.compute))
     work = work_of(config, recipe, parse_scheme(recipe.scheme), _PUBLISHED, plan_memory(config, recipe, None))
     return predict(work, measure_rates(work, folder))
 
@@ -124,9 +128,11 @@ class _Measurement:
             if self._recipe.corpus is not None and n not in by_width:
                 by_width[n] = self._squares(n)
             moments, product, factor = by_width.get(n, (1.0, 1.0, 1.0))
-            forward = self._forward(rows, n)
-            solve, nearest, decode = self._solver(rows, n, forward)
-            linears[name] = LinearRates(forward, moments, product, factor, solve, nearest, decode)
+            with computing(self._recipe.compute):
+                forward = self._forward(rows, n)
+            dense = self._dense(rows, n)
+            solve, nearest, decode = self._solver(rows, n, dense)
+            linears[name] = LinearRates(forward, dense, moments, product, factor, solve, nearest, decode)
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
             hidden = self._draw(1, length, config.hidden_size)
@@ -139,12 +145,12 @@ class _Measurement:
             activation = self._seconds(lambda: down_input(gate_up))
             scratch = self._scratch() if self._work.spill or self._work.spill_tuning else 1.0
             head = self._head() if self._recipe.tuning is not None else 0.0
-        read, check = math.inf, math.inf
+        read, disk, check = math.inf, math.inf, math.inf
         if checkpoint is not None and source is not None:
-            read, check = self._read(checkpoint, source)
+            read, disk, check = self._read(checkpoint, source)
         write, sync = self._write()
         threads = torch.get_num_threads()
-        return Rates(linears, norm, attention, activation, read, check, write, sync, scratch, head, threads)
+        return Rates(linears, norm, attention, activation, read, disk, check, write, sync, scratch, head, threads)
 
     # --- computing -------------------------------------------------------------------------------------------
 
@@ -168,20 +174,25 @@ class _Measurement:
         weight = self._draw(rows, n)
         return 2 * self._length * rows * n / self._seconds(lambda: F.linear(x, weight))
 
+    def _dense(self, rows: int, n: int) -> float:
+        W, H = self._draw(min(rows, _PRODUCT), n), self._draw(n, min(n, _PRODUCT))
+        return 2 * W.numel() * H.shape[1] / self._seconds(lambda: W @ H)
+
     def _squares(self, n: int) -> tuple[float, float, float]:
         """Rates of H's sum, of D's and of the factorisation."""
         n, length = min(n, _WIDEST), self._length
         x, away = self._draw(1, length, n), self._draw(length, n)
         moments = InputMoments(n, full=True)
-        summed = length * n * n / self._seconds(lambda: moments.add(x))
         D = torch.zeros(n, n)
-        product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
+        with computing(self._recipe.compute):
+            summed = length * n * n / self._seconds(lambda: moments.add(x))
+            product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
         problem = Problem("measured", D[:1], D, replace(self._work.scheme, group_size=n), None)
         options = SolverOptions(self._recipe.damp_percent)
         return summed, product, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
-    def _solver(self, rows: int, n: int, forward: float) -> tuple[float, float, float]:
+    def _solver(self, rows: int, n: int, dense: float) -> tuple[float, float, float]:
         """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""
         scheme = self._work.scheme
         piece = row_pieces(rows, n)[0].stop
@@ -216,7 +227,7 @@ class _Measurement:
             return refine(problem, solver.solve(problem, options), options)
 
         passes = (recipe.sweeps or 2) + 1 if recipe.refined else 0
-        products = 2 * together * columns**2 * (1.5 + passes) / forward  # counted apart, as they grow with n²
+        products = 2 * together * columns**2 * (1.5 + passes) / dense  # counted apart, as they grow with n²
         seconds = self._seconds(solve)
         return max(seconds - products, 0.2 * seconds) / count, nearest, decode
 
@@ -225,26 +236,34 @@ class _Measurement:
         share = config.vocab_size / self._config.vocab_size
         head = Head(_Drawn(config), "head", torch.bfloat16, int(TUNING_LOGIT_BYTES * share))
         hidden, other = self._draw(2, self._length, config.hidden_size).unbind()
-        seconds = self._seconds(lambda: head.divergence(hidden, other, gradient=True))
+        with computing(self._recipe.compute):
+            seconds = self._seconds(lambda: head.divergence(hidden, other, gradient=True))
         return seconds / (self._length * config.vocab_size)
 
     # --- disks -----------------------------------------------------------------------------------------------
 
-    def _read(self, checkpoint: CheckpointReader, source: WeightSource) -> tuple[float, float]:
-        """Bytes/s of the checkpoint through the recipe's source, and as it is looked through and hashed."""
+    def _read(self, checkpoint: CheckpointReader, source: WeightSource) -> tuple[float, float, float]:
+        """Bytes/s of the checkpoint through the recipe's source, from the disk, and as it is checked and hashed."""
         draw = random.SystemRandom()
-        nbytes, reading, checking = 0, 0.0, 0.0
+        nbytes, fetching, reading, checking = 0, 0.0, 0.0, 0.0
         for _ in range(_READS):
             name = f"model.layers.{draw.randrange(self._config.num_layers)}.{LINEARS[1]}.weight"
             nbytes += checkpoint.index.tensors[name].nbytes
+            read = partial(source.tensor, name)
+            first, again = self._once(read), self._once(read)
+            reading += again
+            fetching += max(first - again, 0.0)
             began = self._clock()
-            source.tensor(name)
-            read = self._clock()
-            reading += read - began
             data = checkpoint.tensor(name).to(checkpoint.stored_dtype(name)).view(torch.uint8).numpy()
             hashlib.sha256(data.data).digest()
-            checking += self._clock() - read
-        return nbytes / max(reading, 1e-9), nbytes / max(checking, 1e-9)
+            checking += self._clock() - began
+        checking += fetching
+        return nbytes / max(reading, 1e-9), nbytes / max(fetching, 1e-9), nbytes / max(checking, 1e-9)
+
+    def _once(self, call: Callable[[], object]) -> float:
+        began = self._clock()
+        call()
+        return self._clock() - began
 
     def _write(self) -> tuple[float, float]:
         """Bytes/s of a file that is written, synced and hashed; seconds of one that holds nothing to speak of."""
