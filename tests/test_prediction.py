@@ -67,7 +67,7 @@ def test_codes_are_written_and_weights_are_fetched_behind_the_computing() -> Non
     assert alone["read"] == pytest.approx(2 * WEIGHTS / 1e6)
     hidden = predict(work(), rates(replace(FREE, forward=1e6), write=1e6, disk=1e6)).block
     assert hidden["write"] == pytest.approx(residual / 1e6)
-    assert hidden["read"] == 0
+    assert hidden["read"] < 1e-9
 
 
 def test_a_second_stream_sweeps_and_files_cost_what_they_add() -> None:

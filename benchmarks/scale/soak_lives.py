@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from phi4edge.core.workdir import JOURNAL
+from phi4edge.model.block import LINEARS
 
 HERE = Path(__file__).resolve().parent
 _POLL = 0.01  # seconds
@@ -74,6 +75,7 @@ class Life:
     code: int  # of its exit; negative: the signal that ended it
     blocks: list[int] = field(default_factory=list)  # begun, in order
     finished: int = 0  # blocks that were committed while it lived
+    linears: int = 0  # solved
     tuned_from: int | None = None  # the step that tuning went on from
     steps: int = 0  # of tuning, finished
     steps_committed: int = 0
@@ -82,9 +84,9 @@ class Life:
     message: str = ""  # its error
 
     @property
-    def redone(self) -> int:
-        """Blocks that it worked on and did not bring to a commit: the next process does them again."""
-        return len(self.blocks) - self.finished
+    def redone(self) -> float:
+        """Blocks' worth of solved linears that it did not bring to a commit: the next process does them again."""
+        return self.linears / len(LINEARS) - self.finished
 
 
 @dataclass
@@ -179,6 +181,8 @@ def _read(lines: list[str], code: int, errors: str) -> Life:
         elif kind == "status" and stage == "quantize" and words[0] == "block":
             if not life.blocks or life.blocks[-1] != int(words[1]):
                 life.blocks.append(int(words[1]))
+        elif kind == "advance" and stage == "quantize":
+            life.linears += int(words[0])
         elif kind == "advance" and stage == "tune":
             life.steps += int(words[0])
         elif kind == "note":
