@@ -86,7 +86,8 @@ class Prediction:
     blocks: int
     block: Mapping[str, float]  # of one block, by part
     linears: tuple[float, ...]  # of one block, by linear in order of use, its reading with it; what is written left out
-    hashing: float  # of the checkpoint, before anything else
+    preparing: float  # tokenizing the corpus, first of all
+    hashing: float  # of the checkpoint
     tuning: float
     not_estimated: tuple[str, ...]  # what the recipe asks for beside that
 
@@ -98,11 +99,15 @@ class Prediction:
     @property
     def seconds(self) -> float:
         """All that is estimated."""
-        return self.hashing + self.blocks * self.block_seconds + self.tuning
+        return self.preparing + self.hashing + self.blocks * self.block_seconds + self.tuning
 
     def as_dict(self) -> dict[str, Any]:
         """The prediction as a JSON object; every number in it is an estimate and says so."""
-        parts = {"hash": self.hashing, **{part: self.blocks * self.block[part] for part in PARTS}}
+        parts = {
+            "prepare": self.preparing,
+            "hash": self.hashing,
+            **{part: self.blocks * self.block[part] for part in PARTS},
+        }
         return {
             "seconds_estimated": self.seconds,
             "parts_seconds_estimated": parts | {"tuning": self.tuning},
@@ -111,8 +116,8 @@ class Prediction:
         }
 
 
-def predict(work: Work, rates: Rates) -> Prediction:
-    """What ``work`` costs at ``rates``."""
+def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
+    """What ``work`` costs at ``rates``; ``preparing`` is what was spent on that just now, and will be again."""
     config, recipe = work.config, work.recipe
     shapes = config.linear_shapes
     weights = sum(out * inp for out, inp in shapes.values())
@@ -143,6 +148,7 @@ def predict(work: Work, rates: Rates) -> Prediction:
         config.num_layers,
         block,
         tuple(linears),
+        preparing,
         parameters * work.stored_bytes / rates.check,
         _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
         _left_out(recipe, rates),

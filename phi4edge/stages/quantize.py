@@ -114,7 +114,9 @@ def plan(
 
     For the estimate a few weights are read, and ``out``'s disk is written to; nothing is left there.
     """
+    began = time.perf_counter()
     job = prepare(open_checkpoint(model), recipe, ram_budget, device, imatrix=imatrix)
+    preparing = time.perf_counter() - began
     if recipe.mix is not None:
         check_budget(job.checkpoint.config, recipe.mix)
     config = job.checkpoint.config
@@ -125,7 +127,7 @@ def plan(
         "linears": config.num_layers * len(LINEARS),
         "codes_bytes": int(config.linear_parameters * job.scheme.bits_per_weight / 8),
         "memory": asdict(job.memory),
-        "time": None if device != "cpu" else estimate(job, out or Path()).as_dict(),
+        "time": None if device != "cpu" else estimate(job, out or Path(), preparing).as_dict(),
     }
 
 

@@ -61,17 +61,18 @@ _PUBLISHED = 2  # bytes a weight, where no checkpoint says: bfloat16
 _VOCABULARY = 8192  # words of a head that is measured
 
 
-def estimate(job: Job, folder: Path, clock: Clock = time.perf_counter) -> Prediction:
+def estimate(job: Job, folder: Path, preparing: float = 0.0, clock: Clock = time.perf_counter) -> Prediction:
     """How long ``job`` will take on this machine, its run in ``folder`` (which need not be there yet).
 
-    ``clock`` gives seconds: those of a wall, or of this process's CPUs where the machine is shared.
+    ``preparing`` is what it took to make the job; ``clock`` gives seconds: those of a wall, or of this process's CPUs
+    where the machine is shared.
 
     Raises:
         InputError: the disk cannot be written to.
     """
     stored = job.checkpoint.stored_dtype(f"model.layers.0.{LINEARS[0]}.weight").itemsize
     work = work_of(job.checkpoint.config, job.recipe, job.scheme, stored, job.memory)
-    return predict(work, measure_rates(work, folder, job.checkpoint, job.source, clock))
+    return predict(work, measure_rates(work, folder, job.checkpoint, job.source, clock), preparing)
 
 
 def estimate_shapes(config: ModelConfig, recipe: Recipe, folder: Path) -> Prediction:
