@@ -126,7 +126,7 @@ class _Clock:
 
 def prediction(block: float, tuning: float = 0.0) -> Prediction:
     shares = {"read": 0.1 * block, "solve": 0.8 * block, "write": 0.1 * block}
-    return Prediction(30, shares, (0.3 * block, 0.1 * block, 0.3 * block, 0.2 * block), 0.0, tuning, ())
+    return Prediction(30, shares, (0.3 * block, 0.1 * block, 0.3 * block, 0.2 * block), 0.0, 0.0, tuning, ())
 
 
 def test_after_two_blocks_the_rest_of_a_recorded_run_is_foretold() -> None:
@@ -189,7 +189,7 @@ def test_a_small_run_takes_about_as_long_as_predicted(tmp_path: Path) -> None:
     text = str(Path(__file__).with_name("support.py"))
     recipe = Recipe(corpus=CorpusRecipe(text, 16, 128), scheme="q4_0", full_precision_targets=0.5, refit=True, sweeps=3)
     job = prepare(open_checkpoint(model), recipe, None, "cpu")
-    predicted = estimate(job, tmp_path / "run", time.process_time)
+    predicted = estimate(job, tmp_path / "run", clock=time.process_time)
     assert not (tmp_path / "run").exists()
     began = time.process_time()
     quantize(model, recipe, tmp_path / "run")

@@ -63,15 +63,16 @@ def measure(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str, 
     corpus = CorpusRecipe(arguments.corpus, arguments.samples, arguments.sequence_length)
     settings = {"scheme": arguments.scheme, "effort": arguments.effort, "tune_passes": arguments.tune_passes}
     recipe = solving_recipe(settings, corpus)
-    job = prepare(open_checkpoint(model), recipe, None, "cpu")
-    predicted = {
-        name: estimate(job, out, clock) for name, clock in (("wall", time.perf_counter), ("cpu", time.process_time))
-    }
+    predicted = {}
+    for name, clock in (("wall", time.perf_counter), ("cpu", time.process_time)):
+        began = clock()
+        job = prepare(open_checkpoint(model), recipe, None, "cpu")
+        predicted[name] = estimate(job, out, clock() - began, clock)
     recorder = Recorder()
-    began = {"wall": time.monotonic(), "cpu": time.process_time()}
+    start = {"wall": time.monotonic(), "cpu": time.process_time()}
     summary = quantize(model, recipe, out, progress=recorder)
     ended = {"wall": time.monotonic(), "cpu": time.process_time()}
-    marks = [began, *recorder.blocks]
+    marks = [start, *recorder.blocks]
     after = recorder.blocks[AFTER - 1]
     # What the display would have said by the CPU's clock. A first block ends after the start-up; it is left out.
     spent = [marks[i]["cpu"] - marks[i - 1]["cpu"] for i in range(2, AFTER + 1)]
@@ -81,7 +82,7 @@ def measure(model: Path, out: Path, arguments: argparse.Namespace) -> dict[str, 
     clocks = {
         clock: {
             "before_seconds_estimated": predicted[clock].seconds,
-            "seconds": ended[clock] - began[clock],
+            "seconds": ended[clock] - start[clock],
             "after_two_blocks_seconds_estimated": left[clock],
             "seconds_left_then": ended[clock] - after[clock],
             "parts_seconds_estimated": predicted[clock].as_dict()["parts_seconds_estimated"],
