@@ -11,6 +11,8 @@ from support import tiny_config, write_checkpoint
 
 from phi4edge.checkpoint.config import parse_config
 from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.cli.progress import TerminalProgress
+from phi4edge.cli.render import duration
 from phi4edge.core.events import Progress
 from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
 from phi4edge.model.block import LINEARS
@@ -209,3 +211,23 @@ def test_a_plan_says_how_long_and_leaves_nothing(phi4_checkpoint: Path, tmp_path
     found = plan(phi4_checkpoint, recipe, out=tmp_path / "run")
     assert 0 < found["time"]["seconds_estimated"] < 60
     assert not list(tmp_path.iterdir())
+
+
+def test_the_terminal_counts_down_what_it_was_told_and_else_goes_by_units(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = _Clock()
+    monkeypatch.setattr("phi4edge.cli.progress.time.monotonic", clock)
+    shown = TerminalProgress()
+    shown.start("quantize", 8, "linear", 2)
+    assert shown.left() is None
+    clock.now = 30.0
+    shown.advance(3)
+    assert shown.left() == pytest.approx(30.0)  # three to go at ten seconds each
+    shown.remaining(500.0)
+    clock.now = 70.0
+    assert shown.left() == pytest.approx(460.0)
+    shown.start("tune", 10, "step")
+    assert shown.left() is None
+
+
+def test_durations_are_as_a_reader_plans_with_them() -> None:
+    assert [duration(s) for s in (0.44, 41.2, 99.6, 720, 12_000)] == ["0.4 s", "41 s", "2 min", "12 min", "3 h 20 min"]

@@ -6,10 +6,10 @@ With ``--json`` stdout is one document, ``{"schema": "phi4edge/<command>/1", "ok
 
 from __future__ import annotations
 
-__all__ = ["duration", "emit", "emit_error", "emit_failure", "envelope", "failure_document", "table"]
+__all__ = ["duration", "emit", "emit_error", "emit_failure", "envelope", "failure_document", "table", "time_text"]
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, NoReturn
 
 import click
@@ -68,6 +68,16 @@ def duration(seconds: float) -> str:
         return f"{seconds:.1f} s" if seconds < 9.95 else f"{seconds:.0f} s"
     minutes = round(seconds / 60)
     return f"{minutes} min" if minutes < 100 else f"{minutes // 60} h {minutes % 60} min"
+
+
+def time_text(time: Mapping[str, Any] | None) -> str:
+    """How long quantizing would take, and what most of it goes into."""
+    if time is None:
+        return "not estimated on this device"
+    parts = {name: seconds for name, seconds in time["parts_seconds_estimated"].items() if seconds > 0}
+    shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
+    left_out = "".join(f"; without {name}, which has no estimate" for name in time["not_estimated"])
+    return f"about {duration(time['seconds_estimated'])} on this machine (estimated: {shares}){left_out}"
 
 
 def table(headers: Sequence[str], rows: Sequence[Sequence[str]], numeric: Sequence[int] = ()) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +11,7 @@ import click
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.published import model_shapes
 from phi4edge.cli.options import common
-from phi4edge.cli.render import emit, emit_failure
+from phi4edge.cli.render import emit, emit_failure, time_text
 from phi4edge.cli.target_options import (
     bandwidth_note,
     fit_document,
@@ -28,6 +29,9 @@ from phi4edge.targets.profile import Profile
 @click.argument("model")
 @click.option("--target", "targets", multiple=True, metavar="ID", help="A target; may be repeated.  [default: local]")
 @click.option("--min-decode-tps", type=click.FloatRange(min=0.0, min_open=True), help="Decode speed to keep, tok/s.")
+@click.option(
+    "--time", "asks_time", is_flag=True, help="Also say how long `quantize` takes here; measures for some seconds."
+)
 @fit_options
 @target_path_option
 @common
@@ -35,6 +39,7 @@ def command(
     model: str,
     targets: tuple[str, ...],
     min_decode_tps: float | None,
+    asks_time: bool,
     context: int | None,
     kv: str | None,
     head: str,
@@ -69,10 +74,24 @@ def command(
         else:
             documents.append(_document(profile, name, choice))
             paragraphs.append(_paragraph(profile, config, choice))
+            if asks_time:
+                estimated = _time(config, choice.fit.request.scheme.name)
+                documents[-1]["quantize_time"] = estimated
+                paragraphs[-1] += f"\n  quantize: {time_text(estimated)}"
     text = "\n\n".join(paragraphs)
     if len(failures) == len(profiles):
         emit_failure("plan", {"model": name, "targets": documents}, text, failures[0], as_json=as_json)
     emit("plan", {"model": name, "targets": documents}, text, as_json=as_json)
+
+
+@cache
+def _time(config: ModelConfig, scheme: str) -> dict[str, Any]:
+    """How long quantizing to ``scheme`` with the defaults takes on this machine, estimated."""
+    from phi4edge.core.recipe import CorpusRecipe, solving_recipe
+    from phi4edge.stages.rates import estimate_shapes
+
+    recipe = solving_recipe({"scheme": scheme}, CorpusRecipe())
+    return estimate_shapes(config, recipe, Path()).as_dict()
 
 
 def _document(profile: Profile, model: str, choice: Choice) -> dict[str, Any]:

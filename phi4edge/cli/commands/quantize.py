@@ -10,7 +10,7 @@ from click.core import ParameterSource
 
 from phi4edge.cli.options import common, corpus_options, dry_run_option
 from phi4edge.cli.progress import progress_for
-from phi4edge.cli.render import duration, emit
+from phi4edge.cli.render import emit, time_text
 from phi4edge.cli.solving_options import recipe_from_options, recipe_text, solving_options
 from phi4edge.core.errors import UsageError
 from phi4edge.core.hashing import sha256_file
@@ -30,16 +30,6 @@ def _summary_text(data: dict[str, Any], out: str) -> str:
     if kinds:
         lines.append("events: " + ", ".join(f"{count} × {kind}" for kind, count in kinds.items()))
     return "\n".join(lines)
-
-
-def _time_text(time: dict[str, Any] | None) -> str:
-    """How long it would take, and what most of it goes into."""
-    if time is None:
-        return "time: not estimated on this device"
-    parts = {name: seconds for name, seconds in time["parts_seconds_estimated"].items() if seconds > 0}
-    shares = ", ".join(f"{name} {duration(seconds)}" for name, seconds in parts.items())
-    left_out = "".join(f"; without {name}, which has no estimate" for name in time["not_estimated"])
-    return f"time: about {duration(time['seconds_estimated'])} on this machine (estimated: {shares}){left_out}"
 
 
 def _refuse_options(model: str) -> None:
@@ -150,7 +140,7 @@ def command(
             f"{recipe_text(recipe)}\n{data['linears']} linears in {data['blocks']} blocks, "
             f"{data['codes_bytes'] / 2**20:.0f} MiB of codes\nRAM: about {format_bytes(memory['expected'])} "
             f"(estimated), at least {format_bytes(memory['least'])}; activations "
-            f"{'on disk' if memory['spill'] else 'in RAM'}\n{_time_text(data['time'])}; nothing was written"
+            f"{'on disk' if memory['spill'] else 'in RAM'}\ntime: {time_text(data['time'])}; nothing was written"
         )
         emit("quantize", data, text, as_json=as_json)
         return
