@@ -35,6 +35,8 @@ AFTER = 2  # blocks
 class Recorder(Progress):
     """Clocks at every estimate of what is left."""
 
+    estimates = True
+
     def __init__(self) -> None:
         self.linears = 0
         self.blocks: list[dict[str, float]] = []  # at the end of each block

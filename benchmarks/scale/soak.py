@@ -37,7 +37,7 @@ from soak_lives import Life, Place, committed, outcome  # noqa: E402
 from support import write_checkpoint  # noqa: E402
 
 BLOCKS = 6
-OPTIONS = ["--scheme", "q4_0", "--corpus", ROOT / "README.md", "--samples", "40", "--sequence-length", "128"]
+OPTIONS = ["--scheme", "q4_0", "--corpus", ROOT / "README.md", "--samples", "48", "--sequence-length", "128"]
 OPTIONS += ["--tune-passes", "0.5", "--effort", "default"]
 FULL_SIZES = 6  # of a disk that is too small
 _LOST = 1.5  # blocks of work that a kill may cost: one, and what was solved while its files were being written
@@ -49,7 +49,7 @@ class Soak:
 
     def __init__(self, scratch: Path, seed: int) -> None:
         self._scratch, self._rng, self._made = scratch, random.Random(seed), 0
-        shape = {"num_hidden_layers": BLOCKS, "hidden_size": 128, "intermediate_size": 256}
+        shape = {"num_hidden_layers": BLOCKS, "hidden_size": 64, "intermediate_size": 128}
         self._model = write_checkpoint(scratch / "model", shards=2, **shape)
         self._spilling = ["--ram-budget", self._budget()]
         place = self.place()

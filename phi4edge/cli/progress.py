@@ -43,6 +43,8 @@ class TerminalProgress(Progress):
     went so far.
     """
 
+    estimates = True
+
     def __init__(self) -> None:
         self._console = Console(stderr=True, highlight=False)
         self._bar: Bar | None = None

@@ -30,6 +30,8 @@ class Event:
 class Progress:
     """Receiver of progress; this base class shows nothing."""
 
+    estimates = False  # whether it shows what is left from the start on: measuring the machine for that takes seconds
+
     def start(self, stage: str, total: int, unit: str, done: int = 0) -> None:
         """A stage of ``total`` units begins; ``done`` of them were finished by an earlier process."""
 

@@ -180,7 +180,7 @@ def _commit(
 def _paced(job: Job, work: Workdir, done: int, shown: Progress) -> PacedProgress:
     """A display that knows what is left: from what the finished blocks took, or a prediction while there are none."""
     finished = [float(record["performance"]["seconds"]) for record in work.records[:done]]
-    wanted = shown is not SILENT and job.device == "cpu" and not (finished and job.recipe.tuning is None)
+    wanted = shown.estimates and job.device == "cpu" and not (finished and job.recipe.tuning is None)
     prediction = None
     if wanted:
         prediction = estimate(job, work.path)
