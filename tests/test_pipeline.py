@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import subprocess
@@ -124,6 +125,7 @@ def test_a_dry_run_plans_and_writes_nothing(phi4_checkpoint: Path, tmp_path: Pat
     data = quantize(phi4_checkpoint, tmp_path / "run", "--dry-run")["data"]
     assert data["linears"] == 8
     assert data["memory"]["expected"] >= data["memory"]["least"]
+    assert data["time"]["seconds_estimated"] > 0
     assert not (tmp_path / "run").exists()
 
 
@@ -140,6 +142,13 @@ def test_dry_runs_of_the_other_commands_write_nothing_either(run: Path, phi4_che
 def test_resume_with_another_recipe_is_exit_7(run: Path, phi4_checkpoint: Path) -> None:
     error = quantize(phi4_checkpoint, run, "--scheme", "q4_1", expect=7)["error"]
     assert "recipe.scheme was" in error["message"]
+
+
+def test_a_second_process_on_a_run_is_exit_7(run: Path, phi4_checkpoint: Path) -> None:
+    with (run / "lock").open("r+") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        error = quantize(phi4_checkpoint, run, "--scheme", "q4_0", expect=7)["error"]
+    assert "another process is working" in error["message"]
 
 
 def test_an_unfinished_run_is_not_exported(run: Path, phi4_checkpoint: Path, tmp_path: Path) -> None:

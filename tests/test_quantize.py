@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import re
+import resource
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from support import write_checkpoint
 
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.core.errors import InputError, ResumeError, TargetError, UsageError
+from phi4edge.core.errors import InputError, Phi4EdgeError, ResumeError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, Recipe
 from phi4edge.core.workdir import JOURNAL
 from phi4edge.model.block import LINEARS, forward_block, load_block
@@ -179,6 +180,35 @@ def test_a_damaged_block_is_done_again(undisturbed: Path, phi4_checkpoint: Path,
     data = bytearray(block.read_bytes())
     data[-1] ^= 1
     block.write_bytes(data)
+    quantize(phi4_checkpoint, RECIPE, run)
+    assert digests(run) == digests(undisturbed)
+
+
+def test_a_block_half_written_is_done_again_and_those_behind_it(
+    undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    quantize(phi4_checkpoint, RECIPE, run)
+    block = run / "blocks" / "00000.safetensors"
+    block.write_bytes(block.read_bytes()[:100])
+    quantize(phi4_checkpoint, RECIPE, run)
+    assert digests(run) == digests(undisturbed)
+
+
+def test_a_disk_that_takes_no_more_ends_the_run_and_with_more_room_it_goes_on(
+    undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    """No file may grow beyond what a block needs: the system's own limit, as on a disk that is full."""
+    run = tmp_path / "run"
+    size = (undisturbed / "blocks" / "00000.safetensors").stat().st_size
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size // 2, hard))
+    try:
+        with pytest.raises((OSError, Phi4EdgeError)):
+            quantize(phi4_checkpoint, RECIPE, run)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not (run / "manifest.json").exists()
     quantize(phi4_checkpoint, RECIPE, run)
     assert digests(run) == digests(undisturbed)
 

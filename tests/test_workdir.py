@@ -74,6 +74,15 @@ def test_a_second_process_is_refused(tmp_path: Path) -> None:
         Workdir.open(tmp_path / "run", INPUTS)
 
 
+def test_what_a_killed_writer_left_is_cleared_away(tmp_path: Path) -> None:
+    begin(tmp_path / "run", 2)
+    for name in (JOURNAL, "run.json"):
+        (tmp_path / "run" / f"{name}.partial").write_bytes(b"half of")
+    with Workdir.open(tmp_path / "run", INPUTS) as work:
+        assert len(work.records) == 2
+        assert not list((tmp_path / "run").glob("*.partial"))
+
+
 def test_a_folder_of_something_else_is_left_alone(tmp_path: Path) -> None:
     (tmp_path / "thesis.tex").write_text("years of work")
     for restart in (False, True):

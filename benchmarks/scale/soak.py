@@ -62,11 +62,18 @@ class Soak:
 
     def _budget(self) -> str:
         """A RAM budget under which activations and tuning states live on disk."""
+        memory = self._planned()
+        budget = f"{(memory['least'] + (memory['expected'] - memory['least']) // 4) // 2**20}MiB"
+        memory = self._planned("--ram-budget", budget)
+        self._expect(memory["spill"] and memory["spill_tuning"], f"{budget} does not move everything to disk")
+        return budget
+
+    def _planned(self, *more: str) -> dict[str, Any]:
         words = [sys.executable, "-m", "phi4edge", "quantize", self._model, "--out", self._scratch / "none", *OPTIONS]
-        words += ["--dry-run", "--json"]
+        words += ["--dry-run", "--json", *more]
         done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
-        memory = json.loads(done.stdout)["data"]["memory"]
-        return f"{(memory['least'] + (memory['expected'] - memory['least']) // 4) // 2**20}MiB"
+        memory: dict[str, Any] = json.loads(done.stdout)["data"]["memory"]
+        return memory
 
     @staticmethod
     def _expect(holds: bool, otherwise: str) -> None:

@@ -167,7 +167,8 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
         return {"solve": nearest}
     length, kept, held = recipe.corpus.sequence_length, recipe.kept, recipe.held_out
     exact = recipe.full_precision_targets > 0
-    whole = recipe.method != "rtn" or recipe.whole_hessian
+    gptq = recipe.method == "gptq"
+    whole = gptq or recipe.whole_hessian or recipe.scales_inputs
     sample = 2 * length * rows * n / rates.forward  # seconds of one through the linear
     found = {"forward": (2 if exact else 1) * recipe.corpus.samples * sample}
     products = 0.0  # of [rows, n] with [n, n], 2 R n² each
@@ -181,17 +182,13 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
         products += 1
     passes = (recipe.sweeps or 2) if recipe.refined else 0
     products += passes + (1 if recipe.refined else 0)
-    solve = nearest if recipe.method == "rtn" else 0.0
-    if recipe.method != "rtn" or recipe.refined:
+    products += (0.5 if gptq else 0) + (1 if exact else 0)  # the loop's; dividing the target's shift by H
+    solve = 0.0 if gptq else nearest
+    if gptq or recipe.refined:
         solve += rows * n * rates.solve
-    if recipe.method != "rtn":
-        products += 0.5
-    if recipe.method != "rtn" or exact:
+    if gptq or exact:
         solve += n**3 / 3 / rates.factor
-    if exact:
-        products += 1
-    guarded = recipe.guard and (recipe.method != "rtn" or recipe.whole_hessian)
-    if guarded:
+    if recipe.guard and (gptq or recipe.whole_hessian):
         found["check"] = held * (4 if exact else 3) * sample
         solve += nearest
         products += 1 if whole else 0

@@ -32,6 +32,7 @@ from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import InputError
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
@@ -54,7 +55,7 @@ _VALUES = 2**23  # weights of a product that is measured
 _PRODUCT = 1024  # rows and columns of one that solvers make
 _SOLVED = 2**21  # weights that the solver is measured on
 _LONG, _REPEATED = 0.2, 0.03  # seconds after which once is enough; spent on what is shorter
-_DATA_FREE_ROWS = 512  # tokens in a product that nobody asks for
+_TOKENS = 512  # in a product, where no corpus says how many
 _WRITTEN = 2**25  # bytes
 _READS = 3  # tensors
 _PUBLISHED = 2  # bytes a weight, where no checkpoint says: bfloat16
@@ -119,7 +120,7 @@ class _Measurement:
         self._folder = folder
         self._generator = torch.Generator().manual_seed(0)
         corpus = work.recipe.corpus
-        self._length = corpus.sequence_length if corpus is not None else _DATA_FREE_ROWS
+        self._length = corpus.sequence_length if corpus is not None else _TOKENS
 
     def rates(self, checkpoint: CheckpointReader | None, source: WeightSource | None) -> Rates:
         config, length = self._config, self._length
@@ -189,7 +190,7 @@ class _Measurement:
             summed = length * n * n / self._seconds(lambda: moments.add(x))
             product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
-        problem = Problem("measured", D[:1], D, replace(self._work.scheme, group_size=n), None)
+        problem = Problem("measured", D[:1], D, parse_scheme("w8row"), None)
         options = SolverOptions(self._recipe.damp_percent)
         return summed, product, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
@@ -217,7 +218,7 @@ class _Measurement:
         nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
         solution = rtn.solve(rounding, options)
         decode = self._seconds(solution.linear.dequantize) / count
-        if recipe.corpus is None or (recipe.method == "rtn" and not recipe.refined):
+        if recipe.method != "gptq" and not recipe.refined:
             return 0.0, nearest, decode
         x = self._draw(4 * columns, columns)
         H = (x.T @ x / x.shape[0]).add_(torch.diag(mean_square))
@@ -293,15 +294,14 @@ class _Measurement:
         return self._clock() - began
 
     def _scratch(self) -> float:
-        length = max(1, self._room() // (4 * self._config.hidden_size * 4))
-        with tempfile.TemporaryDirectory(dir=self._folder) as folder:
-            store = ActivationStore(4, length, self._config.hidden_size, Path(folder) / "measured")
-            values = torch.zeros(1, length, self._config.hidden_size)
-            began = self._clock()
-            for i in range(4):
-                store.write(i, values)
-            for i in range(4):
-                store.read(i, i + 1)
-            seconds = self._clock() - began
-            store.close()
+        """Bytes/s of activations in a file, which loses its name as soon as it is open."""
+        values = torch.zeros(1, max(1, self._room() // (4 * self._config.hidden_size * 4)), self._config.hidden_size)
+        store = ActivationStore(4, values.shape[1], values.shape[2], self._folder / f"measured{PARTIAL}")
+        began = self._clock()
+        for i in range(4):
+            store.write(i, values)
+        for i in range(4):
+            store.read(i, i + 1)
+        seconds = self._clock() - began
+        store.close()
         return 2 * store.nbytes / max(seconds, 1e-9)

@@ -53,7 +53,9 @@ def command(
 
     MODEL is a checkpoint folder, a hub id, or phi-4 / phi-4-mini (no download). The rule: runtimes in the order of
     the target's file; of each one's schemes the largest that fits the usable memory at the context and keeps the
-    decode speed. Speeds are estimated, never measured here. Exit code 4 when nothing fits any of the targets.
+    decode speed. Speeds are estimated, never measured here. With --time also how long `quantize` takes on this machine
+    with its defaults (estimated); its --dry-run says so for any recipe. Exit code 4 when nothing fits any of the
+    targets.
     """
     catalog = open_catalog(target_path)
     for note in () if quiet else catalog.notes:
