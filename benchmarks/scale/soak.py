@@ -1,7 +1,7 @@
 """The soak: a run that is killed, starved and damaged, started again until it is finished, and compared byte by byte.
 
 A small model with all that a run can be stopped in: GPTQ at default effort (two streams, refinement, guard), tuning,
-the export. Each round is one run, in RAM or (every other round) with a RAM budget that moves everything to disk:
+the export. Each round is one run, in RAM or (every other round) with activations and states of tuning on disk:
 
     clock     SIGKILL at a random moment, drawn from the seed, counted from the process's first sign of life
     file      SIGKILL before a file operation drawn from the seed: opened for writing, renamed, removed, folder made
@@ -51,7 +51,6 @@ class Soak:
         self._scratch, self._rng, self._made = scratch, random.Random(seed), 0
         shape = {"num_hidden_layers": BLOCKS, "hidden_size": 64, "intermediate_size": 128}
         self._model = write_checkpoint(scratch / "model", shards=2, **shape)
-        self._spilling = ["--ram-budget", self._budget()]
         place = self.place()
         began = time.monotonic()
         life = place.live()
@@ -59,21 +58,6 @@ class Soak:
         self.seconds, self.operations = time.monotonic() - began, life.operations
         self.wanted = outcome(place.run, place.artifact)
         self.bytes = sum(p.stat().st_size for p in place.folder.rglob("*") if p.is_file())
-
-    def _budget(self) -> str:
-        """A RAM budget under which activations and tuning states live on disk."""
-        memory = self._planned()
-        budget = f"{(memory['least'] + (memory['expected'] - memory['least']) // 4) // 2**20}MiB"
-        memory = self._planned("--ram-budget", budget)
-        self._expect(memory["spill"] and memory["spill_tuning"], f"{budget} does not move everything to disk")
-        return budget
-
-    def _planned(self, *more: str) -> dict[str, Any]:
-        words = [sys.executable, "-m", "phi4edge", "quantize", self._model, "--out", self._scratch / "none", *OPTIONS]
-        words += ["--dry-run", "--json", *more]
-        done = subprocess.run([str(w) for w in words], capture_output=True, text=True, check=True)
-        memory: dict[str, Any] = json.loads(done.stdout)["data"]["memory"]
-        return memory
 
     @staticmethod
     def _expect(holds: bool, otherwise: str) -> None:
@@ -87,7 +71,7 @@ class Soak:
         folder.mkdir(parents=True, exist_ok=True)
         logs = self._scratch / f"logs-{self._made}"
         logs.mkdir()
-        return Place(folder, logs, [self._model, *OPTIONS, *(self._spilling if spilling else [])])
+        return Place(folder, logs, [self._model, *OPTIONS], spilling)
 
     def finish(self, place: Place, *, first: int | None = None, extra: tuple[str, ...] = ()) -> dict[str, Any]:
         """See a run to its end; whether it came out the same, and what had to be done for it."""
@@ -194,7 +178,7 @@ class Soak:
     def second_process(self) -> list[dict[str, Any]]:
         """A second process on the same run while the first works."""
         place = self.place()
-        other = Place(place.folder, self._scratch / "second", place.arguments)
+        other = Place(place.folder, self._scratch / "second", place.arguments, place.spilling)
         other.logs.mkdir()
         found: list[Life] = []
 

@@ -1,9 +1,10 @@
 """What the soak kills: `phi4edge quantize` and `phi4edge export` in one process, with a log of what it begins.
 
-    python soak_child.py LOG DIE_AT RUN ARTIFACT QUANTIZE_ARGUMENTS…
+    python soak_child.py LOG DIE_AT ram|disk RUN ARTIFACT QUANTIZE_ARGUMENTS…
 
 DIE_AT counts operations on files under RUN's folder (opened for writing, renamed, removed, made); the process kills
-itself before the one of that number, 0 for none. The log gets a line an event, and at a good end their count.
+itself before the one of that number, 0 for none. With ``disk`` the plan says what a RAM budget would make it say of a
+larger model: activations and states of tuning live in files. The log gets a line an event, and at a good end their count.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -69,20 +71,30 @@ class FileOperations:
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+def spill() -> None:
+    """Have every plan put into files what may be there."""
+    from phi4edge.stages import job
+
+    plan = job.plan_memory
+    job.plan_memory = lambda *given: replace(plan(*given), spill=True, keep_graphs=False, spill_tuning=True)
+
+
 def main() -> int:
     """Quantize, then export; the exit code of the one that failed, or 0."""
-    log, stop, run, artifact = Path(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3]), Path(sys.argv[4])
-    events = EventLog(log)
+    log, stop, where, run, artifact = sys.argv[1:6]
+    events = EventLog(Path(log))
     import phi4edge.cli.progress as display
 
     display.progress_for = lambda quiet: events  # type: ignore[assignment]
     from phi4edge.cli.main import main as phi4edge
 
-    operations = FileOperations(run.parent, stop)
+    if where == "disk":
+        spill()
+    operations = FileOperations(Path(run).parent, int(stop))
     events.line("begin")
-    code = phi4edge(["quantize", sys.argv[5], "--out", str(run), *sys.argv[6:]])
+    code = phi4edge(["quantize", sys.argv[6], "--out", run, *sys.argv[7:]])
     if code == 0:
-        code = phi4edge(["export", str(run), "--format", "gguf", "--out", str(artifact), "--force"])
+        code = phi4edge(["export", run, "--format", "gguf", "--out", artifact, "--force"])
     events.line("end", code, operations.count)
     return code
 

@@ -96,6 +96,7 @@ class Place:
     folder: Path  # holds run and artifact, on a file system that may be small
     logs: Path  # elsewhere
     arguments: Sequence[str]  # of quantize: the model, then options
+    spilling: bool = False  # activations and states live in files
     limit: int | None = None  # bytes that a file may have, by RLIMIT_FSIZE
 
     @property
@@ -111,7 +112,9 @@ class Place:
     def start(self, log: Path, stop: int = 0, *, extra: Sequence[str] = ()) -> subprocess.Popen[str]:
         """Start the process; before its ``stop``-th operation on a file it kills itself."""
         log.unlink(missing_ok=True)
-        words = [sys.executable, HERE / "soak_child.py", log, stop, self.run, self.artifact, *self.arguments, *extra]
+        where = "disk" if self.spilling else "ram"
+        words = [sys.executable, HERE / "soak_child.py", log, stop, where, self.run, self.artifact]
+        words += [*self.arguments, *extra]
         limit = self.limit
 
         def limited() -> None:
