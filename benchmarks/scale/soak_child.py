@@ -4,7 +4,8 @@
 
 DIE_AT counts operations on files under RUN's folder (opened for writing, renamed, removed, made); the process kills
 itself before the one of that number, 0 for none. With ``disk`` the plan says what a RAM budget would make it say of a
-larger model: activations and states of tuning live in files. The log gets a line an event, and at a good end their count.
+larger model: activations and states of tuning live in files. The log gets a line an event, and at a good end their
+count.
 """
 
 from __future__ import annotations
