@@ -1,19 +1,18 @@
 """What the soak kills: `phi4edge quantize` and `phi4edge export` in one process, with a log of what it begins.
 
-    python soak_child.py LOG DIE_AT ram|disk RUN ARTIFACT QUANTIZE_ARGUMENTS…
-
-DIE_AT counts operations on files under RUN's folder (opened for writing, renamed, removed, made); the process kills
-itself before the one of that number, 0 for none. With ``disk`` the plan says what a RAM budget would make it say of a
-larger model: activations and states of tuning live in files. The log gets a line an event, and at a good end their
-count.
+The process is forked from one that has imported all of it and done nothing (multiprocessing's fork server), which
+spares a life the seconds before it touches a file.
 """
 
 from __future__ import annotations
 
+__all__ = ["Order", "live"]
+
 import os
+import resource
 import signal
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +20,21 @@ from phi4edge.core.events import Progress
 
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 _CHANGING = {"os.rename", "os.remove", "os.rmdir", "os.mkdir"}
+
+
+@dataclass(frozen=True)
+class Order:
+    """What one process is to do, and when it is to die."""
+
+    log: Path  # a line an event, and at a good end the count of operations
+    errors: Path  # what it says on stderr
+    run: Path
+    artifact: Path
+    arguments: tuple[str, ...]  # of quantize, the model first
+    stop: int = 0  # it kills itself before the operation on files of this number; 0: never
+    # The plan says what a RAM budget would make it say of a larger model: activations and states live in files.
+    spilling: bool = False
+    limit: int | None = None  # bytes that a file may have, by RLIMIT_FSIZE
 
 
 class EventLog(Progress):
@@ -80,25 +94,25 @@ def spill() -> None:
     job.plan_memory = lambda *given: replace(plan(*given), spill=True, keep_graphs=False, spill_tuning=True)
 
 
-def main() -> int:
-    """Quantize, then export; the exit code of the one that failed, or 0."""
-    log, stop, where, run, artifact = sys.argv[1:6]
-    events = EventLog(Path(log))
-    import phi4edge.cli.progress as display
-
-    display.progress_for = lambda quiet: events  # type: ignore[assignment]
+def live(order: Order) -> None:
+    """Quantize, then export; ends with the exit code of the one that failed, or 0."""
+    from phi4edge.cli.commands import export, quantize
     from phi4edge.cli.main import main as phi4edge
 
-    if where == "disk":
+    errors = os.open(order.errors, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o644)
+    os.dup2(errors, sys.stderr.fileno())
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if order.limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (order.limit, order.limit))
+    events = EventLog(order.log)
+    for command in (quantize, export):
+        command.progress_for = lambda quiet: events  # type: ignore[attr-defined]
+    if order.spilling:
         spill()
-    operations = FileOperations(Path(run).parent, int(stop))
+    operations = FileOperations(order.run.parent, order.stop)
     events.line("begin")
-    code = phi4edge(["quantize", sys.argv[6], "--out", run, *sys.argv[7:]])
+    code = phi4edge(["quantize", *order.arguments, "--out", str(order.run)])
     if code == 0:
-        code = phi4edge(["export", run, "--format", "gguf", "--out", artifact, "--force"])
+        code = phi4edge(["export", str(order.run), "--format", "gguf", "--out", str(order.artifact), "--force"])
     events.line("end", code, operations.count)
-    return code
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(code)

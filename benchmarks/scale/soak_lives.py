@@ -6,21 +6,25 @@ __all__ = ["Life", "Place", "outcome"]
 
 import hashlib
 import json
-import os
-import signal
-import subprocess
-import sys
+import multiprocessing
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from multiprocessing.context import ForkServerProcess
 from pathlib import Path
 from typing import Any
+
+from soak_child import Order, live
 
 from phi4edge.core.workdir import JOURNAL
 from phi4edge.model.block import LINEARS
 
-HERE = Path(__file__).resolve().parent
 _POLL = 0.01  # seconds
+_SERVER = multiprocessing.get_context("forkserver")
+_SERVER.set_forkserver_preload(
+    [f"phi4edge.{name}" for name in ("cli.main", "cli.commands.quantize", "cli.commands.export", "stages.quantize")]
+    + ["phi4edge.stages.export", "phi4edge.solvers.gptq", "phi4edge.writers.gguf", "soak_child"]
+)
 
 
 def committed(run: Path) -> int:
@@ -105,32 +109,28 @@ class Place:
         return self.folder / "run"
 
     @property
+    def log(self) -> Path:
+        """What the process that lives or lived last began."""
+        return self.logs / "life.log"
+
+    @property
+    def errors(self) -> Path:
+        """What it said on stderr."""
+        return self.logs / "errors.txt"
+
+    @property
     def artifact(self) -> Path:
         """The exported file."""
         return self.folder / "model.gguf"
 
-    def start(self, log: Path, stop: int = 0, *, extra: Sequence[str] = ()) -> subprocess.Popen[str]:
+    def start(self, stop: int = 0, extra: Sequence[str] = ()) -> ForkServerProcess:
         """Start the process; before its ``stop``-th operation on a file it kills itself."""
-        log.unlink(missing_ok=True)
-        where = "disk" if self.spilling else "ram"
-        words = [sys.executable, HERE / "soak_child.py", log, stop, where, self.run, self.artifact]
-        words += [*self.arguments, *extra]
-        limit = self.limit
-
-        def limited() -> None:
-            import resource
-
-            assert limit is not None
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, limit))
-
-        return subprocess.Popen(
-            [str(word) for word in words],
-            stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_WAIT_POLICY": "PASSIVE"},
-            preexec_fn=limited if limit is not None else None,
-        )
+        self.log.unlink(missing_ok=True)
+        arguments = (*map(str, self.arguments), *extra)
+        order = Order(self.log, self.errors, self.run, self.artifact, arguments, stop, self.spilling, self.limit)
+        child = _SERVER.Process(target=live, args=(order,))
+        child.start()
+        return child
 
     def live(
         self,
@@ -146,21 +146,21 @@ class Place:
         ``meanwhile`` is told of the lines.
         """
         before, step_before = committed(self.run), committed_step(self.run)
-        log = self.logs / "life.log"
-        child = self.start(log, stop, extra=extra)
+        child = self.start(stop, extra)
         began: float | None = None
-        while child.poll() is None:
-            lines = _lines(log)
+        while child.is_alive():
+            lines = _lines(self.log)
             if lines and began is None:
                 began = time.monotonic()
             if meanwhile is not None:
                 meanwhile(lines)
             if kill is not None and began is not None and kill(lines, time.monotonic() - began):
-                child.send_signal(signal.SIGKILL)
+                child.kill()
                 break
             time.sleep(_POLL)
-        _, errors = child.communicate()
-        life = _read(_lines(log), child.returncode, errors)
+        child.join()
+        assert child.exitcode is not None
+        life = _read(_lines(self.log), child.exitcode, self.errors.read_text() if self.errors.exists() else "")
         from_block = life.blocks[0] if life.blocks else before
         from_step = step_before if life.tuned_from is None else life.tuned_from
         life.finished = max(0, committed(self.run) - from_block)
