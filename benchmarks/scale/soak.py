@@ -221,8 +221,8 @@ class Soak:
 
 
 def _refusal(life: Life, code: int | None = 7) -> dict[str, Any]:
-    """A process that has to end with an error: of a code, or of any but those of a crash and of a signal."""
-    good = life.code == code if code is not None else life.code > 1
+    """A process that has to end with an error of its own, of a code if there is one for it, and not by a signal."""
+    good = life.code == code if code is not None else life.code > 0 and bool(life.message)
     return {"code": life.code, "same": None, "as_expected": good, "note": life.message}
 
 
