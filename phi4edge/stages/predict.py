@@ -5,7 +5,7 @@ Nothing is measured or read here. What is counted, for a linear [R, n], T tokens
     forward   2 T R n                 each stream, and norms, attention and activation a sample at a time
     moments   T n² for H              half of a product; 2 T n² for D, or 2 T R n twice where W D is gathered
     solve     n³/3 to factor H        R n weights through the loop and the sweeps, which are not products;
-              2 R n² a product        the loop's half, target, each sweep, each loss
+              2 R n² a product        the loop's half, target, each sweep, about half for a loss
     check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside
 
 A block is written behind the next one, and the next weights are fetched from the disk meanwhile: either costs what it
@@ -16,7 +16,7 @@ A recipe may ask for what has no estimate yet; it is named, and the total is of 
 
 from __future__ import annotations
 
-__all__ = ["PARTS", "LinearRates", "Prediction", "Rates", "Work", "predict"]
+__all__ = ["PARTS", "LinearRates", "Prediction", "Rates", "Work", "predict", "solver_products"]
 
 import math
 from collections.abc import Mapping
@@ -30,6 +30,7 @@ from phi4edge.core.recipe import Recipe, TuningRecipe
 from phi4edge.quant.scheme import Scheme
 
 PARTS = ("read", "forward", "moments", "solve", "check", "write")  # of a block, as the journal has them
+_LOSS_COLUMNS = 1024  # that phi4edge.solvers._loss multiplies together
 _EVALUATIONS = 4  # of tuning, on held-out samples
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
@@ -174,15 +175,13 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
     products = 0.0  # of [rows, n] with [n, n], 2 R n² each
     if whole:
         found["moments"] = kept * length * n * n / rates.moments
-        products += 1  # the loss
+        products += solver_products(recipe, n)
     if exact and takes_product(rows, n):
         found["moments"] += kept * sample * (1 + rates.forward / rates.product)
     elif exact:
         found["moments"] += kept * 2 * length * n * n / rates.product
         products += 1
-    passes = (recipe.sweeps or 2) if recipe.refined else 0
-    products += passes + (1 if recipe.refined else 0)
-    products += (0.5 if gptq else 0) + (1 if exact else 0)  # the loop's; dividing the target's shift by H
+    products += 1 if exact else 0  # dividing the target's shift by H
     solve = 0.0 if gptq else nearest
     if gptq or recipe.refined:
         solve += rows * n * rates.solve
@@ -191,9 +190,22 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
     if recipe.guard and (gptq or recipe.whole_hessian):
         found["check"] = held * (4 if exact else 3) * sample
         solve += nearest
-        products += 1 if whole else 0
+        products += _loss(n)
     found["solve"] = solve + products * 2 * rows * n * n / rates.dense
     return found
+
+
+def solver_products(recipe: Recipe, n: int) -> float:
+    """Products [rows, n] [n, n] of the solver and the refinement, their losses with them."""
+    loop = 0.5 if recipe.method == "gptq" else 0.0
+    passes = (recipe.sweeps or 2) + _loss(n) if recipe.refined else 0.0
+    return loop + _loss(n) + passes
+
+
+def _loss(n: int) -> float:
+    """Share of a product that a loss takes: H is symmetric."""
+    blocks = -(-n // _LOSS_COLUMNS)
+    return (blocks + 1) / (2 * blocks)
 
 
 def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:

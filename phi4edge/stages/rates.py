@@ -46,7 +46,7 @@ from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
 from phi4edge.stages.job import Job
-from phi4edge.stages.predict import LinearRates, Prediction, Rates, Work, predict
+from phi4edge.stages.predict import LinearRates, Prediction, Rates, Work, predict, solver_products
 
 Clock = Callable[[], float]
 
@@ -228,8 +228,8 @@ class _Measurement:
         def solve() -> Solution:
             return refine(problem, solver.solve(problem, options), options)
 
-        passes = (recipe.sweeps or 2) + 1 if recipe.refined else 0
-        products = 2 * together * columns**2 * (1.5 + passes) / dense  # counted apart, as they grow with n²
+        # Products are counted apart, as they grow with n².
+        products = 2 * together * columns**2 * solver_products(recipe, columns) / dense
         seconds = self._seconds(solve)
         return max(seconds - products, 0.2 * seconds) / count, nearest, decode
 
