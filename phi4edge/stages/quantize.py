@@ -179,12 +179,12 @@ def _commit(
 
 def _paced(job: Job, work: Workdir, done: int, shown: Progress) -> PacedProgress:
     """A display that knows what is left: from what the finished blocks took, or a prediction while there are none."""
+    blocks = job.checkpoint.config.num_layers
     finished = [float(record["performance"]["seconds"]) for record in work.records[:done]]
-    wanted = shown.estimates and job.device == "cpu" and not (finished and job.recipe.tuning is None)
-    prediction = None
-    if wanted:
-        prediction = estimate(job, work.path)
-    return PacedProgress(shown, Pace(job.checkpoint.config.num_layers, finished, prediction))
+    # Blocks that are done say enough of the others, not of tuning, which itself counts its steps.
+    worth = done < blocks and (not finished or job.recipe.tuning is not None)
+    prediction = estimate(job, work.path) if shown.estimates and worth and job.device == "cpu" else None
+    return PacedProgress(shown, Pace(blocks, finished, prediction))
 
 
 def intact_blocks(work: Workdir) -> int:
