@@ -1,0 +1,341 @@
+"""A Ray cluster to compute on: one that runs already, or one of this machine's cores for as long as the process lives.
+
+Ray hands tasks to worker processes, keeps what they return in an object store (shared memory on each machine, spilled
+to its disk when full), and does a task again when its worker or machine is lost. So everything given to a worker is a
+pure function of its arguments, and nothing here tries again by itself.
+
+Every machine must have this phi4edge, this torch and this Python, or it is refused: the codes of a run hang on all
+three. Machines whose instruction sets differ may round the last bit of a sum differently; that is an event of the run.
+How many threads a worker computes with is chosen by how much work there is: it does not change a sum.
+
+Ray is imported here, and only when a cluster is asked for.
+"""
+
+from __future__ import annotations
+
+__all__ = ["Cluster", "connect"]
+
+import logging
+import os
+import platform
+import socket
+import sys
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+from uuid import uuid4
+
+import numpy as np
+import torch
+from torch import Tensor
+
+import phi4edge
+from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, UsageError
+from phi4edge.core.events import Event
+from phi4edge.core.hashing import sha256_file, sha256_json
+from phi4edge.measurement.environment import environment
+
+INSTALL = 'pip install "phi4edge[ray]"'
+RETRIES = 5  # of a task whose worker or machine is lost; its own errors are never tried again
+_SHARED_VARIABLES = ("PHI4EDGE_", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "OMP_WAIT_POLICY")
+_ANSWER_S = 60.0  # that a machine gets to start Python and import torch
+_REACH_S = 5.0  # that a cluster's port gets to answer
+
+
+@dataclass(frozen=True)
+class Machine:
+    """What the codes of a run hang on, beside its inputs."""
+
+    versions: Mapping[str, str]  # that have to be the same everywhere
+    instructions: str  # that need not
+
+
+@contextmanager
+def connect(address: str | None = None) -> Iterator[Cluster]:
+    """The cluster at ``address`` (host:port, or "auto" for one that runs here), or else one of this machine's cores.
+
+    Without an address the variable RAY_ADDRESS counts.
+
+    Raises:
+        MissingToolError: Ray is not installed, no cluster answers, or a machine in it has other software.
+        UsageError: the address is of a kind that does not work.
+    """
+    ray = _import_ray()
+    address = address or os.environ.get("RAY_ADDRESS") or "local"
+    if "://" in address:
+        raise UsageError(
+            f"--ray-address {address}: Ray's client protocol is not supported",
+            "start phi4edge on a machine of the cluster, with --ray-address HOST:PORT or auto",
+        )
+    _check_reachable(ray, address)
+    shared = {name: value for name, value in os.environ.items() if name.startswith(_SHARED_VARIABLES)}
+    options: dict[str, Any] = {"runtime_env": {"env_vars": shared}, "log_to_driver": False}
+    if address == "local":
+        os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        options |= {"num_cpus": _usable_cores(), "include_dashboard": False}
+    try:
+        ray.init(address=address, logging_level=logging.ERROR, **options)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = " ".join(str(error).split())
+        raise MissingToolError(f"no Ray cluster at {address}: {reason}", "see ray status") from error
+    try:
+        yield _examined(ray, address)
+    finally:
+        ray.shutdown()
+
+
+def _import_ray() -> Any:
+    try:
+        import ray
+        import ray.exceptions
+        import ray.util.scheduling_strategies
+    except ImportError as error:
+        raise MissingToolError("--executor ray needs the package ray", INSTALL) from error
+    return ray
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _check_reachable(ray: Any, address: str) -> None:
+    """Ray itself would try for five minutes, and then end the process."""
+    if address == "local":
+        return
+    if address == "auto":
+        from ray._private.services import find_gcs_addresses
+
+        if not find_gcs_addresses():
+            raise MissingToolError(
+                "no Ray cluster runs on this machine", "ray start --head, or --ray-address HOST:PORT"
+            )
+        return
+    host, _, port = address.rpartition(":")
+    if not host or not port.isdigit():
+        raise UsageError(f"--ray-address {address}: is not HOST:PORT", "for example 10.0.0.5:6379, or auto")
+    try:
+        socket.create_connection((host.strip("[]"), int(port)), _REACH_S).close()
+    except OSError as error:
+        raise MissingToolError(
+            f"no Ray cluster answers at {address} ({error.strerror or error})", "ray start --head on that machine"
+        ) from error
+
+
+@cache
+def code_sha256() -> str:
+    """One hash of all of this package's code."""
+    folder = Path(phi4edge.__file__).parent
+    return sha256_json({str(path.relative_to(folder)): sha256_file(path) for path in sorted(folder.rglob("*.py"))})
+
+
+def describe() -> Machine:
+    """The machine and the software of this process."""
+    cpu = environment()["cpu"]
+    versions = {
+        "phi4edge": f"{phi4edge.__version__} ({code_sha256()[:12]})",
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "python": platform.python_version(),
+    }
+    maker = str(cpu["model"]).split(" ")[0]
+    words = (cpu["architecture"], maker, torch.backends.cpu.get_cpu_capability(), *cpu["flags"])
+    return Machine(versions, " ".join(words))
+
+
+def _examined(ray: Any, address: str) -> Cluster:
+    """The cluster, after every machine of it was held against this one."""
+    nodes = {node["NodeID"]: node for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU", 0) >= 1}
+    if not nodes:
+        raise MissingToolError(f"the Ray cluster at {address} has no CPU to offer", "see ray status")
+    cluster = Cluster(ray, {name: int(node["Resources"]["CPU"]) for name, node in nodes.items()})
+    ours = describe()
+    kinds = {ours.instructions}
+    for name, theirs in cluster.on_every_machine(describe).items():
+        where = f"{nodes[name]['NodeManagerAddress']} (node {name[:8]})"
+        for part, version in ours.versions.items():
+            if theirs.versions[part] != version:
+                raise MissingToolError(
+                    f"Ray worker {where} has {part} {theirs.versions[part]}, this process has {version}",
+                    "install the same versions on every machine of the cluster; codes hang on them",
+                )
+        kinds.add(theirs.instructions)
+    if len(kinds) > 1:
+        detail = f"{len(kinds)} kinds of processor take part; sums may differ in the last bit from those of one kind"
+        cluster.events = (
+            Event("mixed_instruction_sets", "cluster", detail, {f"kind_{i}": k for i, k in enumerate(sorted(kinds))}),
+        )
+    return cluster
+
+
+class Cluster:
+    """A cluster that this process is connected to."""
+
+    def __init__(self, ray: Any, nodes: Mapping[str, int]) -> None:
+        self._ray = ray
+        self._nodes = dict(nodes)  # id → CPUs
+        self._computed = ray.remote(_computed)
+        self.events: tuple[Event, ...] = ()
+        _register(ray)
+
+    @property
+    def cpus(self) -> int:
+        """CPUs of all machines."""
+        return sum(self._nodes.values())
+
+    def threads(self, tasks: int) -> int:
+        """Threads for each of ``tasks`` tasks, so that few tasks fill the cluster too; every machine has as many."""
+        return max(1, min(self.cpus // max(tasks, 1), *self._nodes.values()))
+
+    def put(self, value: Any) -> Any:
+        """A reference to ``value``, from which every worker can have it. Tensors are not copied on one machine."""
+        return self._ray.put(value)
+
+    def start(self, function: Callable[..., Any], *arguments: Any, threads: int = 1, returns: int = 1) -> Any:
+        """A reference to what ``function(*arguments)`` will return, computed by some worker; or to ``returns`` values.
+
+        ``function`` is found by its name on the worker. A reference in ``arguments`` stands for its value, which is
+        read-only. Errors are raised where the reference is asked for its value.
+        """
+        remote = self._computed.options(
+            num_cpus=threads, num_returns=returns, max_retries=RETRIES, scheduling_strategy="SPREAD"
+        )
+        return remote.remote(function, threads, *arguments)
+
+    def get(self, reference: Any, timeout: float | None = None) -> Any:
+        """The value behind a reference, or the values behind several.
+
+        Raises:
+            Phi4EdgeError: the task raised it, or its workers were lost more than RETRIES times.
+        """
+        errors = self._ray.exceptions
+        try:
+            return self._ray.get(reference, timeout=timeout)
+        except errors.RayTaskError as error:
+            raise error.cause from error
+        except errors.RayError as error:
+            reason = str(error).strip().splitlines()[0]
+            raise Phi4EdgeError(
+                f"Ray lost a task: {reason}", "finished work is kept; the same command goes on"
+            ) from error
+
+    def finished(self, references: Sequence[Any], timeout: float) -> list[Any]:
+        """Those of ``references`` that have their value, or failed, after at most ``timeout`` seconds."""
+        ready, _ = self._ray.wait(list(references), num_returns=len(references), timeout=timeout, fetch_local=False)
+        return list(ready)
+
+    def on_every_machine(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
+        """What ``function`` gives on each machine, by node id; without waiting for a CPU to be free.
+
+        Raises:
+            MissingToolError: a machine does not answer, or has no such function.
+            Phi4EdgeError: the function raised it.
+        """
+        pinned = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
+        asked = {
+            name: self._computed.options(
+                num_cpus=0, max_retries=0, scheduling_strategy=pinned(name, soft=False)
+            ).remote(function, 1, *arguments)
+            for name in self._nodes
+        }
+        found = {}
+        for name, reference in asked.items():
+            try:
+                found[name] = self.get(reference, _ANSWER_S)
+            except (ImportError, AttributeError) as error:
+                raise MissingToolError(
+                    f"Ray worker on node {name[:8]} has another phi4edge, or none ({error})",
+                    "install the same version on every machine of the cluster",
+                ) from error
+        return found
+
+    def check_shared(self, folder: Path, model: Path) -> None:
+        """Make sure that every machine sees what this one writes into ``folder``, and the same files in ``model``.
+
+        Raises:
+            InputError: one does not.
+        """
+        token = uuid4().hex
+        marker = folder.resolve() / f".seen-by-workers-{token}"
+        marker.write_text(token, encoding="utf-8")
+        try:
+            ours = _sizes(model.resolve())
+            for name, (seen, sizes) in self.on_every_machine(_sees, marker, model.resolve()).items():
+                if seen != token:
+                    raise InputError(
+                        f"{folder}: Ray worker on node {name[:8]} does not see what is written here",
+                        "give an --out on a file system that all machines of the cluster share, at the same path",
+                    )
+                if sizes != ours:
+                    raise InputError(
+                        f"{model}: Ray worker on node {name[:8]} does not have the same files there",
+                        "put the checkpoint where all machines of the cluster see it at the same path",
+                    )
+        finally:
+            marker.unlink()
+
+    def run_rows(self, pieces: Sequence[partial[Any]]) -> list[Any]:
+        """Results of ``pieces``, in order: :func:`phi4edge.quant.parallel.run_parallel` with the cluster's CPUs.
+
+        A tensor that several pieces have among their arguments goes into the object store once.
+        """
+        counted: dict[int, int] = {}
+        for piece in pieces:
+            for value in piece.args:
+                counted[id(value)] = counted.get(id(value), 0) + 1
+        stored: dict[int, Any] = {}
+
+        def reference(value: Any) -> Any:
+            if not isinstance(value, Tensor) or counted[id(value)] < 2:
+                return value
+            if id(value) not in stored:
+                stored[id(value)] = self.put(value)
+            return stored[id(value)]
+
+        started = [self.start(piece.func, *map(reference, piece.args)) for piece in pieces]
+        return [self.get(each) for each in started]
+
+
+def _computed(function: Callable[..., Any], threads: int, *arguments: Any) -> Any:
+    """``function(*arguments)`` in a worker."""
+    _register(sys.modules["ray"])
+    torch.set_num_threads(threads)
+    with torch.inference_mode():
+        return function(*arguments)
+
+
+def _sees(marker: Path, model: Path) -> tuple[str | None, dict[str, int]]:
+    try:
+        seen = marker.read_text(encoding="utf-8")
+    except OSError:
+        seen = None
+    return seen, _sizes(model)
+
+
+def _sizes(folder: Path) -> dict[str, int]:
+    """Files of a checkpoint and their sizes, bytes."""
+    return {path.name: path.stat().st_size for path in sorted(folder.glob("*")) if path.is_file()}
+
+
+def _register(ray: Any) -> None:
+    """Have Ray take tensors as arrays, which it maps into a worker's memory, not as pickles, which it copies."""
+    ray.util.register_serializer(torch.Tensor, serializer=_to_array, deserializer=_to_tensor)
+
+
+def _to_array(tensor: Tensor) -> tuple[Any, str]:
+    kind = str(tensor.dtype).removeprefix("torch.")
+    plain = tensor.detach().cpu().contiguous()
+    return (plain.view(torch.int16) if tensor.dtype == torch.bfloat16 else plain).numpy(), kind
+
+
+def _to_tensor(stored: tuple[Any, str]) -> Tensor:
+    array, kind = stored
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # that the array is read-only: nobody here writes into an argument
+        tensor = torch.from_numpy(array)
+    # Matrix products may round by alignment, and torch's own memory is aligned so.
+    tensor = tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor
