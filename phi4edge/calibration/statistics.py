@@ -15,6 +15,7 @@ from __future__ import annotations
 
 __all__ = ["SHARD", "InputMoments", "LayerStats", "Shift", "shards", "takes_product"]
 
+from copy import copy
 from dataclasses import dataclass
 
 import torch
@@ -115,6 +116,18 @@ class InputMoments:
         assert self._weight is not None
         self._shift_diagonal.add_((away * rows).sum(0))
         self._shift.addmm_((away @ self._weight.T).T, rows)
+
+    def apart(self) -> InputMoments:
+        """The same sums without the weight: all that :meth:`merge` asks of a shard made elsewhere."""
+        light = copy(self)
+        light._weight = None
+        return light
+
+    def belonging_to(self, weight: Tensor | None) -> InputMoments:
+        """The inverse: the same sums, of the linear with that weight."""
+        whole = copy(self)
+        whole._weight = weight
+        return whole
 
     def merge(self, later: InputMoments) -> None:
         """Add the moments of later samples of the same linear."""

@@ -33,6 +33,14 @@ class ActivationStore:
             path.unlink()  # scratch: the space is given back however the process ends
             os.posix_fallocate(self._file, 0, max(samples * self._row, 1))
 
+    @classmethod
+    def of(cls, values: Tensor) -> ActivationStore:
+        """A store over ``values`` [samples, length, width] in RAM, without a copy."""
+        store = cls(0, *values.shape[1:])
+        store.shape = (values.shape[0], values.shape[1], values.shape[2])
+        store._memory = values
+        return store
+
     @property
     def nbytes(self) -> int:
         """Size of the array in bytes."""

@@ -7,15 +7,18 @@ computes on one core. What comes out does not depend on how many there are.
 
 from __future__ import annotations
 
-__all__ = ["row_pieces", "run_parallel"]
+__all__ = ["RunPieces", "row_pieces", "run_parallel"]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from functools import partial
+from typing import Any, TypeVar
 
 import torch
 
 T = TypeVar("T")
+# Something that computes pieces: here, or elsewhere. They are functions of their arguments, found by name.
+RunPieces = Callable[[Sequence[partial[Any]]], list[Any]]
 _MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 1024, 2**25  # in a piece
 
 

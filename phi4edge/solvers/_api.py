@@ -14,6 +14,7 @@ from torch import Tensor
 
 from phi4edge.core.events import Event
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import RunPieces, run_parallel
 from phi4edge.quant.scheme import Scheme
 from phi4edge.solvers._factor import Factor
 
@@ -45,6 +46,7 @@ class SolverOptions:
     refit: bool = False  # least squares for the steps, given the codes
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
     group_aware: bool = False  # most excited groups first, and columns inside each; not with act_order
+    run: RunPieces = run_parallel  # computes pieces of rows; codes do not depend on it
 
 
 @dataclass(frozen=True)

@@ -35,7 +35,7 @@ from torch import Tensor
 
 from phi4edge.quant.grid import Grid, grid_for, reciprocal
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import row_pieces, run_parallel
+from phi4edge.quant.parallel import row_pieces
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
@@ -67,11 +67,12 @@ def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solu
             linear.rows(piece.start, piece.stop),
             H,
             damp,
-            options,
+            options.refit,
+            options.sweeps,
         )
         for piece in row_pieces(linear.out_features, linear.in_features, options.rows)
     ]
-    parts = run_parallel(pieces)
+    parts = options.run(pieces)
     codes = torch.cat([part.codes for part in parts])
     params = {field: torch.cat([part.params[field] for part in parts]) for field in grid.fields}
     refined = QuantizedLinear(linear.name, linear.scheme, codes, params)
@@ -80,12 +81,12 @@ def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solu
 
 
 def _refine_rows(
-    grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float, options: SolverOptions
+    grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float, refit: bool, sweeps: int
 ) -> QuantizedLinear:
     rows = _Rows(grid, W, linear, H, damp)
-    for _ in range(options.sweeps or _REFITS):
-        moved = rows.go_through(move=options.sweeps > 0, refit=options.refit)
-        if options.sweeps and moved < _SETTLED:
+    for _ in range(sweeps or _REFITS):
+        moved = rows.go_through(move=sweeps > 0, refit=refit)
+        if sweeps and moved < _SETTLED:
             break
     return rows.result(linear)
 

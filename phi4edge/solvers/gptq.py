@@ -42,7 +42,7 @@ from torch import Tensor
 
 from phi4edge.quant.grid import Grid, NestedGrid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import row_pieces, run_parallel
+from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._factor import Factor, factor_matrix
@@ -94,7 +94,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
         partial(_solve_rows, grid, W[piece], groups, unit, diagonal, made.M, made.order, static)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
-    parts = run_parallel(pieces)
+    parts = options.run(pieces)
     codes = torch.cat([codes for codes, _ in parts])
     params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)

@@ -11,10 +11,11 @@ __all__ = ["NEEDS_HESSIAN", "solve"]
 from functools import partial
 
 import torch
+from torch import Tensor
 
-from phi4edge.quant.grid import Params, grid_for
+from phi4edge.quant.grid import Grid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import row_pieces, run_parallel
+from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.search import search
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
@@ -34,23 +35,24 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     groups = problem.scheme.groups(columns, problem.name)
     grid = grid_for(problem.scheme)
     importance = None if h is None else h.reshape(groups, -1)
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
-    step = max(1, _WEIGHTS // columns)
-
-    def solve_rows(piece: slice) -> Params:
-        params = search(grid, W[piece].reshape(-1, groups, columns // groups), importance)
-        a, b = (found[:, :, None] for found in grid.steps(params))
-        for start in range(0, piece.stop - piece.start, step):
-            some, rows = (
-                slice(start, start + step),
-                slice(piece.start + start, min(piece.start + start + step, piece.stop)),
-            )
-            part = W[rows].reshape(-1, groups, columns // groups)
-            codes[rows] = grid.encode(part, a[some], b[some]).reshape(-1, columns)
-        return params
-
-    pieces = row_pieces(rows, columns, options.rows)
-    parts = run_parallel([partial(solve_rows, piece) for piece in pieces])
-    params = {field: torch.cat([part[field] for part in parts]) for field in grid.fields}
+    pieces = [
+        partial(_solve_rows, grid, W[piece], groups, importance) for piece in row_pieces(rows, columns, options.rows)
+    ]
+    parts = options.run(pieces)
+    codes = torch.cat([found for found, _ in parts])
+    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
     return Solution(linear, layer_loss(problem, linear), 0.0)
+
+
+def _solve_rows(grid: Grid, W: Tensor, groups: int, importance: Tensor | None) -> tuple[Tensor, Params]:
+    rows, columns = W.shape
+    params = search(grid, W.reshape(rows, groups, -1), importance)
+    a, b = (found[:, :, None] for found in grid.steps(params))
+    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
+    step = max(1, _WEIGHTS // columns)
+    for start in range(0, rows, step):
+        some = slice(start, start + step)
+        part = W[some].reshape(-1, groups, columns // groups)
+        codes[some] = grid.encode(part, a[some], b[some]).reshape(-1, columns)
+    return codes, params

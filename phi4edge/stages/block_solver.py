@@ -25,6 +25,7 @@ from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
 from phi4edge.model.block import LINEARS, linear_name, load_block, load_norms
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import RunPieces, run_parallel
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._coupled import solve_coupled
@@ -70,6 +71,7 @@ class BlockSolver:
         progress: Progress,
         parts: PartTimes,
         curvatures: Curvatures | None = None,
+        run: RunPieces = run_parallel,
     ) -> None:
         self._curvatures, self._parts = curvatures, parts
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
@@ -81,6 +83,7 @@ class BlockSolver:
             refit=self._recipe.refit,
             sweeps=self._recipe.sweeps,
             group_aware=self._recipe.group_aware,
+            run=run,
         )
 
     def solve(self, layer: int) -> SolvedBlock:

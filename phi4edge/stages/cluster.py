@@ -20,6 +20,7 @@ import os
 import platform
 import socket
 import sys
+import threading
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -34,9 +35,11 @@ import torch
 from torch import Tensor
 
 import phi4edge
+from phi4edge.calibration.compute import has_bfloat16_units
 from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, UsageError
 from phi4edge.core.events import Event
 from phi4edge.core.hashing import sha256_file, sha256_json
+from phi4edge.core.recipe import BFLOAT16
 from phi4edge.measurement.environment import environment
 
 INSTALL = 'pip install "phi4edge[ray]"'
@@ -44,6 +47,7 @@ RETRIES = 5  # of a task whose worker or machine is lost; its own errors are nev
 _SHARED_VARIABLES = ("PHI4EDGE_", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "OMP_WAIT_POLICY")
 _ANSWER_S = 60.0  # that a machine gets to start Python and import torch
 _REACH_S = 5.0  # that a cluster's port gets to answer
+_AT_HOME = threading.Event()  # set in the process that hands out the work
 
 
 @dataclass(frozen=True)
@@ -52,6 +56,7 @@ class Machine:
 
     versions: Mapping[str, str]  # that have to be the same everywhere
     instructions: str  # that need not
+    bfloat16: bool  # whether it computes bfloat16 products
 
 
 @contextmanager
@@ -143,7 +148,7 @@ def describe() -> Machine:
     }
     maker = str(cpu["model"]).split(" ")[0]
     words = (cpu["architecture"], maker, torch.backends.cpu.get_cpu_capability(), *cpu["flags"])
-    return Machine(versions, " ".join(words))
+    return Machine(versions, " ".join(words), has_bfloat16_units())
 
 
 def _examined(ray: Any, address: str) -> Cluster:
@@ -163,6 +168,8 @@ def _examined(ray: Any, address: str) -> Cluster:
                     "install the same versions on every machine of the cluster; codes hang on them",
                 )
         kinds.add(theirs.instructions)
+        if not theirs.bfloat16:
+            cluster.without_bfloat16.append(where)
     if len(kinds) > 1:
         detail = f"{len(kinds)} kinds of processor take part; sums may differ in the last bit from those of one kind"
         cluster.events = (
@@ -178,7 +185,10 @@ class Cluster:
         self._ray = ray
         self._nodes = dict(nodes)  # id → CPUs
         self._computed = ray.remote(_computed)
+        self._pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         self.events: tuple[Event, ...] = ()
+        self.without_bfloat16: list[str] = []  # machines, in words
+        _AT_HOME.set()
         _register(ray)
 
     @property
@@ -190,20 +200,39 @@ class Cluster:
         """Threads for each of ``tasks`` tasks, so that few tasks fill the cluster too; every machine has as many."""
         return max(1, min(self.cpus // max(tasks, 1), *self._nodes.values()))
 
+    def check_job(self, device: str, compute: str) -> None:
+        """Make sure that every machine can compute as a run was asked to.
+
+        Raises:
+            UsageError: on something else than CPUs.
+            MissingToolError: with bfloat16 units, which one does not have.
+        """
+        if device != "cpu":
+            raise UsageError(f"--executor ray computes on CPUs, not with --device {device}", "leave out one of both")
+        if compute == BFLOAT16 and self.without_bfloat16:
+            raise MissingToolError(
+                f"Ray worker {self.without_bfloat16[0]} has no bfloat16 units, which this run computes with",
+                "use --compute float32, or machines of one kind",
+            )
+
     def put(self, value: Any) -> Any:
         """A reference to ``value``, from which every worker can have it. Tensors are not copied on one machine."""
         return self._ray.put(value)
 
-    def start(self, function: Callable[..., Any], *arguments: Any, threads: int = 1, returns: int = 1) -> Any:
-        """A reference to what ``function(*arguments)`` will return, computed by some worker; or to ``returns`` values.
+    def start(self, function: Callable[..., Any], *arguments: Any, threads: int = 1, place: int = 0) -> Any:
+        """A reference to what ``function(*arguments)`` will return, computed by a worker.
 
-        ``function`` is found by its name on the worker. A reference in ``arguments`` stands for its value, which is
-        read-only. Errors are raised where the reference is asked for its value.
+        ``function`` is found by its name there. A reference in ``arguments`` stands for its value, which is read-only.
+        Tasks of one ``place`` are given to one machine while it lives, so that what one made the next finds there.
+        Errors are raised where the reference is asked for its value.
         """
+        places = [name for name, cpus in self._nodes.items() for _ in range(max(1, cpus // threads))]
         remote = self._computed.options(
-            num_cpus=threads, num_returns=returns, max_retries=RETRIES, scheduling_strategy="SPREAD"
+            num_cpus=threads,
+            max_retries=RETRIES,
+            scheduling_strategy=self._pinned(places[place % len(places)], soft=True),
         )
-        return remote.remote(function, threads, *arguments)
+        return remote.remote(function, threads, torch.is_inference_mode_enabled(), *arguments)
 
     def get(self, reference: Any, timeout: float | None = None) -> Any:
         """The value behind a reference, or the values behind several.
@@ -234,11 +263,10 @@ class Cluster:
             MissingToolError: a machine does not answer, or has no such function.
             Phi4EdgeError: the function raised it.
         """
-        pinned = self._ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         asked = {
             name: self._computed.options(
-                num_cpus=0, max_retries=0, scheduling_strategy=pinned(name, soft=False)
-            ).remote(function, 1, *arguments)
+                num_cpus=0, max_retries=0, scheduling_strategy=self._pinned(name, soft=False)
+            ).remote(function, 1, False, *arguments)
             for name in self._nodes
         }
         found = {}
@@ -295,15 +323,15 @@ class Cluster:
                 stored[id(value)] = self.put(value)
             return stored[id(value)]
 
-        started = [self.start(piece.func, *map(reference, piece.args)) for piece in pieces]
+        started = [self.start(piece.func, *map(reference, piece.args), place=i) for i, piece in enumerate(pieces)]
         return [self.get(each) for each in started]
 
 
-def _computed(function: Callable[..., Any], threads: int, *arguments: Any) -> Any:
+def _computed(function: Callable[..., Any], threads: int, inference: bool, *arguments: Any) -> Any:
     """``function(*arguments)`` in a worker."""
     _register(sys.modules["ray"])
     torch.set_num_threads(threads)
-    with torch.inference_mode():
+    with torch.inference_mode(inference):
         return function(*arguments)
 
 
@@ -336,6 +364,6 @@ def _to_tensor(stored: tuple[Any, str]) -> Tensor:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that the array is read-only: nobody here writes into an argument
         tensor = torch.from_numpy(array)
-    # Matrix products may round by alignment, and torch's own memory is aligned so.
-    tensor = tensor if tensor.data_ptr() % 64 == 0 else tensor.clone()
+    # What arrives here is to be written into; and matrix products may round by alignment, torch's own memory having 64.
+    tensor = tensor.clone() if _AT_HOME.is_set() or tensor.data_ptr() % 64 else tensor
     return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor

@@ -7,9 +7,9 @@ an input (an attention sink: the first position of a chunk), the total hides it.
 
 from __future__ import annotations
 
-__all__ = ["HeldOut", "held_out_errors"]
+__all__ = ["HeldOut", "held_out_errors", "output_energies", "relative_errors"]
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -41,18 +41,35 @@ def held_out_errors(
     Beside an input [count, length, in_features] may stand what full precision has in its place; the outputs aimed at
     are then those of that. Outputs are computed some rows of ``weight`` [out_features, in_features] at a time.
     """
-    sums = torch.zeros(len(candidates) + 1, 2, dtype=torch.float64)
+    return relative_errors(output_energies(inputs, weight, candidates), len(candidates))
+
+
+def output_energies(
+    inputs: Callable[[], Iterable[Arrival]], weight: Tensor, candidates: Sequence[Callable[[slice], Tensor]]
+) -> Iterator[Iterator[Tensor]]:
+    """Energies by rows of the weight and by sample: [1 + candidates, 2] float64, of first positions and all others.
+
+    The first row is that of the output aimed at, the others those of the candidates' errors.
+    """
     for start in range(0, weight.shape[0], _ROWS):
         rows = slice(start, min(start + _ROWS, weight.shape[0]))
-        W = weight[rows]
-        errors = [W - candidate(rows) for candidate in candidates]
-        for _, x, exact in inputs():
-            away = torch.zeros(()) if exact is None else linear(exact - x, W)
-            outputs = [linear(x if exact is None else exact, W)]
-            outputs += [linear(x, error) + away.to(x.device) for error in errors]
-            for row, output in enumerate(outputs):
-                energy = output.pow(2).sum(-1, dtype=torch.float64)  # [count, length]
-                sums[row, 0] += energy[:, 0].sum().cpu()
-                sums[row, 1] += energy[:, 1:].sum().cpu()
+        yield _energies(inputs(), weight[rows], [weight[rows] - candidate(rows) for candidate in candidates])
+
+
+def _energies(arriving: Iterable[Arrival], W: Tensor, errors: Sequence[Tensor]) -> Iterator[Tensor]:
+    for _, x, exact in arriving:
+        away = torch.zeros(()) if exact is None else linear(exact - x, W)
+        outputs = [linear(x if exact is None else exact, W)]
+        outputs += [linear(x, error) + away.to(x.device) for error in errors]
+        energies = [output.pow(2).sum(-1, dtype=torch.float64) for output in outputs]  # [count, length]
+        yield torch.stack([torch.stack((energy[:, 0].sum(), energy[:, 1:].sum())) for energy in energies]).cpu()
+
+
+def relative_errors(energies: Iterable[Iterable[Tensor]], candidates: int) -> list[HeldOut]:
+    """The candidates' errors, summed in the order that :func:`output_energies` gives them in."""
+    sums = torch.zeros(candidates + 1, 2, dtype=torch.float64)
+    for by_sample in energies:
+        for found in by_sample:
+            sums += found
     whole = sums[0].clamp_min(1e-300)
     return [HeldOut(float(first), float(rest)) for first, rest in (sums[1:] / whole).tolist()]

@@ -28,9 +28,11 @@ from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS
+from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget
 from phi4edge.stages.block_solver import BlockSolver
+from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.curvature import Curvatures, measure_curvature
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
@@ -61,10 +63,12 @@ def quantize(
     device: str = "cpu",
     progress: Progress = SILENT,
     imatrix: Path | None = None,
+    cluster: Cluster | None = None,
 ) -> QuantizeSummary:
     """Solve every linear of ``model`` as ``recipe`` says, into run directory ``out``.
 
-    ``imatrix`` is the file whose hash the recipe names.
+    ``imatrix`` is the file whose hash the recipe names. ``cluster`` takes samples through the blocks and solves pieces
+    of linears; the codes are those of this process alone.
 
     Raises:
         InputError: the model or the corpus is not usable; nothing is written then.
@@ -75,6 +79,8 @@ def quantize(
     if recipe.mix is not None:
         check_budget(checkpoint.config, recipe.mix)
     job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix)
+    if cluster is not None:
+        cluster.check_job(device, job.recipe.compute)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
     inputs = {"kind": "quantize", "recipe": job.recipe.as_dict(), **shared}
@@ -94,7 +100,7 @@ def quantize(
                 with torch.no_grad(), computing(job.recipe.compute):
                     curvatures, measured = measure_curvature(job, work.path, key, progress)
             with torch.inference_mode():
-                _solve_blocks(job, work, progress, curvatures)
+                _solve_blocks(job, work, progress, curvatures, cluster)
             with torch.no_grad(), computing(job.recipe.compute):
                 tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
             manifest = finish(job, work, key, tuned, mix, measured)
@@ -131,7 +137,9 @@ def plan(
     }
 
 
-def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None) -> None:
+def _solve_blocks(
+    job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None, cluster: Cluster | None
+) -> None:
     config = job.checkpoint.config
     done = intact_blocks(work)
     progress = _paced(job, work, done, progress)
@@ -139,13 +147,16 @@ def _solve_blocks(job: Job, work: Workdir, progress: Progress, curvatures: Curva
     if work.repaired:
         progress.note(work.repaired)
     parts = PartTimes()
-    stream = CalibrationStream(job, work, done, progress, parts) if job.corpus is not None else None
-    solver = BlockSolver(job, stream, progress, parts, curvatures)
+    stream = CalibrationStream(job, work, done, progress, parts, cluster) if job.corpus is not None else None
+    run = cluster.run_rows if cluster is not None else run_parallel
+    solver = BlockSolver(job, stream, progress, parts, curvatures, run)
     with ThreadPoolExecutor(1, "commit") as behind:
         pending: Future[None] | None = None
         for layer in range(done, config.num_layers):
             started = time.monotonic()
             solved = solver.solve(layer)
+            if cluster is not None and layer == done:
+                solved.events[:0] = cluster.events
             events = [event.as_dict() for event in solved.events]
             record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
             if solved.rounding is not None:

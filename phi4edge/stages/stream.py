@@ -23,9 +23,12 @@ from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, forward_block, linear_name, load_norms
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
+from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.job import Job
+from phi4edge.stages.ray_samples import RaySamples
 from phi4edge.stages.run_reader import read_block, read_norms
 from phi4edge.stages.samples import BlockSamples, LocalSamples
+from phi4edge.stages.shard import BlockFacts
 
 HIDDEN, EXACT = "hidden", "exact"  # the two streams by their names in the journal
 
@@ -33,8 +36,19 @@ HIDDEN, EXACT = "hidden", "exact"  # the two streams by their names in the journ
 class CalibrationStream:
     """The calibration samples on their way through the blocks."""
 
-    def __init__(self, job: Job, work: Workdir, done: int, progress: Progress, parts: PartTimes) -> None:
-        """Stand before block ``done``: from the file that was kept, or through the finished blocks once more."""
+    def __init__(
+        self,
+        job: Job,
+        work: Workdir,
+        done: int,
+        progress: Progress,
+        parts: PartTimes,
+        cluster: Cluster | None = None,
+    ) -> None:
+        """Stand before block ``done``: from the file that was kept, or through the finished blocks once more.
+
+        ``cluster`` takes the samples through the blocks that are still to be solved.
+        """
         assert job.corpus is not None
         config, tokens = job.checkpoint.config, job.corpus.tokens
         samples, length = tokens.shape
@@ -45,7 +59,7 @@ class CalibrationStream:
         self._shape, self._scratch = (samples, length, config.hidden_size), scratch
         self.kept = samples - job.recipe.held_out  # the samples that Hessians are made of come first
         self._config, self._device, self._parts = config, job.device, parts
-        self._compute = job.recipe.compute
+        self._compute, self._cluster = job.recipe.compute, cluster
         self._rotary = rotary_table(config.rope, length, job.device)
         self._folder = folder
         folder.mkdir(exist_ok=True)
@@ -75,6 +89,10 @@ class CalibrationStream:
 
     def before(self, norms: tuple[Tensor, Tensor]) -> BlockSamples:
         """The samples before a block with these norms."""
+        if self._cluster is not None:
+            facts = BlockFacts(*norms, self._config, self._rotary, self._compute)
+            beside = self._exact.hidden if self._exact is not None else None
+            return RaySamples(self._cluster, facts, self.stores.hidden, beside, self.kept, self._parts)
         own = self._pass(norms, self.stores)
         exact = replace(own, stores=self._exact) if self._exact is not None else None
         return LocalSamples(Streams(own, exact), self.kept, self._shape[0], self._parts, self._compute)

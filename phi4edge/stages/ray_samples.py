@@ -1,0 +1,164 @@
+"""The calibration samples before one block, dealt out to the workers of a Ray cluster.
+
+The driver owns the residual streams between two blocks and the run directory. For a block it puts the shards of its
+streams into Ray's object store; from there on a shard is the value of a task, made of the shard before it and of a
+weight. A worker's or a machine's loss therefore costs what it held, and Ray makes that again from what it was made of.
+Weights and first shards are the driver's own objects, so they are held until the samples stand behind the block.
+
+Sums over shards are taken here, in the shards' order, so that a run has the same bytes as one in one process.
+"""
+
+from __future__ import annotations
+
+__all__ = ["RaySamples"]
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Tensor
+
+from phi4edge.calibration.statistics import InputMoments, shards
+from phi4edge.calibration.store import ActivationStore
+from phi4edge.core.parts import PartTimes
+from phi4edge.stages.cluster import Cluster
+from phi4edge.stages.guard import HeldOut, relative_errors
+from phi4edge.stages.shard import BlockFacts, advanced, shard_energies, shard_moments
+
+_AHEAD = 1  # shards whose moments wait to be added, beside those in work
+
+
+class _Stream:
+    """Shards of one stream: references to what they are now."""
+
+    def __init__(self, cluster: Cluster, facts: BlockFacts, store: ActivationStore, pieces: Sequence[range]) -> None:
+        self._cluster, self._store, self._pieces = cluster, store, pieces
+        self.facts = facts
+        self._threads = cluster.threads(len(pieces))
+        self.hidden = [cluster.put(store.read(piece.start, piece.stop)) for piece in pieces]
+        self.scratch: list[Any] = [None] * len(pieces)
+        self._held = list(self.hidden)
+
+    def advance(self, stage: int, weight: Any) -> None:
+        """Start to send every shard through a linear; behind the last one, wait for them and take them home."""
+        facts = self._cluster.put(self.facts)
+        self._held += [facts, weight]
+        made = [
+            self._cluster.start(advanced, facts, stage, weight, *state, threads=self._threads, place=i)
+            for i, state in enumerate(zip(self.hidden, self.scratch, strict=True))
+        ]
+        if stage in (0, 2):
+            self.scratch = made
+            return
+        self.hidden, self.scratch = made, [None] * len(made)
+        if stage == 3:
+            for piece, reference in zip(self._pieces, made, strict=True):
+                self._store.write(piece.start, self._cluster.get(reference))
+            self.hidden, self._held = [], []
+
+    def state(self, shard: int) -> tuple[Any, Any]:
+        """References to the shard's hidden and scratch."""
+        return self.hidden[shard], self.scratch[shard]
+
+
+class RaySamples:
+    """See :class:`phi4edge.stages.samples.BlockSamples`."""
+
+    def __init__(
+        self,
+        cluster: Cluster,
+        facts: BlockFacts,
+        own: ActivationStore,
+        exact: ActivationStore | None,
+        kept: int,
+        parts: PartTimes,
+    ) -> None:
+        """``own`` and ``exact`` are residual streams [samples, length, hidden]; the first ``kept`` are learned from."""
+        self._cluster, self._parts, self._learning = cluster, parts, shards(kept)
+        rest = [range(kept + part.start, kept + part.stop) for part in shards(own.shape[0] - kept)]
+        with parts.part("forward"):
+            pieces = [*self._learning, *rest]
+            self._own = _Stream(cluster, facts, own, pieces)
+            self._exact = None if exact is None else _Stream(cluster, facts, exact, pieces)
+        self._count = len(pieces)
+        self._weight: tuple[Tensor, Any] | None = None  # the last one, and its reference
+
+    @property
+    def norms(self) -> tuple[Tensor, Tensor]:
+        """See :class:`BlockSamples`."""
+        return self._own.facts.input_norm, self._own.facts.post_norm
+
+    def regain(self, norms: tuple[Tensor, Tensor]) -> None:
+        """See :class:`BlockSamples`."""
+        self._own.facts = replace(self._own.facts, input_norm=norms[0], post_norm=norms[1])
+
+    def moments(self, stage: int, weight: Tensor, *, full: bool) -> InputMoments:
+        """See :class:`BlockSamples`."""
+        with self._parts.part("moments"):
+            reference = self._reference(weight) if self._exact is not None else None
+            task = _Task(self._cluster, shard_moments, (self._facts(), stage, weight.shape[1], full, reference))
+            found = self._in_order(task, range(len(self._learning)))
+            total: InputMoments = next(found)
+            for part in found:
+                total.merge(part)
+            return total.belonging_to(weight if self._exact is not None else None)
+
+    def advance(self, stage: int, weight: Tensor) -> None:
+        """See :class:`BlockSamples`."""
+        with self._parts.part("forward"):
+            self._own.advance(stage, self._cluster.put(weight))
+
+    def advance_exact(self, stage: int, weight: Tensor) -> None:
+        """See :class:`BlockSamples`."""
+        if self._exact is not None:
+            with self._parts.part("forward"):
+                self._exact.advance(stage, self._reference(weight))
+        self._weight = None
+
+    def held_out(
+        self, stage: int, weight: Tensor, candidates: Sequence[Callable[[slice], Tensor]], factors: Tensor | None
+    ) -> list[HeldOut]:
+        """See :class:`BlockSamples`."""
+        with self._parts.part("check"):
+            fixed = (self._facts(), stage, self._reference(weight), self._cluster.put(list(candidates)), factors)
+            task = _Task(self._cluster, shard_energies, fixed)
+            by_shard = list(self._in_order(task, range(len(self._learning), self._count)))
+            # Of each shard: by rows of the weight, by sample. All samples of the first rows come first.
+            by_rows = zip(*by_shard, strict=True)
+            return relative_errors(([e for part in rows for e in part] for rows in by_rows), len(candidates))
+
+    def _facts(self) -> Any:
+        return self._cluster.put((self._own.facts, None if self._exact is None else self._exact.facts))
+
+    def _reference(self, weight: Tensor) -> Any:
+        if self._weight is None or self._weight[0] is not weight:
+            self._weight = weight, self._cluster.put(weight)
+        return self._weight[1]
+
+    def _in_order(self, task: _Task, numbers: range) -> Iterator[Any]:
+        """What ``task`` gives for each of these shards, in order, with only so many of them on their way."""
+        threads = self._cluster.threads(len(numbers))
+        window = self._cluster.cpus // threads + _AHEAD
+        started: list[Any] = []
+        for number in numbers:
+            own = self._own.state(number)
+            exact = None if self._exact is None else self._exact.state(number)
+            started.append(task.start(own, exact, threads, number))
+            if len(started) == window:
+                yield self._cluster.get(started.pop(0))
+        while started:
+            yield self._cluster.get(started.pop(0))
+
+
+@dataclass(frozen=True)
+class _Task:
+    """A function of a shard in both streams, and its other arguments."""
+
+    cluster: Cluster
+    function: Callable[..., Any]
+    fixed: tuple[Any, ...]
+
+    def start(self, own: tuple[Any, Any], exact: tuple[Any, Any] | None, threads: int, place: int) -> Any:
+        """A reference to what it gives."""
+        states = (*own, *(exact if exact is not None else (None, None)))
+        return self.cluster.start(self.function, *self.fixed, *states, threads=threads, place=place)
