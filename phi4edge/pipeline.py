@@ -14,7 +14,7 @@ from __future__ import annotations
 
 __all__ = ["Order", "Outcome", "plan", "run"]
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -35,9 +35,11 @@ from phi4edge.quant.scheme import parse_scheme
 from phi4edge.report.build import build_report, write_report
 from phi4edge.report.card import fill_card
 from phi4edge.runtimes._api import SpeedRequest
+from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.export import export
-from phi4edge.stages.quantize import quantize
+from phi4edge.stages.quantize import QuantizeSummary, quantize
 from phi4edge.stages.speeds import SpeedOrder, check_places, measure_speeds
+from phi4edge.stages.sweep import Wanted, solve_all
 from phi4edge.stages.verify import verify
 from phi4edge.targets.catalog import open_catalog
 from phi4edge.targets.choice import Wish, choose, process_bytes, refusal
@@ -88,14 +90,14 @@ class _Planned:
     gates: Limits  # of the target's file, those that the order has none of its own for
 
 
-def run(order: Order, progress: Progress = SILENT) -> Outcome:
-    """From a checkpoint to a report, for every target of ``order``.
+def run(order: Order, progress: Progress = SILENT, cluster: Cluster | None = None) -> Outcome:
+    """From a checkpoint to a report, for every target of ``order``; ``cluster`` solves what is quantized.
 
     Raises:
         InputError, TargetError, ResumeError: as the stages say; finished work is kept.
     """
     planned = _plan(order)
-    artifacts = _make(order, planned, progress)
+    artifacts = _make(order, planned, progress, cluster)
     stores = resolve_domains(
         order.model,
         texts=order.texts,
@@ -193,22 +195,16 @@ def _fixed(order: Order, profile: Profile, name: str, writable: frozenset[str]) 
     raise TargetError(f"{profile.id}: phi4edge makes nothing yet that it runs", "see phi4edge plan")
 
 
-def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tuple[str, str], Artifact]:
+def _make(
+    order: Order, planned: list[_Planned], progress: Progress, cluster: Cluster | None
+) -> dict[tuple[str, str], Artifact]:
     """One run a scheme, one artifact a scheme and format, each read back and compared with its run."""
     made: dict[tuple[str, str], Artifact] = {}
     options = WriteOptions(force=True, progress=progress)
     tables = replace(options, head=order.wish.head, embedding=order.wish.embedding, context=order.wish.context)
-    for scheme in dict.fromkeys(plan.scheme for plan in planned):
-        folder = order.out / "runs" / scheme
-        summary = quantize(
-            order.model,
-            replace(order.recipe, scheme=scheme),
-            folder,
-            restart=order.restart,
-            ram_budget=order.ram_budget,
-            device=order.device,
-            progress=progress,
-        )
+    schemes = list(dict.fromkeys(plan.scheme for plan in planned))
+    for scheme, summary in zip(schemes, _solve(order, schemes, progress, cluster), strict=True):
+        folder = summary.path
         document = {**summary.manifest, "data": {**summary.manifest["data"], **summary.performance}}
         write_json(order.out / "results" / f"{scheme}.quantize.json", document)
         for layout in dict.fromkeys(plan.format for plan in planned if plan.scheme == scheme):
@@ -217,6 +213,36 @@ def _make(order: Order, planned: list[_Planned], progress: Progress) -> dict[tup
             made[scheme, layout] = export(folder, layout, path, tables if layout in ROUNDED_TABLES else options)
             verify(path, folder, progress=progress)
     return made
+
+
+def _solve(
+    order: Order, schemes: Sequence[str], progress: Progress, cluster: Cluster | None
+) -> Iterator[QuantizeSummary]:
+    """One run a scheme: one after the other, or each as a task of the cluster where there are several."""
+    runs = [Wanted(replace(order.recipe, scheme=scheme), order.out / "runs" / scheme) for scheme in schemes]
+    if cluster is not None and len(runs) > 1:
+        cluster.check_job(order.device, order.recipe.compute)
+        yield from solve_all(
+            order.model,
+            runs,
+            cluster,
+            order.out,
+            restart=order.restart,
+            ram_budget=order.ram_budget,
+            progress=progress,
+        )
+        return
+    for run in runs:
+        yield quantize(
+            order.model,
+            run.recipe,
+            run.out,
+            restart=order.restart,
+            ram_budget=order.ram_budget,
+            device=order.device,
+            progress=progress,
+            cluster=cluster,
+        )
 
 
 def _document(order: Order, artifact: Artifact, kind: str, data: Mapping[str, Any]) -> None:

@@ -83,6 +83,21 @@ class Workdir:
             raise
         return cls(path, records, lock, repaired)
 
+    @staticmethod
+    def clear(path: Path) -> None:
+        """Remove what a run left in ``path``, as ``open(…, restart=True)`` does; nothing where nothing was begun.
+
+        Raises:
+            ResumeError: another process works here.
+        """
+        if not (path / RUN_FILE).is_file():
+            return
+        lock = _acquire(path / LOCK)
+        try:
+            _clear(path)
+        finally:
+            os.close(lock)
+
     def __enter__(self) -> Workdir:
         return self
 

@@ -200,6 +200,10 @@ class Cluster:
         """Threads for each of ``tasks`` tasks, so that few tasks fill the cluster too; every machine has as many."""
         return max(1, min(self.cpus // max(tasks, 1), *self._nodes.values()))
 
+    def most_beside(self, threads: int) -> int:
+        """Tasks with so many threads that may run on one machine at a time, at most."""
+        return max(max(1, cpus // threads) for cpus in self._nodes.values())
+
     def check_job(self, device: str, compute: str) -> None:
         """Make sure that every machine can compute as a run was asked to.
 
@@ -255,6 +259,10 @@ class Cluster:
         """Those of ``references`` that have their value, or failed, after at most ``timeout`` seconds."""
         ready, _ = self._ray.wait(list(references), num_returns=len(references), timeout=timeout, fetch_local=False)
         return list(ready)
+
+    def cancel(self, reference: Any) -> None:
+        """End a task that nobody waits for any more; one that is done stays as it is."""
+        self._ray.cancel(reference, force=True)
 
     def on_every_machine(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """What ``function`` gives on each machine, by node id; without waiting for a CPU to be free.

@@ -8,6 +8,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
+from phi4edge.cli.executor_options import executor_options, refuse_lone_address, workers
 from phi4edge.cli.options import common, corpus_options, dry_run_option
 from phi4edge.cli.progress import progress_for
 from phi4edge.cli.render import emit, time_text
@@ -65,6 +66,7 @@ def _refuse_options(model: str) -> None:
     envvar="PHI4EDGE_DEVICE",
     help="Where blocks are computed (cuda: not measured on hardware).",
 )
+@executor_options
 @click.option(
     "--resume/--restart", default=True, help="Go on with a run begun before, or begin anew.  [default: resume]"
 )
@@ -81,6 +83,8 @@ def command(
     imatrix: Path | None,
     ram_budget: str | None,
     device: str,
+    executor: str | None,
+    ray_address: str | None,
     resume: bool,
     dry_run: bool,
     as_json: bool,
@@ -100,6 +104,8 @@ def command(
     from phi4edge.stages.calibrate import corpus_of_run
     from phi4edge.stages.quantize import plan, quantize
 
+    executor = executor or "local"
+    refuse_lone_address(executor)
     if declares_codes(model):
         _refuse_options(model)
         if dry_run:
@@ -135,6 +141,9 @@ def command(
     budget = parse_bytes(ram_budget) if ram_budget else None
     if dry_run:
         data = plan(model, recipe, ram_budget=budget, device=device, imatrix=imatrix, out=out)
+        with workers(executor, ray_address) as cluster:
+            if cluster is not None:
+                cluster.check_job(device, data["recipe"]["compute"])
         memory = data["memory"]
         text = (
             f"{recipe_text(recipe)}\n{data['linears']} linears in {data['blocks']} blocks, "
@@ -144,15 +153,17 @@ def command(
         )
         emit("quantize", data, text, as_json=as_json)
         return
-    summary = quantize(
-        model,
-        recipe,
-        out,
-        restart=not resume,
-        ram_budget=budget,
-        device=device,
-        progress=progress_for(quiet),
-        imatrix=imatrix,
-    )
+    with workers(executor, ray_address) as cluster:
+        summary = quantize(
+            model,
+            recipe,
+            out,
+            restart=not resume,
+            ram_budget=budget,
+            device=device,
+            progress=progress_for(quiet),
+            imatrix=imatrix,
+            cluster=cluster,
+        )
     data = {**summary.manifest["data"], "out": str(out), "performance": summary.performance}
     emit("quantize", data, _summary_text(data, str(out)), as_json=as_json)

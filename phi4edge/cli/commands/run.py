@@ -8,6 +8,7 @@ from typing import Any
 import click
 
 from phi4edge.cli.drift_recipe import DRIFT_KEYS, read_drift
+from phi4edge.cli.executor_options import EXECUTORS, executor_options, refuse_lone_address, workers
 from phi4edge.cli.gate_options import GATES, gate_line, gate_options
 from phi4edge.cli.options import common, dry_run_option
 from phi4edge.cli.progress import progress_for
@@ -119,6 +120,7 @@ def _places(addresses: tuple[str, ...]) -> dict[str, str]:
     help="Where the device of target ID is: a host for ssh, a serial for adb; stronger than [connection] in its file.",
 )
 @click.option("--ram-budget", metavar="SIZE", envvar="PHI4EDGE_RAM_BUDGET", help="Peak RSS to keep to, e.g. 8GiB.")
+@executor_options
 @click.option("--resume/--restart", default=True, help="Go on with a run, or begin it anew.  [default: resume]")
 @target_path_option
 @gate_options
@@ -138,6 +140,8 @@ def command(
     chunks: int | None,
     addresses: tuple[str, ...],
     ram_budget: str | None,
+    executor: str | None,
+    ray_address: str | None,
     target_path: tuple[Path, ...],
     resume: bool,
     dry_run: bool,
@@ -155,6 +159,9 @@ def command(
     What is not measured is said to be so. [drift] of a recipe takes what `phi4edge drift` takes, tasks and domains too,
     by the same names with _ for -. Questions that were answered are not asked again when a run is started again.
 
+    With --executor ray the runs of several schemes are independent tasks, each solved whole by one worker, which must
+    see --out, MODEL and the corpus at the same paths; the samples of a single one are spread over all workers.
+
     Exit code 6 when a gate fails, with all results written. Gates come from the targets' files, the recipe, or the
     options here; of the same name the recipe's is stronger than a target's, and the option's than both. A gate fails
     where the limit is missed beyond the error of the value, 95 % one-sided; see --gate-undecided.
@@ -171,7 +178,8 @@ def command(
     asked |= {key: asked[key] or None for key in ("allow_code_execution", "shots_files")}  # absent: overrules nothing
     flags: dict[str, dict[str, Any]] = {
         "": {"targets": list(targets) or None},
-        "quantize": {"method": method, "effort": effort, "scheme": scheme, "ram_budget": ram_budget},
+        "quantize": {"method": method, "effort": effort, "scheme": scheme, "ram_budget": ram_budget}
+        | {"executor": executor, "ray_address": ray_address},
         "calibration": {"corpus": corpus, "samples": samples},
         "drift": {"texts": texts or None, "chunks": chunks, **asked},
     }
@@ -180,6 +188,10 @@ def command(
     solving, drift = dict(settings["quantize"]), settings["drift"]
     tasks = dict.fromkeys(asked) | {"allow_code_execution": False, "shots_files": ()} | drift
     budget, device = solving.pop("ram_budget", None), solving.pop("device", "cpu")
+    executor, ray_address = solving.pop("executor", "local"), solving.pop("ray_address", None)
+    if executor not in EXECUTORS:
+        raise UsageError(f"{what}: executor {executor!r} is not known", f"one of {', '.join(EXECUTORS)}")
+    refuse_lone_address(executor)
     try:
         limits = Limits(**{key: drift.get(key) for key in GATES}, undecided=drift.get("gate_undecided", "fail"))
         calibrated = solving.get("method") != "rtn" or solving.get("awq") or settings["calibration"]
@@ -212,7 +224,8 @@ def command(
         shown = "\n".join(f"{row['target']}: {row['scheme']} in {row['format']}" for row in planned)
         emit("run", {"targets": planned}, f"{shown}\nnothing was written", as_json=as_json)
         return
-    outcome = run(order, progress_for(quiet))
+    with workers(executor, ray_address) as cluster:
+        outcome = run(order, progress_for(quiet), cluster)
     lines = [
         f"{row['target']}: {row['artifact']}"
         + ("" if row["speed"]["measured"] else f" (speed not measured: {row['speed']['reason']})")
