@@ -6,7 +6,9 @@ pure function of its arguments, and nothing here tries again by itself.
 
 Every machine must have this phi4edge, this torch and this Python, or it is refused: the codes of a run hang on all
 three. Machines whose instruction sets differ may round the last bit of a sum differently; that is an event of the run.
-How many threads a worker computes with is chosen by how much work there is: it does not change a sum.
+How many threads compute a product does not change it (nor attention, nor sums over rows: tests/test_ray.py), so shards of
+samples take what threads there are. A Cholesky factor or the sum of a whole matrix does change in its last bits; the
+driver makes these, and a task that solves a whole run computes with as many threads as the driver.
 
 Ray is imported here, and only when a cluster is asked for.
 """
@@ -202,7 +204,7 @@ class Cluster:
 
     def most_beside(self, threads: int) -> int:
         """Tasks with so many threads that may run on one machine at a time, at most."""
-        return max(max(1, cpus // threads) for cpus in self._nodes.values())
+        return max(cpus // min(threads, *self._nodes.values()) for cpus in self._nodes.values())
 
     def check_job(self, device: str, compute: str) -> None:
         """Make sure that every machine can compute as a run was asked to.
@@ -227,12 +229,14 @@ class Cluster:
         """A reference to what ``function(*arguments)`` will return, computed by a worker.
 
         ``function`` is found by its name there. A reference in ``arguments`` stands for its value, which is read-only.
+        Where no machine has as many CPUs as ``threads``, they take turns on those that there are.
         Tasks of one ``place`` are given to one machine while it lives, so that what one made the next finds there.
         Errors are raised where the reference is asked for its value.
         """
-        places = [name for name, cpus in self._nodes.items() for _ in range(max(1, cpus // threads))]
+        slots = {name: cpus // min(threads, *self._nodes.values()) for name, cpus in self._nodes.items()}
+        places = [name for turn in range(max(slots.values())) for name, count in slots.items() if turn < count]
         remote = self._computed.options(
-            num_cpus=threads,
+            num_cpus=min(threads, *self._nodes.values()),
             max_retries=RETRIES,
             scheduling_strategy=self._pinned(places[place % len(places)], soft=True),
         )
@@ -249,6 +253,8 @@ class Cluster:
             return self._ray.get(reference, timeout=timeout)
         except errors.RayTaskError as error:
             raise error.cause from error
+        except errors.GetTimeoutError as error:
+            raise MissingToolError(f"Ray's workers did not answer within {timeout:.0f} s", "see ray status") from error
         except errors.RayError as error:
             reason = str(error).strip().splitlines()[0]
             raise Phi4EdgeError(
@@ -311,7 +317,7 @@ class Cluster:
                         "put the checkpoint where all machines of the cluster see it at the same path",
                     )
         finally:
-            marker.unlink()
+            marker.unlink(missing_ok=True)
 
     def run_rows(self, pieces: Sequence[partial[Any]]) -> list[Any]:
         """Results of ``pieces``, in order: :func:`phi4edge.quant.parallel.run_parallel` with the cluster's CPUs.

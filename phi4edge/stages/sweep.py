@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import torch
+
 from phi4edge.checkpoint.hub import resolve_model
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.events import SILENT, Progress
@@ -64,7 +66,7 @@ def solve_all(
     if restart:  # once, and here: a task that Ray starts again goes on
         for run in wanted:
             Workdir.clear(run.out)
-    threads = cluster.threads(len(wanted))
+    threads = torch.get_num_threads()  # as here: factorisations hang on it in their last bits
     share = min(len(wanted), cluster.most_beside(threads))
     started = [
         cluster.start(_solved, Path.cwd(), model, recipe, run.out, ram_budget, share, threads=threads, place=i)

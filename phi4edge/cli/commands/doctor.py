@@ -56,6 +56,7 @@ OPTIONAL = {
     "onnx": ("onnx", "writing and reading ONNX artifacts", 'pip install "phi4edge[onnx]"'),
     "onnxruntime_genai": ("onnxruntime-genai", "drift and speed of ONNX artifacts", 'pip install "phi4edge[onnx]"'),
     "lm_eval": ("lm_eval", "drift --tasks", 'pip install "phi4edge[tasks]"'),
+    "ray": ("ray", "quantize and run --executor ray", 'pip install "phi4edge[ray]"'),
     "transformers": ("transformers", "reading our checkpoints by another implementation", 'pip install "phi4edge[hf]"'),
 }
 # program that a transport calls here → how to get it; adb says so itself

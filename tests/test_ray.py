@@ -1,0 +1,308 @@
+"""--executor ray: the same bytes as in one process, whatever becomes of the workers."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import psutil
+import pytest
+import torch
+from cli_support import call_json
+from support import write_checkpoint
+
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import InputError, MissingToolError, UsageError
+from phi4edge.core.events import Progress
+from phi4edge.core.memory import parse_bytes
+from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe
+from phi4edge.core.workdir import JOURNAL
+from phi4edge.model.block import linear_name, load_norms
+from phi4edge.model.rope import rotary_table
+from phi4edge.quant.parallel import row_pieces
+from phi4edge.stages import cluster as module
+from phi4edge.stages.cluster import Cluster, connect
+from phi4edge.stages.quantize import quantize
+from phi4edge.stages.shard import BlockFacts, advanced, shard_energies, shard_moments
+from phi4edge.stages.sweep import Wanted, solve_all
+
+TEXT = str(Path(__file__).with_name("support.py"))
+# Three shards to learn from, the last of them not whole, and one kept aside.
+RECIPE = solving_recipe({}, CorpusRecipe(corpus=TEXT, samples=20, sequence_length=48))
+WIDE = 1088  # gate_up_proj has two pieces of rows then
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    assert len(row_pieces(2 * WIDE, 64)) > 1
+    return write_checkpoint(tmp_path_factory.mktemp("model"), "phi4", intermediate_size=WIDE)
+
+
+@pytest.fixture(scope="module")
+def here(model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The run that this process makes alone."""
+    run = tmp_path_factory.mktemp("runs") / "here"
+    quantize(model, RECIPE, run)
+    return run
+
+
+@pytest.fixture(scope="module")
+def workers() -> Iterator[Cluster]:
+    """Two workers on this machine; started once, since that takes seconds."""
+    pytest.importorskip("ray", reason="the extra phi4edge[ray] is not installed")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "_usable_cores", lambda: 2)
+        with connect("local") as cluster:
+            yield cluster
+
+
+def contents(run: Path) -> dict[str, str]:
+    """Hash of every file of a run but its costs, and its journal without them."""
+    kept = {
+        path for path in run.rglob("*") if path.is_file() and path.name not in ("performance.json", "lock", JOURNAL)
+    }
+    found = {str(path.relative_to(run)): hashlib.sha256(path.read_bytes()).hexdigest() for path in kept}
+    records = [json.loads(line)["record"] for line in (run / JOURNAL).read_text().splitlines()]
+    return found | {JOURNAL: json.dumps([{**record, "performance": None} for record in records])}
+
+
+class Interrupted(Progress):
+    """Ends the process's work, as Ctrl-C would, when block 1 begins."""
+
+    def status(self, text: str) -> None:
+        if text.startswith("block 1 "):
+            raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{}, {"effort": "low", "scheme": "q4_0"}, {"awq": True}, {"method": "rtn"}, {"round_passes": 0.5}],
+    ids=["default", "low", "awq", "rtn", "rounding"],
+)
+def test_workers_give_the_same_bytes_as_one_process(
+    changes: dict[str, object], model: Path, here: Path, workers: Cluster, tmp_path: Path
+) -> None:
+    recipe = solving_recipe(changes, RECIPE.corpus)
+    if changes:
+        quantize(model, recipe, tmp_path / "alone")
+    quantize(model, recipe, tmp_path / "spread", cluster=workers)
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone" if changes else here)
+
+
+def test_without_calibration_text_too(model: Path, workers: Cluster, tmp_path: Path) -> None:
+    recipe = Recipe(method="rtn", corpus=None)
+    quantize(model, recipe, tmp_path / "alone")
+    quantize(model, recipe, tmp_path / "spread", cluster=workers)
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
+
+
+def test_a_killed_workers_task_is_done_again(model: Path, here: Path, workers: Cluster, tmp_path: Path) -> None:
+    """The worker is killed while it computes for a block."""
+    killed: list[int] = []
+
+    class Killing(Progress):
+        def status(self, text: str) -> None:
+            if text.startswith("block 0 mlp.gate_up") and not killed:
+                threading.Thread(target=self.kill, daemon=True).start()
+
+        def kill(self) -> None:
+            while not killed:
+                busy = [p for p in psutil.Process().children(recursive=True) if "ray::_computed" in p.cmdline()]
+                killed.extend(process.pid for process in busy[:1])
+            os.kill(killed[0], signal.SIGKILL)
+
+    quantize(model, RECIPE, tmp_path / "run", cluster=workers, progress=Killing())
+    assert killed
+    assert contents(tmp_path / "run") == contents(here)
+
+
+def test_a_run_goes_on_under_the_other_executor(model: Path, here: Path, workers: Cluster, tmp_path: Path) -> None:
+    for first, then in ((None, workers), (workers, None)):
+        run = tmp_path / ("begun-here" if first is None else "begun-there")
+        with pytest.raises(KeyboardInterrupt):
+            quantize(model, RECIPE, run, cluster=first, progress=Interrupted())
+        begun = (run / JOURNAL).read_bytes()
+        assert begun.count(b"\n") == 1
+        quantize(model, RECIPE, run, cluster=then)
+        assert (run / JOURNAL).read_bytes().startswith(begun)
+        assert contents(run) == contents(here)
+
+
+def test_a_sweep_is_its_single_runs(
+    model: Path, here: Path, workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two schemes as two tasks: the first begun before, the second from nothing; relative paths are the driver's."""
+    monkeypatch.chdir(tmp_path)
+    runs = [Wanted(RECIPE, Path("sweep/w4g32")), Wanted(replace(RECIPE, scheme="q4_0"), Path("sweep/q4_0"))]
+    with pytest.raises(KeyboardInterrupt):
+        quantize(model, RECIPE, runs[0].out, progress=Interrupted())
+    begun = (runs[0].out / JOURNAL).read_bytes()
+    Path("model").symlink_to(model)
+    summaries = list(solve_all("model", runs, workers, Path("sweep")))
+    assert [summary.manifest["data"]["scheme"] for summary in summaries] == ["w4g32", "q4_0"]
+    assert (runs[0].out / JOURNAL).read_bytes().startswith(begun)
+    assert contents(runs[0].out) | {"location.json": ""} == contents(here) | {"location.json": ""}
+    quantize(model, runs[1].recipe, tmp_path / "alone")
+    assert contents(runs[1].out) | {"location.json": ""} == contents(tmp_path / "alone") | {"location.json": ""}
+    assert not list(Path("sweep").glob(".seen*"))
+
+
+def test_a_restarted_sweep_begins_anew(model: Path, workers: Cluster, tmp_path: Path) -> None:
+    low = solving_recipe({"effort": "low"}, RECIPE.corpus)
+    runs = [Wanted(replace(low, scheme=scheme), tmp_path / scheme) for scheme in ("w4g32", "q8_0")]
+    for run in runs:
+        quantize(model, replace(run.recipe, damp_percent=0.5), run.out)
+    for summary in solve_all(str(model), runs, workers, tmp_path, restart=True):
+        assert summary.manifest["data"]["recipe"]["damp_percent"] == low.damp_percent
+
+
+def test_a_folder_that_workers_do_not_see_is_refused(
+    model: Path, workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:  # what this process believes to have written is not there for the worker
+        patch.setattr(Path, "write_text", lambda *_, **__: 0)
+        with pytest.raises(InputError, match="does not see what is written here"):
+            workers.check_shared(tmp_path, model)
+    workers.check_shared(tmp_path, model)
+    monkeypatch.setattr(module, "_sizes", lambda folder: {"model.safetensors": 1})
+    with pytest.raises(InputError, match="does not have the same files"):
+        workers.check_shared(tmp_path, model)
+
+
+def test_a_worker_with_other_code_is_refused(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = sys.modules["ray"]
+    monkeypatch.setattr(module, "code_sha256", lambda: "0" * 64)
+    with pytest.raises(MissingToolError, match=r"has phi4edge .*, this process has .*\(000000000000\)"):
+        module._examined(ray, "here")
+
+
+def test_other_instruction_sets_are_an_event_and_no_error(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    cpu = module.environment()["cpu"]
+    monkeypatch.setattr(module, "environment", lambda: {"cpu": {**cpu, "architecture": "sparc64"}})
+    (event,) = module._examined(sys.modules["ray"], "here").events
+    assert event.kind == "mixed_instruction_sets"
+    assert sum("sparc64" in str(kind) for kind in event.values.values()) == 1
+    assert not workers.events
+
+
+def test_what_workers_cannot_compute_is_refused(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(UsageError, match="cuda"):
+        workers.check_job("cuda", "float32")
+    workers.check_job("cpu", "float32")
+    monkeypatch.setattr(workers, "without_bfloat16", ["192.0.2.7 (node 00000000)"])
+    with pytest.raises(MissingToolError, match=r"192\.0\.2\.7"):
+        workers.check_job("cpu", "bfloat16")
+
+
+def test_an_error_in_a_task_is_the_tasks_own(workers: Cluster) -> None:
+    with pytest.raises(UsageError, match="'lots' is not a size") as caught:
+        workers.get(workers.start(parse_bytes, "lots"))
+    assert "8GiB" in str(caught.value.hint)
+
+
+def test_tensors_arrive_as_they_were_and_may_be_written_into(workers: Cluster) -> None:
+    for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64):
+        sent = torch.arange(600).to(dtype).reshape(20, 30).T
+        back = workers.get(workers.start(torch.clone, workers.put(sent)))
+        assert back.dtype == dtype
+        assert torch.equal(back, sent)
+        back.zero_()
+
+
+@pytest.mark.parametrize("stage", range(4))
+def test_a_shard_does_not_hang_on_the_number_of_threads(stage: int, model: Path) -> None:
+    """Forward pass, moments and energies of a shard, on 1, 2 and 3 threads."""
+    checkpoint = open_checkpoint(model)
+    config, generator = checkpoint.config, torch.Generator().manual_seed(stage)
+    facts = BlockFacts(*load_norms(checkpoint, 0), config, rotary_table(config.rope, 509), "float32")
+    hidden, beside = (torch.randn(2, 509, config.hidden_size, generator=generator) for _ in range(2))
+    weight = checkpoint.tensor(f"{linear_name(0, stage)}.weight")
+    width = {1: config.q_size, 3: config.intermediate_size}.get(stage)
+    scratch = torch.randn(2, 509, width, generator=generator) if width else None
+    candidates = [lambda rows: weight[rows] * 0.99]
+    found, before = [], torch.get_num_threads()
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            state = (hidden, scratch, beside, scratch)
+            moments = shard_moments((facts, facts), stage, weight.shape[1], True, weight, *state)
+            stats = moments.belonging_to(weight).result(0.05, 0.25)
+            assert stats.hessian is not None
+            assert stats.shift is not None
+            energies = shard_energies((facts, facts), stage, weight, candidates, None, *state)
+            passed = advanced(facts, stage, weight, hidden, scratch)
+            found.append([passed, stats.hessian, stats.shift.values, *(e for part in energies for e in part)])
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_document_and_nothing_of_rays(model: Path, here: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="the extra phi4edge[ray] is not installed")
+    command = [sys.executable, "-m", "phi4edge", "quantize", str(model), "--out", str(tmp_path / "run"), "--json"]
+    command += ["--corpus", TEXT, "--samples", "20", "--sequence-length", "48", "--executor", "ray"]
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout)["ok"]
+    assert contents(tmp_path / "run") == contents(here)
+
+
+def test_without_ray_the_error_says_how_to_get_it(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, "ray", None)
+    code, document = call_json(capfd, "quantize", model, "--out", tmp_path / "run", "--executor", "ray")
+    assert code == 5
+    assert document["error"]["hint"] == 'pip install "phi4edge[ray]"'
+    assert not (tmp_path / "run").exists()
+
+
+def test_an_address_that_does_not_answer_is_refused_at_once(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("ray", reason="the extra phi4edge[ray] is not installed")
+    with socket.socket() as taken:  # bound, not listening
+        taken.bind(("127.0.0.1", 0))
+        port = taken.getsockname()[1]
+        for address, expected, word in (
+            (f"127.0.0.1:{port}", 5, "no Ray cluster answers"),
+            ("head-node", 2, "HOST:PORT"),
+            ("ray://127.0.0.1:10001", 2, "client protocol"),
+        ):
+            arguments = ("quantize", model, "--out", tmp_path / "run", "--executor", "ray", "--ray-address", address)
+            code, document = call_json(capfd, *arguments)
+            assert code == expected
+            assert word in document["error"]["message"]
+
+
+def test_an_address_without_the_executor_is_refused(
+    model: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ("quantize", model, "--out", tmp_path / "run", "--method", "rtn", "--dry-run")
+    code, document = call_json(capfd, *arguments, "--ray-address", "auto")
+    assert (code, document["error"]["hint"]) == (2, "give --executor ray too")
+    monkeypatch.setenv("PHI4EDGE_RAY_ADDRESS", "auto")  # a machine's setting: it waits for an executor that asks
+    assert call_json(capfd, *arguments)[0] == 0
+
+
+def test_a_recipe_names_the_executor(tmp_path: Path, model: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    recipe = tmp_path / "recipe.toml"
+    recipe.write_text(f'model = "{model}"\n[quantize]\nexecutor = "slurm"\n')
+    code, document = call_json(capfd, "run", recipe, "--out", tmp_path / "out")
+    assert code == 2
+    assert "'slurm' is not known" in document["error"]["message"]
+    recipe.write_text(f'model = "{model}"\n[quantize]\nexecutor = "ray"\nray_address = "ray://head"\n')
+    code, document = call_json(capfd, "run", recipe, "--out", tmp_path / "out")
+    assert code == 2
+    assert "client protocol" in document["error"]["message"]
