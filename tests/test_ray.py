@@ -20,25 +20,30 @@ import torch
 from cli_support import call_json
 from support import write_checkpoint
 
-from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.core.events import Progress
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe
 from phi4edge.core.workdir import JOURNAL
-from phi4edge.model.block import linear_name, load_norms
-from phi4edge.model.rope import rotary_table
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.stages import cluster as module
 from phi4edge.stages.cluster import Cluster, connect
 from phi4edge.stages.quantize import quantize
-from phi4edge.stages.shard import BlockFacts, advanced, shard_energies, shard_moments
 from phi4edge.stages.sweep import Wanted, solve_all
 
 TEXT = str(Path(__file__).with_name("support.py"))
 # Three shards to learn from, the last of them not whole, and one kept aside.
 RECIPE = solving_recipe({}, CorpusRecipe(corpus=TEXT, samples=20, sequence_length=48))
 WIDE = 1088  # gate_up_proj has two pieces of rows then
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Here and in workers, so that two of these work at a time."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
@@ -96,6 +101,18 @@ def test_workers_give_the_same_bytes_as_one_process(
         quantize(model, recipe, tmp_path / "alone")
     quantize(model, recipe, tmp_path / "spread", cluster=workers)
     assert contents(tmp_path / "spread") == contents(tmp_path / "alone" if changes else here)
+
+
+def test_workers_compute_with_the_drivers_threads(model: Path, workers: Cluster, tmp_path: Path) -> None:
+    """On three threads exponentials and factorisations have other last bits, and so they have there."""
+    torch.set_num_threads(3)
+    try:
+        assert workers.get(workers.start(torch.get_num_threads)) == 3
+        quantize(model, RECIPE, tmp_path / "alone")
+        quantize(model, RECIPE, tmp_path / "spread", cluster=workers)
+    finally:
+        torch.set_num_threads(1)
+    assert contents(tmp_path / "spread") == contents(tmp_path / "alone")
 
 
 def test_without_calibration_text_too(model: Path, workers: Cluster, tmp_path: Path) -> None:
@@ -218,40 +235,13 @@ def test_tensors_arrive_as_they_were_and_may_be_written_into(workers: Cluster) -
         back.zero_()
 
 
-@pytest.mark.parametrize("stage", range(4))
-def test_a_shard_does_not_hang_on_the_number_of_threads(stage: int, model: Path) -> None:
-    """Forward pass, moments and energies of a shard, on 1, 2 and 3 threads."""
-    checkpoint = open_checkpoint(model)
-    config, generator = checkpoint.config, torch.Generator().manual_seed(stage)
-    facts = BlockFacts(*load_norms(checkpoint, 0), config, rotary_table(config.rope, 509), "float32")
-    hidden, beside = (torch.randn(2, 509, config.hidden_size, generator=generator) for _ in range(2))
-    weight = checkpoint.tensor(f"{linear_name(0, stage)}.weight")
-    width = {1: config.q_size, 3: config.intermediate_size}.get(stage)
-    scratch = torch.randn(2, 509, width, generator=generator) if width else None
-    candidates = [lambda rows: weight[rows] * 0.99]
-    found, before = [], torch.get_num_threads()
-    try:
-        for threads in (1, 2, 3):
-            torch.set_num_threads(threads)
-            state = (hidden, scratch, beside, scratch)
-            moments = shard_moments((facts, facts), stage, weight.shape[1], True, weight, *state)
-            stats = moments.belonging_to(weight).result(0.05, 0.25)
-            assert stats.hessian is not None
-            assert stats.shift is not None
-            energies = shard_energies((facts, facts), stage, weight, candidates, None, *state)
-            passed = advanced(facts, stage, weight, hidden, scratch)
-            found.append([passed, stats.hessian, stats.shift.values, *(e for part in energies for e in part)])
-    finally:
-        torch.set_num_threads(before)
-    assert all(torch.equal(a, b) for other in found[1:] for a, b in zip(found[0], other, strict=True))
-
-
 @pytest.mark.slow
 def test_the_command_prints_one_document_and_nothing_of_rays(model: Path, here: Path, tmp_path: Path) -> None:
     pytest.importorskip("ray", reason="the extra phi4edge[ray] is not installed")
     command = [sys.executable, "-m", "phi4edge", "quantize", str(model), "--out", str(tmp_path / "run"), "--json"]
     command += ["--corpus", TEXT, "--samples", "20", "--sequence-length", "48", "--executor", "ray"]
     environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+    environment["OMP_NUM_THREADS"] = "1"  # as this module
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False)
     assert done.returncode == 0, done.stderr
     assert json.loads(done.stdout)["ok"]

@@ -1,8 +1,8 @@
 """One run over a Ray cluster of two one-core workers: the bytes, the seconds, and what the loss of a worker costs.
 
 The cluster is on this machine: a head without a CPU and two nodes of one core, each with an object store of its own, so
-that everything goes through stores and sockets as between machines. The same recipe is solved by one process on all
-cores; by the cluster; by the cluster while a worker process that computes is killed (SIGKILL) after the first block;
+that everything goes through stores and sockets as between machines. The same recipe is solved by one process on one
+core; by the cluster; by the cluster while a worker process that computes is killed (SIGKILL) after the first block;
 and while a whole node is. A run's files and its GGUF are compared by their hashes. Seconds are those of solving, as the
 run counts them; connecting and starting workers come on top.
 
@@ -122,8 +122,8 @@ def table(document: dict[str, Any]) -> str:
         [
             *lines,
             "",
-            f"{results['blocks']} blocks of the demo's model, {results['samples']} samples of 512 tokens, w4g32 by GPTQ "
-            f"with targets and refinement; {cpu['model']}, {cpu['usable_cores']} cores; Ray {results['ray']}.",
+            f"{results['blocks']} blocks of the demo's model, {results['samples']} samples of 512 tokens, w4g32 by "
+            f"GPTQ with targets and refinement; {cpu['model']}, {cpu['usable_cores']} cores; Ray {results['ray']}.",
         ]
     )
 
@@ -141,7 +141,7 @@ def main() -> None:
     if not (a.model / "config.json").is_file():
         subprocess.run([sys.executable, ROOT / "benchmarks" / "demo" / "make_model.py", a.model], check=True)
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    os.environ |= {"RAY_USAGE_STATS_ENABLED": "0", "OMP_NUM_THREADS": "1"}  # one core for every process that computes
     runs: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory() as folder:
         scratch = Path(folder)
@@ -151,7 +151,7 @@ def main() -> None:
             runs.append({"executor": executor, **solve(model, scratch / name, a.samples, address, disturb)})
             print(json.dumps(runs[-1]), flush=True)
 
-        measure("local", "local, all cores", None)
+        measure("local", "local, one core", None)
         cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
         nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(2)]
 

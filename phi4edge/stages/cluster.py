@@ -6,9 +6,8 @@ pure function of its arguments, and nothing here tries again by itself.
 
 Every machine must have this phi4edge, this torch and this Python, or it is refused: the codes of a run hang on all
 three. Machines whose instruction sets differ may round the last bit of a sum differently; that is an event of the run.
-How many threads compute a product does not change it (nor attention, nor sums over rows: tests/test_ray.py), so shards of
-samples take what threads there are. A Cholesky factor or the sum of a whole matrix does change in its last bits; the
-driver makes these, and a task that solves a whole run computes with as many threads as the driver.
+Workers compute with as many threads as this process does: the last bits of a factorisation hang on their number, and so
+do those of an exponential where a thread's share of a row ends. On machines with fewer CPUs these take turns.
 
 Ray is imported here, and only when a cluster is asked for.
 """
@@ -193,18 +192,9 @@ class Cluster:
         _AT_HOME.set()
         _register(ray)
 
-    @property
-    def cpus(self) -> int:
-        """CPUs of all machines."""
-        return sum(self._nodes.values())
-
-    def threads(self, tasks: int) -> int:
-        """Threads for each of ``tasks`` tasks, so that few tasks fill the cluster too; every machine has as many."""
-        return max(1, min(self.cpus // max(tasks, 1), *self._nodes.values()))
-
-    def most_beside(self, threads: int) -> int:
-        """Tasks with so many threads that may run on one machine at a time, at most."""
-        return max(cpus // min(threads, *self._nodes.values()) for cpus in self._nodes.values())
+    def at_a_time(self, threads: int) -> dict[str, int]:
+        """How many tasks with so many threads each machine does at a time, by node id."""
+        return {name: cpus // min(threads, *self._nodes.values()) for name, cpus in self._nodes.items()}
 
     def check_job(self, device: str, compute: str) -> None:
         """Make sure that every machine can compute as a run was asked to.
@@ -225,15 +215,15 @@ class Cluster:
         """A reference to ``value``, from which every worker can have it. Tensors are not copied on one machine."""
         return self._ray.put(value)
 
-    def start(self, function: Callable[..., Any], *arguments: Any, threads: int = 1, place: int = 0) -> Any:
-        """A reference to what ``function(*arguments)`` will return, computed by a worker.
+    def start(self, function: Callable[..., Any], *arguments: Any, threads: int | None = None, place: int = 0) -> Any:
+        """A reference to what ``function(*arguments)`` will return, computed by a worker with as many threads as here.
 
         ``function`` is found by its name there. A reference in ``arguments`` stands for its value, which is read-only.
-        Where no machine has as many CPUs as ``threads``, they take turns on those that there are.
         Tasks of one ``place`` are given to one machine while it lives, so that what one made the next finds there.
         Errors are raised where the reference is asked for its value.
         """
-        slots = {name: cpus // min(threads, *self._nodes.values()) for name, cpus in self._nodes.items()}
+        threads = threads if threads is not None else torch.get_num_threads()
+        slots = self.at_a_time(threads)
         places = [name for turn in range(max(slots.values())) for name, count in slots.items() if turn < count]
         remote = self._computed.options(
             num_cpus=min(threads, *self._nodes.values()),
@@ -337,7 +327,9 @@ class Cluster:
                 stored[id(value)] = self.put(value)
             return stored[id(value)]
 
-        started = [self.start(piece.func, *map(reference, piece.args), place=i) for i, piece in enumerate(pieces)]
+        started = [
+            self.start(piece.func, *map(reference, piece.args), threads=1, place=i) for i, piece in enumerate(pieces)
+        ]
         return [self.get(each) for each in started]
 
 

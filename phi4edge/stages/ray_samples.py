@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from phi4edge.calibration.statistics import InputMoments, shards
@@ -34,7 +35,6 @@ class _Stream:
     def __init__(self, cluster: Cluster, facts: BlockFacts, store: ActivationStore, pieces: Sequence[range]) -> None:
         self._cluster, self._store, self._pieces = cluster, store, pieces
         self.facts = facts
-        self._threads = cluster.threads(len(pieces))
         self.hidden = [cluster.put(store.read(piece.start, piece.stop)) for piece in pieces]
         self.scratch: list[Any] = [None] * len(pieces)
         self._held = list(self.hidden)
@@ -44,7 +44,7 @@ class _Stream:
         facts = self._cluster.put(self.facts)
         self._held += [facts, weight]
         made = [
-            self._cluster.start(advanced, facts, stage, weight, *state, threads=self._threads, place=i)
+            self._cluster.start(advanced, facts, stage, weight, *state, place=i)
             for i, state in enumerate(zip(self.hidden, self.scratch, strict=True))
         ]
         if stage in (0, 2):
@@ -137,13 +137,12 @@ class RaySamples:
 
     def _in_order(self, task: _Task, numbers: range) -> Iterator[Any]:
         """What ``task`` gives for each of these shards, in order, with only so many of them on their way."""
-        threads = self._cluster.threads(len(numbers))
-        window = self._cluster.cpus // threads + _AHEAD
+        window = sum(self._cluster.at_a_time(torch.get_num_threads()).values()) + _AHEAD
         started: list[Any] = []
         for number in numbers:
             own = self._own.state(number)
             exact = None if self._exact is None else self._exact.state(number)
-            started.append(task.start(own, exact, threads, number))
+            started.append(task.start(own, exact, number))
             if len(started) == window:
                 yield self._cluster.get(started.pop(0))
         while started:
@@ -158,7 +157,7 @@ class _Task:
     function: Callable[..., Any]
     fixed: tuple[Any, ...]
 
-    def start(self, own: tuple[Any, Any], exact: tuple[Any, Any] | None, threads: int, place: int) -> Any:
+    def start(self, own: tuple[Any, Any], exact: tuple[Any, Any] | None, place: int) -> Any:
         """A reference to what it gives."""
         states = (*own, *(exact if exact is not None else (None, None)))
-        return self.cluster.start(self.function, *self.fixed, *states, threads=threads, place=place)
+        return self.cluster.start(self.function, *self.fixed, *states, place=place)

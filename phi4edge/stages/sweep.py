@@ -66,10 +66,9 @@ def solve_all(
     if restart:  # once, and here: a task that Ray starts again goes on
         for run in wanted:
             Workdir.clear(run.out)
-    threads = torch.get_num_threads()  # as here: factorisations hang on it in their last bits
-    share = min(len(wanted), cluster.most_beside(threads))
+    share = min(len(wanted), max(cluster.at_a_time(torch.get_num_threads()).values()))
     started = [
-        cluster.start(_solved, Path.cwd(), model, recipe, run.out, ram_budget, share, threads=threads, place=i)
+        cluster.start(_solved, Path.cwd(), model, recipe, run.out, ram_budget, share, place=i)
         for i, (run, recipe) in enumerate(zip(wanted, decided, strict=True))
     ]
     seen = sum(_committed(run.out) for run in wanted)
