@@ -21,10 +21,11 @@ from cli_support import call_json
 from support import write_checkpoint
 
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
-from phi4edge.core.events import Progress
+from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe
 from phi4edge.core.workdir import JOURNAL
+from phi4edge.pipeline import Order, _solve
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.stages import cluster as module
 from phi4edge.stages.cluster import Cluster, connect
@@ -173,12 +174,14 @@ def test_a_sweep_is_its_single_runs(
     assert not list(Path("sweep").glob(".seen*"))
 
 
-def test_a_restarted_sweep_begins_anew(model: Path, workers: Cluster, tmp_path: Path) -> None:
+def test_the_pipeline_sweeps_over_schemes_and_restarts_them_once(model: Path, workers: Cluster, tmp_path: Path) -> None:
     low = solving_recipe({"effort": "low"}, RECIPE.corpus)
-    runs = [Wanted(replace(low, scheme=scheme), tmp_path / scheme) for scheme in ("w4g32", "q8_0")]
-    for run in runs:
-        quantize(model, replace(run.recipe, damp_percent=0.5), run.out)
-    for summary in solve_all(str(model), runs, workers, tmp_path, restart=True):
+    order = Order(str(model), ("local",), tmp_path, low, restart=True)
+    for scheme in ("w4g32", "q8_0"):
+        quantize(model, replace(low, scheme=scheme, damp_percent=0.5), tmp_path / "runs" / scheme)
+    for scheme, summary in zip(("w4g32", "q8_0"), _solve(order, ("w4g32", "q8_0"), SILENT, workers), strict=True):
+        assert summary.path == tmp_path / "runs" / scheme
+        assert summary.manifest["data"]["scheme"] == scheme
         assert summary.manifest["data"]["recipe"]["damp_percent"] == low.damp_percent
 
 

@@ -256,10 +256,6 @@ class Cluster:
         ready, _ = self._ray.wait(list(references), num_returns=len(references), timeout=timeout, fetch_local=False)
         return list(ready)
 
-    def cancel(self, reference: Any) -> None:
-        """End a task that nobody waits for any more; one that is done stays as it is."""
-        self._ray.cancel(reference, force=True)
-
     def on_every_machine(self, function: Callable[..., Any], *arguments: Any) -> dict[str, Any]:
         """What ``function`` gives on each machine, by node id; without waiting for a CPU to be free.
 

@@ -54,7 +54,7 @@ def solve_all(
 
     Raises:
         InputError: a worker does not see them.
-        Phi4EdgeError: as quantize says; finished work is kept, and the tasks that were begun are ended.
+        Phi4EdgeError: as quantize says; finished work is kept, and the other tasks end with the connection.
     """
     checkpoint, decided = open_checkpoint(model), []
     for run in wanted:  # what can be refused is refused here; and what hangs on the machine is decided once
@@ -73,18 +73,14 @@ def solve_all(
     ]
     seen = sum(_committed(run.out) for run in wanted)
     progress.start("quantize", checkpoint.config.num_layers * len(wanted), "block", seen)
-    try:
-        for run, reference in zip(wanted, started, strict=True):
-            while not cluster.finished([reference], _LOOK_S):
-                done = sum(_committed(each.out) for each in wanted)
-                progress.advance(max(done - seen, 0))
-                seen = max(done, seen)
-            summary = cluster.get(reference)
-            progress.note(f"{run.out.name} is solved")
-            yield summary
-    finally:
-        for reference in started:
-            cluster.cancel(reference)
+    for run, reference in zip(wanted, started, strict=True):
+        while not cluster.finished([reference], _LOOK_S):
+            done = sum(_committed(each.out) for each in wanted)
+            progress.advance(max(done - seen, 0))
+            seen = max(done, seen)
+        summary = cluster.get(reference)
+        progress.note(f"{run.out.name} is solved")
+        yield summary
     progress.finish()
 
 

@@ -21,7 +21,7 @@ from phi4edge.core.recipe import EFFORTS
 from phi4edge.core.registry import names
 from phi4edge.core.settings import Table, read_toml
 
-_MACHINE = ("ram_budget", "device", "compute")
+_MACHINE = ("ram_budget", "device", "compute", "executor", "ray_address")
 _SECTIONS = {
     "quantize": (
         "method",
