@@ -97,6 +97,10 @@ def command(
     Killed at any instant, the same command goes on from the last finished block and gives the same bytes. With
     --method rtn and no --corpus no data is needed.
 
+    With --executor ray the calibration samples are spread over the workers of a cluster, and rows of linears are solved
+    there; the codes are the same, and a lost worker's work is done again. --ram-budget is then that of this process:
+    workers and Ray's object stores come on top.
+
     MODEL may also be a checkpoint that another tool quantized (GPTQ, AWQ, compressed-tensors): its codes are taken
     over as they are, to be exported to other formats.
     """
