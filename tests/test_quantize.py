@@ -195,6 +195,18 @@ def test_a_block_half_written_is_done_again_and_those_behind_it(
     assert digests(run) == digests(undisturbed)
 
 
+def test_a_damaged_marker_is_refused_and_a_restart_begins_anew(
+    undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    run = tmp_path / "run"
+    quantize(phi4_checkpoint, RECIPE, run)
+    (run / "run.json").write_bytes((run / "run.json").read_bytes()[:200])
+    with pytest.raises(ResumeError, match=r"run\.json: damaged"):
+        quantize(phi4_checkpoint, RECIPE, run)
+    quantize(phi4_checkpoint, RECIPE, run, restart=True)
+    assert digests(run) == digests(undisturbed)
+
+
 def test_a_disk_that_takes_no_more_ends_the_run_and_with_more_room_it_goes_on(
     undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
 ) -> None:

@@ -15,7 +15,7 @@ from phi4edge.calibration.compute import choose_compute, has_bfloat16_units
 from phi4edge.calibration.corpus import Corpus
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
-from phi4edge.core.errors import MissingToolError, UsageError
+from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.jsonfile import read_object
 from phi4edge.core.recipe import BFLOAT16, FLOAT32, Recipe
@@ -103,7 +103,10 @@ def _compute_of_run(run: Path | None) -> str | None:
     begun = run / RUN_FILE if run is not None else None
     if begun is None or not begun.is_file():
         return None
-    found = read_object(begun).get("inputs", {}).get("recipe", {}).get("compute")
+    try:
+        found = read_object(begun)["inputs"]["recipe"]["compute"]
+    except (InputError, KeyError, TypeError):
+        return None  # damaged, or of another kind: opening the run directory refuses it, unless it is begun anew
     return found if found == FLOAT32 or (found == BFLOAT16 and has_bfloat16_units()) else None
 
 
