@@ -18,7 +18,7 @@ from support import write_checkpoint
 
 from phi4edge.cli.main import main
 from phi4edge.core.atomic import atomic_files
-from phi4edge.core.errors import InputError, UsageError
+from phi4edge.core.errors import InputError, TargetError, UsageError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.measurement.artifact import describe
@@ -206,7 +206,7 @@ def test_a_rename_that_fails_leaves_nothing(tmp_path: Path, monkeypatch: pytest.
 
     monkeypatch.setattr(Path, "replace", failing)
     paths = [tmp_path / name for name in "abc"]
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(TargetError, match="No space left"):
         put(paths, b"x")
     assert not list(tmp_path.iterdir())
 

@@ -154,7 +154,7 @@ def test_an_export_that_fails_midway_leaves_nothing(phi4_checkpoint: Path, tmp_p
         return linear
 
     model = quantized_model(phi4_checkpoint, "w4g32", fail_late)
-    with pytest.raises(InputError, match="No space left on device"):
+    with pytest.raises(TargetError, match="No space left on device"):
         load(WRITERS, form).write(model, tmp_path / "out", WriteOptions())
     assert list(tmp_path.iterdir()) == []
 

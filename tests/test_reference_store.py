@@ -159,7 +159,7 @@ def test_a_full_disk_is_a_sentence_and_finished_chunks_stay(
         real(file, chunk)
 
     monkeypatch.setattr(module, "write_chunk", full)
-    with pytest.raises(InputError, match="No space left"):
+    with pytest.raises(TargetError, match="No space left"):
         build_store(checkpoint, text, path)
     assert [file.name for file in sorted(path.glob("*.logits"))] == ["00000.logits", "00001.logits", "00002.logits"]
     monkeypatch.setattr(shutil, "disk_usage", lambda _: shutil._ntuple_diskusage(9, 9, 1000))

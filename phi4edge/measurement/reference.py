@@ -32,8 +32,8 @@ from numpy.typing import NDArray
 from phi4edge.checkpoint.index import CheckpointIndex
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import write_bytes, write_json
-from phi4edge.core.disk import require_space
-from phi4edge.core.errors import InputError, ResumeError, UsageError
+from phi4edge.core.disk import full_disk, is_full, require_space
+from phi4edge.core.errors import InputError, ResumeError, TargetError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_bytes, sha256_file, sha256_json
 from phi4edge.core.workdir import differences
@@ -186,7 +186,7 @@ def fingerprint(index: CheckpointIndex) -> str:
     value = index.fingerprint()
     try:
         write_json(note, {"stamps": stamps, "fingerprint": value})
-    except OSError:
+    except (OSError, TargetError):  # the latter: a full disk
         return value  # a cache that cannot be written costs time, nothing else
     return value
 
@@ -248,6 +248,8 @@ def build_store(
             _compute(path, checkpoint, text, top, progress)
             return _finish(path, checkpoint, text, key)
     except OSError as error:
+        if is_full(error):
+            raise full_disk(path, error) from error
         raise InputError(
             f"{path}: the reference store cannot be written ({error.strerror})",
             f"name another place with --store or ${CACHE}; chunks that are whole are kept",

@@ -27,6 +27,7 @@ from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
+from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
@@ -86,6 +87,7 @@ class _Tuner:
         self._rotary = rotary_table(self._config.rope, self._tokens.shape[1])
         self._per_piece = max(1, TUNING_PIECE_TOKENS // self._tokens.shape[1])
         self._held: dict[int, QuantizedBlock] = {}
+        self._parts = PartTimes()
         self._dtype = job.checkpoint.stored_dtype(_FINAL_NORM)
         final = continuous_of(job.source.tensor(_FINAL_NORM), self._dtype)
         self._final = Continuous(read_norms(run, None).get(_FINAL_NORM, final.start), final.unit, self._dtype)
@@ -94,13 +96,15 @@ class _Tuner:
     def run(self) -> None:
         """From the last committed step to the end."""
         step = self._states.resume()
-        self._teach()
+        with self._parts.part("teacher"):
+            self._teach()
         progress = self._progress
         progress.start("tune", self._steps, "step", step)
         losses: list[float] = []
         started = committed = time.monotonic()
         if not self._evaluated(0):
-            self._states.commit(0, {"heldout": self._evaluate()}, time.monotonic() - started)
+            record: dict[str, Any] = {"heldout": self._evaluate()}
+            self._commit(0, record, started)
             committed = time.monotonic()
         marks = {round(self._steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
         while step < self._steps and not self._exhausted():
@@ -110,13 +114,19 @@ class _Tuner:
             progress.status(f"KLD {losses[-1]:.4f} · RSS {format_bytes(rss_bytes())}")
             due = step in marks
             if due or not self._states.in_ram or time.monotonic() - committed > _COMMIT_SECONDS:
-                record: dict[str, Any] = {"losses": losses}
+                record = {"losses": losses}
                 if due:
                     record["heldout"] = self._evaluate()
-                self._states.commit(step, record, time.monotonic() - committed)
+                self._commit(step, record, committed)
                 losses, committed = [], time.monotonic()
         self._write_result()
         progress.finish()
+
+    def _commit(self, step: int, record: dict[str, Any], began: float) -> None:
+        """Keep the state; what the commit itself takes is in the parts of the next one."""
+        parts = self._parts.take()
+        with self._parts.part("write"):
+            self._states.commit(step, record, cost(time.monotonic() - began) | {"parts": parts})
 
     # --- the model -------------------------------------------------------------------------------------------
 
@@ -165,16 +175,20 @@ class _Tuner:
         """The same; each block's graph is kept where the budget allows it, otherwise what goes into the block."""
         runners = []
         for layer in range(self._config.num_layers):
-            runner = self._runner(layer)
+            with self._parts.part("read"):
+                runner = self._runner(layer)
             if self._job.memory.keep_graphs:
-                hidden[:] = [runner.forward_kept(x) for x in hidden]
+                with self._parts.part("forward"):
+                    hidden[:] = [runner.forward_kept(x) for x in hidden]
                 runners.append(runner)
                 continue
             at = layer * self._recipe.batch
             for i, x in enumerate(hidden):
-                self._between.write(at, x)
+                with self._parts.part("write"):
+                    self._between.write(at, x)
                 at += x.shape[0]
-                hidden[i] = runner.forward(x)
+                with self._parts.part("forward"):
+                    hidden[i] = runner.forward(x)
         return runners
 
     def _final_state(self) -> Tensor:
@@ -201,26 +215,30 @@ class _Tuner:
         pieces = [batch[i : i + self._per_piece] for i in range(0, len(batch), self._per_piece)]
         hidden = [self._inputs(piece) for piece in pieces]
         runners = self._forward_of_a_step(hidden)
-        loss, slopes, gain_gradient = self._head_backward(hidden, pieces)
-        state = adam_step(self._final_state(), gain_gradient * self._final.unit, step, rate)
-        self._states.store(config.num_layers, {_FINAL_NORM: state})
+        parts = self._parts
+        with parts.part("head"):
+            loss, slopes, gain_gradient = self._head_backward(hidden, pieces)
+            state = adam_step(self._final_state(), gain_gradient * self._final.unit, step, rate)
+            self._states.store(config.num_layers, {_FINAL_NORM: state})
         for layer in reversed(range(config.num_layers)):
-            block, continuous, states = self._block(layer)
-            if runners:
-                slopes, gradients, of_weights = runners.pop().backward(slopes)
-            else:
+            with parts.part("read"):
+                block, continuous, states = self._block(layer)
                 inputs, at = [], layer * self._recipe.batch
-                for slope in slopes:
+                for slope in slopes if not runners else ():
                     inputs.append(self._between.read(at, at + slope.shape[0]))
                     at += slope.shape[0]
-                slopes, gradients, of_weights = self._runner(layer).backward(slopes, inputs)
-            moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
-            if self._recipe.code_rate:
-                code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
-                for linear in block.linears:
-                    latent = _latent(linear.name)
-                    moved[latent] = code_step(linear, states[latent], of_weights[linear.name], code_rate)
-            self._states.store(layer, moved)
+                runner = runners.pop() if runners else BlockRunner(block, self._rotary, config)
+            with parts.part("backward"):
+                slopes, gradients, of_weights = runner.backward(slopes, inputs) if inputs else runner.backward(slopes)
+            with parts.part("update"):
+                moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
+                if self._recipe.code_rate:
+                    code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
+                    for linear in block.linears:
+                        latent = _latent(linear.name)
+                        moved[latent] = code_step(linear, states[latent], of_weights[linear.name], code_rate)
+            with parts.part("write"):
+                self._states.store(layer, moved)
         return loss
 
     def _head_backward(self, hidden: list[Tensor], pieces: list[list[int]]) -> tuple[float, list[Tensor], Tensor]:
@@ -250,6 +268,10 @@ class _Tuner:
 
     def _evaluate(self) -> dict[str, dict[str, Any]]:
         """Mean KLD and its standard error (between samples) on held-out samples, a domain at a time."""
+        with self._parts.part("evaluate"):
+            return self._held_out_kld()
+
+    def _held_out_kld(self) -> dict[str, dict[str, Any]]:
         assert self._job.corpus is not None
         by_domain: dict[str, list[float]] = {}
         gain = self._final.value(self._final_state()[0])

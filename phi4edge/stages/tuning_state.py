@@ -105,8 +105,11 @@ class TuningStates:
         else:
             put_tensors(self._next / f"{layer:05d}.safetensors", state)
 
-    def commit(self, step: int, record: dict[str, Any], seconds: float) -> None:
-        """Keep what was stored as the state after ``step``, and forget what no later process could want."""
+    def commit(self, step: int, record: dict[str, Any], spent: Mapping[str, Any]) -> None:
+        """Keep what was stored as the state after ``step``, and forget what no later process could want.
+
+        ``spent`` is what it took since the commit before: seconds, peak_rss_bytes, parts.
+        """
         files: list[str] = []
         if step:
             folder = self._work.path / f"state-{step:06d}"
@@ -118,7 +121,7 @@ class TuningStates:
             fsync_directory(self._work.path)
             self._folder = folder
             files = [f"{folder.name}/{layer:05d}.safetensors" for layer in range(self._layers + 1)]
-        self._work.commit({"step": step, **record, "performance": cost(seconds)}, files)
+        self._work.commit({"step": step, **record, "performance": dict(spent)}, files)
         self._drop_old(step)
 
     def _drop_old(self, step: int) -> None:

@@ -1,0 +1,68 @@
+"""The scripts of benchmarks/scale on a tiny model: what they count is what there is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save_file
+from scripts import load_script
+
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.stages.quantize import quantize
+
+
+def chunks(path: Path, samples: int, length: int) -> Path:
+    tokens = torch.randint(0, 300, (samples, length), generator=torch.Generator().manual_seed(1))
+    save_file({"tokens": tokens}, path)
+    return path
+
+
+def test_distillation_is_split_into_parts_that_make_up_its_steps(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    script = load_script("benchmarks/scale/distil.py")
+    recipe = script.recipe_of(chunks(tmp_path / "c.safetensors", 8, 32), 8, 32, 4, 2, "w4g32")
+    summary = quantize(phi4_checkpoint, recipe, tmp_path / "run")
+    found = script.account(tmp_path / "run", recipe)
+    assert found["steps"] == 4 == len(found["losses"])
+    assert set(found["step_seconds"]) == set(script.STEP)
+    assert all(found["step_seconds"][part] > 0 for part in ("read", "forward", "head", "backward", "update"))
+    spent = sum(found["step_seconds"].values()) * 4 + found["teacher_seconds_a_sample"] * 8
+    assert 0.3 * summary.performance["tuning_seconds"] < spent <= 1.2 * summary.performance["tuning_seconds"]
+    # 16 times the length; 56 steps for 4; four evaluations of 8 samples.
+    assert found["whole_seconds_estimated"] > 16 * 14 * 4 * sum(found["step_seconds"].values())
+
+
+def test_kld_of_peers_is_zero_for_the_model_itself_and_not_for_another(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    script = load_script("benchmarks/scale/peers.py")
+    from support import write_checkpoint
+
+    other = open_checkpoint(write_checkpoint(tmp_path / "other", "phi4", seed=3))
+    model, tokens = open_checkpoint(phi4_checkpoint), torch.arange(96).reshape(3, 32)
+    assert script.divergences(model, model, tokens) == [0.0, 0.0, 0.0]
+    found = script.divergences(model, other, tokens)
+    assert len(found) == 3
+    assert min(found) > 0.1
+
+
+def test_exponents_are_found_again(tmp_path: Path) -> None:
+    script = load_script("benchmarks/scale/growth.py")
+
+    def run(axis: str, size: int) -> dict[str, object]:
+        parts = {part: 0.01 * size ** script.THEORY[axis][part] for part in script.PARTS}
+        return {axis: size, "parts": parts, "all": sum(parts.values())}
+
+    measured = {axis: [run(axis, size) for size in sizes] for axis, sizes in script.GRID.items()}
+    for axis, found in script.fits(measured).items():
+        for part in script.PARTS:
+            assert found[part] == pytest.approx(script.THEORY[axis][part])
+    assert script.plot(measured).count("<circle") == 3 * 3 * 4
+
+
+def test_rtn_reads_and_writes_what_it_says(tmp_path: Path) -> None:
+    script = load_script("benchmarks/scale/rtn.py")
+    path = tmp_path / "file"
+    path.write_bytes(bytes(1 << 20))
+    assert script.read_rate([path, path]) > 0
+    assert script.write_rate(tmp_path, 3 << 20) > 0
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
