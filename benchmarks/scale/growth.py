@@ -109,8 +109,8 @@ def plot(measured: Mapping[str, Sequence[Mapping[str, Any]]]) -> str:
             return x, top + (high - math.log10(max(seconds, 10**low))) / (high - low) * height  # noqa: B023
 
         out.append(f'<rect x="{left}" y="{top}" width="{width}" height="{height}" fill="none" stroke="#999"/>')
-        for size in sizes:
-            out.append(f'<text x="{at(size, 1)[0]:.0f}" y="{top + height + 16}" text-anchor="middle">{size:,}</text>')
+        under = f'y="{top + height + 16}" text-anchor="middle"'
+        out += [f'<text x="{at(size, 1)[0]:.0f}" {under}>{size:,}</text>' for size in sizes]
         for power in range(math.ceil(low), math.floor(high) + 1):
             y = at(sizes[0], 10.0**power)[1]
             out.append(f'<line x1="{left}" x2="{left + width}" y1="{y:.1f}" y2="{y:.1f}" stroke="#eee"/>')

@@ -28,7 +28,7 @@ from phi4edge.quant.grid import Grid, NestedGrid, Params, half, reciprocal
 from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
-_TOGETHER = 1 << 20  # of those, times candidates, computed in one operation
+_TOGETHER = 1 << 19  # of those, times candidates, computed in one operation
 _REFINEMENTS = 2
 _LANES, _CHAINS, _LINKS = 8, 4, 16  # of torch's sums: float32 in a vector, sums side by side, links without a cascade
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
