@@ -230,6 +230,7 @@ class _Tuner:
                 runner = runners.pop() if runners else BlockRunner(block, self._rotary, config)
             with parts.part("backward"):
                 slopes, gradients, of_weights = runner.backward(slopes, inputs) if inputs else runner.backward(slopes)
+                del runner  # its weights go before the next block's come
             with parts.part("update"):
                 moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
                 if self._recipe.code_rate:
