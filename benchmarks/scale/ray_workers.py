@@ -6,7 +6,7 @@ core; by the cluster; by the cluster while a worker process that computes is kil
 and while a whole node is. A run's files and its GGUF are compared by their hashes. Seconds are those of solving, as the
 run counts them; connecting and starting workers come on top.
 
-    python benchmarks/scale/ray_workers.py [--blocks 4] [--samples 64]
+    python benchmarks/scale/ray_workers.py [--blocks 3] [--samples 40]
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ sys.path.insert(0, str(ROOT / "benchmarks"))
 from record import record, update_readme  # noqa: E402
 
 STORE_BYTES = 2**30  # of each node's object store
+HEAD = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
 COSTS = (
     "performance.json",
     "lock",
@@ -135,8 +136,8 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path, default=ROOT / "build" / "demo" / "model")
-    parser.add_argument("--blocks", type=int, default=4)
-    parser.add_argument("--samples", type=int, default=64)
+    parser.add_argument("--blocks", type=int, default=3)
+    parser.add_argument("--samples", type=int, default=40)
     a = parser.parse_args()
     if not (a.model / "config.json").is_file():
         subprocess.run([sys.executable, ROOT / "benchmarks" / "demo" / "make_model.py", a.model], check=True)
@@ -152,7 +153,7 @@ def main() -> None:
             print(json.dumps(runs[-1]), flush=True)
 
         measure("local", "local, one core", None)
-        cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+        cluster = Cluster(initialize_head=True, head_node_args=HEAD)
         nodes = [cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES) for _ in range(2)]
 
         def kill_a_node() -> str:
