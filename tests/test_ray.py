@@ -13,6 +13,7 @@ import threading
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
+from types import ModuleType
 
 import psutil
 import pytest
@@ -203,6 +204,15 @@ def test_a_worker_with_other_code_is_refused(workers: Cluster, monkeypatch: pyte
     monkeypatch.setattr(module, "code_sha256", lambda: "0" * 64)
     with pytest.raises(MissingToolError, match=r"has phi4edge .*, this process has .*\(000000000000\)"):
         module._examined(ray, "here")
+
+
+def test_a_worker_without_the_package_is_refused(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot import what it is asked to run: here, a module that only this process has."""
+    only_here = ModuleType("only_here")
+    exec("def describe(): pass", only_here.__dict__)
+    monkeypatch.setitem(sys.modules, "only_here", only_here)
+    with pytest.raises(MissingToolError, match=r"another phi4edge, or none .*only_here"):
+        workers.on_every_machine(only_here.describe)
 
 
 def test_other_instruction_sets_are_an_event_and_no_error(workers: Cluster, monkeypatch: pytest.MonkeyPatch) -> None:

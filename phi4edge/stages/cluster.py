@@ -237,11 +237,18 @@ class Cluster:
 
         Raises:
             Phi4EdgeError: the task raised it, or its workers were lost more than RETRIES times.
+            MissingToolError: nothing came within ``timeout`` seconds, or a worker has no such function.
         """
         errors = self._ray.exceptions
         try:
             return self._ray.get(reference, timeout=timeout)
         except errors.RayTaskError as error:
+            if isinstance(error.cause, errors.RaySystemError):  # the worker could not load what it was given
+                reason = str(error.cause).strip().splitlines()[0].removeprefix("System error: ")
+                raise MissingToolError(
+                    f"a Ray worker has another phi4edge, or none ({reason})",
+                    "install the same version on every machine of the cluster",
+                ) from error
             raise error.cause from error
         except errors.GetTimeoutError as error:
             raise MissingToolError(f"Ray's workers did not answer within {timeout:.0f} s", "see ray status") from error
@@ -269,16 +276,7 @@ class Cluster:
             ).remote(function, 1, False, *arguments)
             for name in self._nodes
         }
-        found = {}
-        for name, reference in asked.items():
-            try:
-                found[name] = self.get(reference, _ANSWER_S)
-            except (ImportError, AttributeError) as error:
-                raise MissingToolError(
-                    f"Ray worker on node {name[:8]} has another phi4edge, or none ({error})",
-                    "install the same version on every machine of the cluster",
-                ) from error
-        return found
+        return {name: self.get(reference, _ANSWER_S) for name, reference in asked.items()}
 
     def check_shared(self, folder: Path, model: Path) -> None:
         """Make sure that every machine sees what this one writes into ``folder``, and the same files in ``model``.
