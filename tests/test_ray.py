@@ -11,6 +11,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from types import ModuleType
@@ -135,9 +136,16 @@ def test_a_killed_workers_task_is_done_again(model: Path, here: Path, workers: C
 
         def kill(self) -> None:
             while not killed:
-                busy = [p for p in psutil.Process().children(recursive=True) if "ray::_computed" in p.cmdline()]
-                killed.extend(process.pid for process in busy[:1])
+                killed.extend(process.pid for process in self.busy()[:1])
             os.kill(killed[0], signal.SIGKILL)
+
+        def busy(self) -> list[psutil.Process]:
+            found = []
+            for process in psutil.Process().children(recursive=True):
+                with suppress(psutil.Error):  # one that has ended meanwhile
+                    if "ray::_computed" in process.cmdline():
+                        found.append(process)
+            return found
 
     quantize(model, RECIPE, tmp_path / "run", cluster=workers, progress=Killing())
     assert killed

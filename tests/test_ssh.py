@@ -424,7 +424,8 @@ def test_time_limit_of_a_stream_is_kept_on_the_device(openssh: OpenSsh) -> None:
 
 
 _INTERRUPTED = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests may run where it is ignored: behind a shell's &
 from phi4edge.transports import ssh
 from phi4edge.transports._api import Address
 place, folder, script, *options = sys.argv[1:]

@@ -17,6 +17,7 @@ from phi4edge.transports._posix import PosixDevice
 
 _STALLED_S = 120.0  # a transfer that has not moved for so long is over; longer than cat's: it reads files meanwhile
 _LOST = (10, 12, 30, 35, 255)  # rsync's exit status where the other side is gone
+_FILE = 11  # an error of a file, which the other side names; its words can be lost as both ends close
 
 
 def carry(device: PosixDevice, shell: str, paths: list[str], done: int, size: int, progress: Progress) -> None:
@@ -26,6 +27,19 @@ def carry(device: PosixDevice, shell: str, paths: list[str], done: int, size: in
         RefusedError: either side's rsync ended with an error.
         TargetError: the connection was lost.
     """
+    code, stderr, seen = _run(shell, paths, done, size, progress)
+    if code == _FILE and not stderr.strip():  # the same again, to hear what it was
+        code, stderr, seen = _run(shell, paths, seen, size, progress)
+    cause = next((line for line in stderr.decode(errors="replace").splitlines() if FULL_DISK.search(line)), "")
+    if code in _LOST and not cause:
+        raise device.lost("while a file was carried", stderr)
+    if code:
+        raise RefusedError(f"{device.name}: {cause or Finished(code, b'', stderr).last_words or f'rsync: {code}'}")
+    progress.advance(size - seen)
+
+
+def _run(shell: str, paths: list[str], done: int, size: int, progress: Progress) -> tuple[int, bytes, int]:
+    """rsync once: its exit status, what it said, and how many bytes of the file are there by its own count."""
     how = ["--append"] if done else ["--inplace", "--fuzzy"]
     words = [
         "rsync",
@@ -62,10 +76,4 @@ def carry(device: PosixDevice, shell: str, paths: list[str], done: int, size: in
             process.kill()
             raise
         said.seek(0)
-        stderr = said.read()
-    cause = next((line for line in stderr.decode(errors="replace").splitlines() if FULL_DISK.search(line)), "")
-    if code in _LOST and not cause:
-        raise device.lost("while a file was carried", stderr)
-    if code:
-        raise RefusedError(f"{device.name}: {cause or Finished(code, b'', stderr).last_words or f'rsync: {code}'}")
-    progress.advance(size - seen)
+        return code, said.read(), seen
