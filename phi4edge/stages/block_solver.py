@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["BlockSolver", "SolvedBlock"]
 
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
 from types import ModuleType
 from typing import Any
@@ -86,8 +87,12 @@ class BlockSolver:
             run=run,
         )
 
-    def solve(self, layer: int) -> SolvedBlock:
-        """The codes of block ``layer``, as tensors to store; the streams are left at its outputs."""
+    def solve(self, layer: int, committed: Future[None] | None = None) -> SolvedBlock:
+        """The codes of block ``layer``, as tensors to store; the streams are left at its outputs.
+
+        ``committed`` is the block before on its way to the disk: it is waited for behind the first linear, so that
+        never much more than a block's work can be lost.
+        """
         out, stream = SolvedBlock(), self._stream
         samples = stream.before(load_norms(self._job.source, layer)) if stream is not None else None
         linear: QuantizedLinear | None = None
@@ -123,6 +128,9 @@ class BlockSolver:
                 del weight
                 samples.advance(stage, linear.dequantize())
             self._progress.advance()
+            if stage == 0 and committed is not None:
+                with self._parts.part("write"):
+                    committed.result()
         if inputs is not None and stream is not None:
             self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
             block = load_block(self._job.source, layer)

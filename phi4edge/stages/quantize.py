@@ -154,18 +154,16 @@ def _solve_blocks(
         pending: Future[None] | None = None
         for layer in range(done, config.num_layers):
             started = time.monotonic()
-            solved = solver.solve(layer)
+            solved = solver.solve(layer, pending)
             if cluster is not None and layer == done:
                 solved.events[:0] = cluster.events
             events = [event.as_dict() for event in solved.events]
             record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
             if solved.rounding is not None:
                 record["rounding"] = solved.rounding
-            with parts.part("write"):  # the residual stream, and what is still to be written of the block before
-                if stream is not None and layer + 1 < config.num_layers:
+            if stream is not None and layer + 1 < config.num_layers:
+                with parts.part("write"):
                     record |= stream.save(layer + 1)
-                if pending is not None:
-                    pending.result()
             seconds = time.monotonic() - started
             record["performance"] = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "parts": parts.take()}
             pending = behind.submit(_commit, work, layer, solved.tensors, record, stream)
