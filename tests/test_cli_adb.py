@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 from adb_support import Phone, eventually, phones, serving
-from cli_support import call_json
+from cli_support import call_json, drift_of
 from device_support import BENCH_HELP, BENCH_JSON, program
 from scripts import ROOT
 
@@ -61,20 +61,7 @@ def test_a_phone_is_measured_and_reported(
     results = tmp_path / "results"
     text = tmp_path / "words.txt"
     text.write_text(Path(__file__).read_text() * 2)
-    asked = (
-        "drift",
-        phi4_gguf,
-        "--reference",
-        phi4_checkpoint,
-        "--text",
-        text,
-        "--context",
-        64,
-        "--chunks",
-        4,
-        "--threads",
-        1,
-    )
+    asked = drift_of(phi4_gguf, phi4_checkpoint, text)
     _, here = call_json(capfd, *asked)
     code, drift = call_json(capfd, *asked, *there, "--runner", sys.executable, "--out", results / "drift.json")
     assert code == 0, drift

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from cli_support import call_json
+from cli_support import call_json, drift_of
 from device_support import BENCH_HELP, BENCH_JSON, program
 from scripts import ROOT
 from ssh_support import Keys, OpenSsh, need, serving
@@ -76,20 +76,7 @@ def test_drift_over_ssh_is_drift_here(
     text: Path,
     tmp_path: Path,
 ) -> None:
-    asked = (
-        "drift",
-        phi4_gguf,
-        "--reference",
-        phi4_checkpoint,
-        "--text",
-        text,
-        "--context",
-        64,
-        "--chunks",
-        4,
-        "--threads",
-        1,
-    )
+    asked = drift_of(phi4_gguf, phi4_checkpoint, text)
     code, here = run(*asked)
     assert code == 0
     there = reached(server, tmp_path / "our folder", sys.executable)

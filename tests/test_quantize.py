@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import resource
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -173,24 +174,23 @@ def test_a_lost_residual_stream_is_recomputed_to_the_same_bytes(
     assert digests(run) == digests(undisturbed)
 
 
-def test_a_damaged_block_is_done_again(undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path) -> None:
-    run = tmp_path / "run"
-    quantize(phi4_checkpoint, RECIPE, run)
-    block = run / "blocks" / "00001.safetensors"
-    data = bytearray(block.read_bytes())
-    data[-1] ^= 1
-    block.write_bytes(data)
-    quantize(phi4_checkpoint, RECIPE, run)
-    assert digests(run) == digests(undisturbed)
+def flipped(data: bytes) -> bytes:
+    return data[:-1] + bytes([data[-1] ^ 1])
 
 
-def test_a_block_half_written_is_done_again_and_those_behind_it(
-    undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
+def half_written(data: bytes) -> bytes:
+    return data[:100]
+
+
+@pytest.mark.parametrize("damage", [flipped, half_written])
+@pytest.mark.parametrize("layer", [0, 1])  # with a block behind it, and the last one
+def test_a_damaged_block_is_done_again_and_those_behind_it(
+    damage: Callable[[bytes], bytes], layer: int, undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path
 ) -> None:
     run = tmp_path / "run"
     quantize(phi4_checkpoint, RECIPE, run)
-    block = run / "blocks" / "00000.safetensors"
-    block.write_bytes(block.read_bytes()[:100])
+    block = run / "blocks" / f"{layer:05d}.safetensors"
+    block.write_bytes(damage(block.read_bytes()))
     quantize(phi4_checkpoint, RECIPE, run)
     assert digests(run) == digests(undisturbed)
 

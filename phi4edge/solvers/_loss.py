@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["layer_loss"]
+__all__ = ["LOSS_COLUMNS", "layer_loss"]
 
 from functools import partial
 
@@ -14,7 +14,7 @@ from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.solvers._api import Problem
 
 _ROWS = 4096  # of a product with H at a time
-_COLUMNS = 1024  # of H multiplied together; what lies below the diagonal is what lies above
+LOSS_COLUMNS = 1024  # of H multiplied together; what lies below the diagonal is what lies above
 _WEIGHTS = 1 << 17  # without H: what stays in a core's cache
 
 
@@ -44,8 +44,8 @@ def _weighed(E: Tensor, h: Tensor | None) -> float:
 def _quadratic(E: Tensor, H: Tensor) -> float:
     """tr(E H Eᵀ) for a symmetric H, with half of the products that E H would take."""
     total = 0.0
-    for start in range(0, H.shape[0], _COLUMNS):
-        here = slice(start, min(start + _COLUMNS, H.shape[0]))
+    for start in range(0, H.shape[0], LOSS_COLUMNS):
+        here = slice(start, min(start + LOSS_COLUMNS, H.shape[0]))
         weighed = E[:, here] @ H[here, here]
         if start:
             weighed.addmm_(E[:, :start], H[:start, here], alpha=2)

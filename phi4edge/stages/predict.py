@@ -28,9 +28,9 @@ from phi4edge.calibration.statistics import takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import Recipe, TuningRecipe
 from phi4edge.quant.scheme import Scheme
+from phi4edge.solvers._loss import LOSS_COLUMNS
 
 PARTS = ("read", "forward", "moments", "solve", "check", "write")  # of a block, as the journal has them
-_LOSS_COLUMNS = 1024  # that phi4edge.solvers._loss multiplies together
 _EVALUATIONS = 4  # of tuning, on held-out samples
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
@@ -204,7 +204,7 @@ def solver_products(recipe: Recipe, n: int) -> float:
 
 def _loss(n: int) -> float:
     """Share of a product that a loss takes: H is symmetric."""
-    blocks = -(-n // _LOSS_COLUMNS)
+    blocks = -(-n // LOSS_COLUMNS)
     return (blocks + 1) / (2 * blocks)
 
 
