@@ -265,18 +265,25 @@ def test_shrinkage_scales_what_is_off_the_diagonal_and_nothing_else() -> None:
     assert torch.allclose(shrunk[off], 0.75 * whole[off])
 
 
+@pytest.mark.parametrize(
+    ("kept", "tokens", "counts"), [(0, 1024, [5]), (3, 1024, [3, 2]), (3, 60, [2, 1, 2]), (3, 20, [1] * 5)]
+)
 @pytest.mark.parametrize("on_disk", [False, True])
-def test_a_pass_with_unchanged_weights_is_the_block(phi4_checkpoint: Path, tmp_path: Path, on_disk: bool) -> None:
+def test_a_pass_with_unchanged_weights_is_the_block(
+    phi4_checkpoint: Path, tmp_path: Path, on_disk: bool, kept: int, tokens: int, counts: list[int]
+) -> None:
+    """Samples to learn from and samples kept aside are never computed together, and no more than so many tokens."""
     source = open_checkpoint(phi4_checkpoint)
     config, block = source.config, load_block(source, 1)
     x = torch.randn(5, 24, config.hidden_size, generator=torch.Generator().manual_seed(0))
     stores = Stores.create(config, 5, 24, tmp_path if on_disk else None)
     stores.hidden.write(0, x)
     rotary = rotary_table(config.rope, 24)
-    passing = BlockPass(block.input_norm, block.post_norm, config, rotary, stores)
+    passing = BlockPass(block.input_norm, block.post_norm, config, rotary, stores, kept=kept)
     for stage, weight in enumerate((block.qkv, block.o, block.gate_up, block.down)):
-        widths = [value.shape[-1] for _, value in passing.inputs(stage)]
-        assert widths == [weight.shape[1]] * 5, LINEARS[stage]
+        found = [(first, *value.shape) for first, value in passing.inputs(stage, tokens=tokens)]
+        firsts = [sum(counts[:i]) for i in range(len(counts))]
+        assert found == [(f, c, 24, weight.shape[1]) for f, c in zip(firsts, counts, strict=True)], LINEARS[stage]
         passing.advance(stage, weight)
     outputs = stores.hidden.read(0, 5)
     expected = forward_block(block, x, rotary, config)

@@ -10,7 +10,16 @@ import torch
 from test_quantize import CORPUS
 
 from phi4edge.calibration import compute
-from phi4edge.calibration.compute import BFLOAT16, FLOAT32, Speeds, choose_compute, computing, has_bfloat16_units
+from phi4edge.calibration.compute import (
+    BFLOAT16,
+    FLOAT32,
+    Speeds,
+    choose_compute,
+    computing,
+    has_bfloat16_units,
+    prepared,
+    product,
+)
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import MissingToolError, UsageError
 from phi4edge.core.recipe import Recipe
@@ -44,7 +53,20 @@ def test_what_is_measured_is_a_speed_and_an_error_that_rounding_explains() -> No
     if has_bfloat16_units():
         assert 0 < speeds.error < 2.0**-7
     else:
-        assert speeds.error == 0  # nothing to switch to: the same product
+        assert 0 < speeds.error < 2.0**-7  # rounded all the same, and no faster
+
+
+def test_a_prepared_weight_gives_the_product_as_near_as_the_units_can() -> None:
+    generator = torch.Generator().manual_seed(0)
+    x, weight = torch.randn(2, 3, 64, generator=generator), torch.randn(5, 64, generator=generator)
+    exact = x.double() @ weight.double().T
+    for unit, kept, allowed in ((FLOAT32, torch.float32, 1e-6), (BFLOAT16, torch.bfloat16, 2.0**-7)):
+        with computing(unit):
+            made = prepared(weight)
+            found = product(x, made)
+        assert made.dtype == kept
+        assert found.dtype == torch.float32
+        assert float((found - exact).norm() / exact.norm()) < allowed
 
 
 @pytest.mark.parametrize(

@@ -165,7 +165,7 @@ def test_aiming_at_full_precision_lowers_the_error_against_it_on_held_out_rows()
 
 
 def test_the_guard_compares_with_what_full_precision_computes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(guard, "_ROWS", 16)  # two pieces of the weight
+    monkeypatch.setattr(guard, "CHECKED_WEIGHTS", 16 * 48)  # two pieces of the weight
     own, exact = inputs()
     generator = torch.Generator().manual_seed(1)
     weight, other = torch.randn(20, 48, generator=generator), torch.randn(20, 48, generator=generator)

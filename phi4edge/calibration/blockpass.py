@@ -11,15 +11,16 @@ of the residual stream is cheap enough to be computed again.
 
 from __future__ import annotations
 
-__all__ = ["BlockPass", "Stores"]
+__all__ = ["COMPUTED_TOKENS", "BlockPass", "Stores", "samples_together"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from phi4edge.calibration.compute import prepared, product
+from phi4edge.calibration.statistics import SHARD
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.model.block import down_input, o_input, rms_norm
@@ -27,7 +28,16 @@ from phi4edge.model.forward import embed
 from phi4edge.model.rope import Rotary
 from phi4edge.model.source import WeightSource
 
+COMPUTED_TOKENS = 1024  # sent through a linear at a time, or one sample where samples are longer
 _EMBEDDED = 1 << 26  # values embedded at a time
+
+
+def samples_together(length: int, tokens: int) -> int:
+    """How many samples of ``length`` make at most ``tokens``; one at least. It divides a shard."""
+    count = SHARD
+    while count > 1 and count * length > tokens:
+        count //= 2
+    return count
 
 
 @dataclass(frozen=True)
@@ -58,7 +68,11 @@ class Stores:
 
 @dataclass(frozen=True)
 class BlockPass:
-    """One block's pass. One sample is computed at a time, so that no result depends on the RAM at hand."""
+    """One block's pass.
+
+    What is computed together depends on the samples' length alone, and not on the RAM at hand or on where a shard is
+    computed: so many samples of a shard, and none before sample ``kept`` with one after it.
+    """
 
     input_norm: Tensor
     post_norm: Tensor
@@ -66,29 +80,35 @@ class BlockPass:
     rotary: Rotary
     stores: Stores
     device: str = "cpu"
+    kept: int = 0
 
-    def inputs(self, stage: int, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, Tensor]]:
-        """Inputs of the stage's linear: (sample, [1, length, in_features] on the device)."""
-        stop = self.stores.hidden.shape[0] if stop is None else stop
-        for i in range(start, stop):
-            yield i, self._input(stage, i)
+    def inputs(
+        self, stage: int, start: int = 0, stop: int | None = None, *, tokens: int = COMPUTED_TOKENS
+    ) -> Iterator[tuple[int, Tensor]]:
+        """Inputs of the stage's linear: (first sample, [count, length, in_features] on the device)."""
+        samples, length = self.stores.hidden.shape[:2]
+        stop, count = samples if stop is None else stop, samples_together(length, tokens)
+        while start < stop:
+            end = min(start + count, stop if start >= self.kept else min(stop, self.kept))
+            yield start, self._input(stage, start, end)
+            start = end
 
-    def _input(self, stage: int, sample: int) -> Tensor:
+    def _input(self, stage: int, start: int, stop: int) -> Tensor:
         if stage in (1, 3):
             store = self.stores.attention if stage == 1 else self.stores.activation
-            return store.read(sample, sample + 1).to(self.device)
-        hidden = self.stores.hidden.read(sample, sample + 1).to(self.device)
+            return store.read(start, stop).to(self.device)
+        hidden = self.stores.hidden.read(start, stop).to(self.device)
         gain = self.input_norm if stage == 0 else self.post_norm
         return rms_norm(hidden, gain.to(self.device), self.config.rms_norm_eps)
 
     def advance(self, stage: int, weight: Tensor) -> None:
         """Send everything through the stage's linear with ``weight``; after stage 3 the block is done."""
-        weight = weight.to(self.device)
+        weight = prepared(weight.to(self.device))
         for i, x in self.inputs(stage):
-            out = F.linear(x, weight)
+            out = product(x, weight)
             if stage == 0:
                 self.stores.attention.write(i, o_input(out, self.rotary, self.config))
             elif stage == 2:
                 self.stores.activation.write(i, down_input(out))
             else:
-                self.stores.hidden.write(i, self.stores.hidden.read(i, i + 1).to(self.device) + out)
+                self.stores.hidden.write(i, self.stores.hidden.read(i, i + out.shape[0]).to(self.device) + out)

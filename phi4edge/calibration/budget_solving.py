@@ -12,16 +12,18 @@ __all__ = ["solving_bytes"]
 
 import os
 
+from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
 from phi4edge.calibration.statistics import SHARD, takes_product
+from phi4edge.calibration.streams import SUMMED_TOKENS
 from phi4edge.checkpoint.config import ModelConfig
-from phi4edge.core.recipe import Recipe
+from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
 
 _EMBEDDED_ROWS, _EMBEDDED_VALUES = 16384, 2**26  # of the embedding in RAM at a time; embedded at a time
-_GUARD_ROWS, _SHIFT_ROWS = 8192, 2048
+_CHECKED_WEIGHTS, _SHIFT_ROWS = 2**24, 2048  # by the guard, or by the loss, at a time; by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
-_DEQUANTIZED = 9  # bytes a weight while codes become values: codes, values, and their product with the steps
+_DEQUANTIZED = 5  # bytes a weight of codes and their values
 
 
 def solving_bytes(config: ModelConfig, recipe: Recipe) -> int:
@@ -48,23 +50,27 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     reading = m * n * (6 if recipe.rotation == "none" else 14)
     pieces = row_pieces(m, n)
     rows = min(os.cpu_count() or 1, len(pieces)) * int(pieces[0].stop)
-    working = rows * n * _IN_WORK + m * n * _DEQUANTIZED
+    checked = min(m * n, _CHECKED_WEIGHTS)
+    working = max(rows * n * _IN_WORK + m * n, m * n * 2 + checked * (4 + _DEQUANTIZED))  # searching, and the loss
     if recipe.corpus is None:
         return max(reading, W + working)
     length = recipe.corpus.sequence_length
+    summed, computed = (samples_together(length, most) * length for most in (SUMMED_TOKENS, COMPUTED_TOKENS))
     two = recipe.full_precision_targets > 0
     whole = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
     square = 4 * n * n if whole else 0
     shift = (W if takes_product(m, n) else square) if two else 0
     parts = 2 if recipe.corpus.samples - recipe.held_out > SHARD else 1
-    sample = 4 * length * (6 * n + 2 * m)
-    gathering = W + parts * (square + shift) + sample
+    # Inputs without the first positions beside those with; so of the other stream, their difference, its product.
+    arriving = 4 * summed * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
+    gathering = W + parts * (square + shift) + arriving
     factors = 2 * square  # H and its factor, or H as the search for scales multiplies with it
     targets = shift + W if two else 0
     solving = W + factors + targets + max(working, 3 * 4 * min(m, _SHIFT_ROWS) * n)
     if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
         solving += 2 * 4 * m * m + 2 * W
-    checked = min(m, _GUARD_ROWS)
-    checking = W + factors + targets + 2 * m * n + 3 * 4 * checked * n + 4 * length * (3 * n + 6 * checked)
-    passing = W + m * n * _DEQUANTIZED + 4 * length * (2 * n + 3 * m + 3 * config.q_size)
+    errors = checked * (2 * 4 + _DEQUANTIZED)  # of both candidates
+    checking = W + factors + targets + 2 * m * n + errors + 4 * computed * (3 * n + 6 * checked // n)
+    halved = 2 * m * n if recipe.compute == BFLOAT16 else 0  # the weight rounded for the units
+    passing = W + m * n * _DEQUANTIZED + halved + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
     return max(reading, gathering, solving, checking, passing)

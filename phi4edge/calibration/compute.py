@@ -1,16 +1,29 @@
 """How matrix products of the forward passes and of the Hessians are computed: float32, or the CPU's bfloat16 units.
 
 Where a CPU has such units (AMX, AVX-512 BF16) a product is several times as fast on them. Its inputs are rounded to
-bfloat16 on the way in, sums stay float32, and so does what comes out; activations of a bfloat16 model hold no more
-anyway. Solvers always factor and round in float32.
+bfloat16 on the way in, sums stay float32; activations of a bfloat16 model hold no more anyway. Solvers always factor
+and round in float32.
 
 The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``), which oneDNN follows where the units are there
-and nowhere else. Which one is used decides bits of the codes, so it is part of what a run was begun with.
+and nowhere else. It rounds both inputs for every product, which for a large weight and few tokens takes longer than
+the product itself: :func:`prepared` rounds a weight once for all of its products, whose outputs are then bfloat16 as
+well, as they are in the model. Which units are used decides bits of the codes, so it is part of what a run was begun
+with.
 """
 
 from __future__ import annotations
 
-__all__ = ["BFLOAT16", "FLOAT32", "Speeds", "choose_compute", "computing", "has_bfloat16_units", "measure_compute"]
+__all__ = [
+    "BFLOAT16",
+    "FLOAT32",
+    "Speeds",
+    "choose_compute",
+    "computing",
+    "has_bfloat16_units",
+    "measure_compute",
+    "prepared",
+    "product",
+]
 
 import time
 from collections.abc import Iterator
@@ -18,15 +31,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 import torch
+import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from phi4edge.core.errors import MissingToolError
 from phi4edge.core.recipe import BFLOAT16, FLOAT32
 
-_TOKENS, _WIDTH = 512, 2048  # of the products that are timed
+_TOKENS, _WIDTH = 1024, 2048  # of the products that are timed
 _SECONDS = 0.15  # for each of both
 _WORTH = 1.2  # times as fast, for bits that differ
-_ERROR = 2.0**-7  # of the norm: twice what rounding both inputs may cost
+_ERROR = 2.0**-7  # of the norm: twice what rounding both inputs and the output may cost
 
 
 @dataclass(frozen=True)
@@ -57,6 +71,17 @@ def computing(unit: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def prepared(weight: Tensor) -> Tensor:
+    """``weight`` [out_features, in_features] float32 as :func:`product` takes it, inside :func:`computing`."""
+    rounded = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
+    return weight.bfloat16() if rounded and weight.device.type == "cpu" else weight
+
+
+def product(x: Tensor, weight: Tensor) -> Tensor:
+    """X Wᵀ [..., out_features] float32, of float32 inputs ``x`` [..., in_features] and a prepared weight."""
+    return F.linear(x.to(weight.dtype), weight).float()
+
+
 def measure_compute() -> Speeds:
     """Time and compare both kinds of product on this machine, a fraction of a second."""
     generator = torch.Generator().manual_seed(0)
@@ -68,10 +93,11 @@ def measure_compute() -> Speeds:
 
 def _timed(unit: str, x: Tensor, w: Tensor) -> tuple[float, Tensor]:
     with computing(unit), torch.inference_mode():
-        out, done = torch.nn.functional.linear(x, w), 0
+        w = prepared(w)
+        out, done = product(x, w), 0
         started = time.perf_counter()
         while time.perf_counter() - started < _SECONDS:
-            out, done = torch.nn.functional.linear(x, w), done + 1
+            out, done = product(x, w), done + 1
         return 2e-9 * done * x.shape[0] * w.numel() / (time.perf_counter() - started), out
 
 

@@ -7,18 +7,21 @@ samples may be spread over processes.
 
 from __future__ import annotations
 
-__all__ = ["Arrival", "Streams"]
+__all__ = ["SUMMED_TOKENS", "Arrival", "Streams"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 from torch import Tensor
 
-from phi4edge.calibration.blockpass import BlockPass
+from phi4edge.calibration.blockpass import COMPUTED_TOKENS, BlockPass
 from phi4edge.calibration.statistics import InputMoments
 
-# A sample, its [1, length, in_features] in the quantized model, and in full precision where that is asked for.
+# The first of a few samples, their [count, length, in_features] in the quantized model, and in full precision where
+# that is asked for.
 Arrival = tuple[int, Tensor, Tensor | None]
+
+SUMMED_TOKENS = 2048  # added to moments at a time, or one sample: what reading and writing the sum costs is for all
 
 
 @dataclass(frozen=True)
@@ -28,14 +31,15 @@ class Streams:
     own: BlockPass  # as the quantized model has them
     exact: BlockPass | None  # as full precision has them
 
-    def inputs(self, stage: int, samples: range) -> Iterator[Arrival]:
-        """What arrives at the linear of ``stage``."""
-        arriving = self.own.inputs(stage, samples.start, samples.stop)
-        beside = None if self.exact is None else self.exact.inputs(stage, samples.start, samples.stop)
+    def inputs(self, stage: int, samples: range, *, tokens: int = COMPUTED_TOKENS) -> Iterator[Arrival]:
+        """What arrives at the linear of ``stage``, at most so many tokens at a time."""
+        start, stop = samples.start, samples.stop
+        arriving = self.own.inputs(stage, start, stop, tokens=tokens)
+        beside = None if self.exact is None else self.exact.inputs(stage, start, stop, tokens=tokens)
         for sample, x in arriving:
             yield sample, x, None if beside is None else next(beside)[1]
 
     def add_moments(self, stage: int, samples: range, moments: InputMoments) -> None:
         """Add the inputs of the linear of ``stage`` to its moments."""
-        for _, x, exact in self.inputs(stage, samples):
+        for _, x, exact in self.inputs(stage, samples, tokens=SUMMED_TOKENS):
             moments.add(x, exact)

@@ -113,8 +113,8 @@ class Grid:
         """Real values of ``codes`` [rows, in_features], float32."""
         a, b = self.steps(params)
         rows, groups = a.shape
-        grouped = codes.reshape(rows, groups, -1).float()
-        return (grouped * a[:, :, None] + b[:, :, None]).reshape(rows, -1)
+        values = codes.reshape(rows, groups, -1).to(torch.float32, copy=True)
+        return values.mul_(a[:, :, None]).add_(b[:, :, None]).reshape(rows, -1)
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.solvers._api import Problem
 
-_ROWS = 4096  # of a product with H at a time
+_MULTIPLIED = 1 << 24  # weights at a time whose errors are multiplied with H
 LOSS_COLUMNS = 1024  # of H multiplied together; what lies below the diagonal is what lies above
 _WEIGHTS = 1 << 17  # without H: what stays in a core's cache
 
@@ -25,7 +25,7 @@ def layer_loss(problem: Problem, linear: QuantizedLinear) -> float:
 
     def loss(piece: slice) -> float:
         total = 0.0
-        step = _ROWS if H is not None else max(1, _WEIGHTS // columns)
+        step = max(1, (_MULTIPLIED if H is not None else _WEIGHTS) // columns)
         for start in range(piece.start, piece.stop, step):
             stop = min(start + step, piece.stop)
             E = problem.weight[start:stop] - linear.rows(start, stop).dequantize()

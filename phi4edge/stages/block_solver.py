@@ -20,7 +20,7 @@ from torch import Tensor
 
 from phi4edge.calibration.statistics import LayerStats
 from phi4edge.core.events import Event, Progress
-from phi4edge.core.memory import format_bytes, rss_bytes
+from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
@@ -127,6 +127,7 @@ class BlockSolver:
                 samples.advance_exact(stage, weight)
                 del weight
                 samples.advance(stage, linear.dequantize())
+                release_memory()  # what a linear leaves in the C library's arenas would add to the next one's peak
             self._progress.advance()
             if stage == 0 and committed is not None:
                 with self._parts.part("write"):

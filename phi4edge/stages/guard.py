@@ -7,18 +7,19 @@ an input (an attention sink: the first position of a chunk), the total hides it.
 
 from __future__ import annotations
 
-__all__ = ["HeldOut", "held_out_errors", "output_energies", "relative_errors"]
+__all__ = ["CHECKED_WEIGHTS", "HeldOut", "held_out_errors", "output_energies", "relative_errors"]
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch.nn.functional import linear
 
+from phi4edge.calibration.compute import prepared, product
 from phi4edge.calibration.streams import Arrival
+from phi4edge.quant.parallel import row_pieces
 
-_ROWS = 8192  # of the weight, and as many errors of each candidate
+CHECKED_WEIGHTS = 1 << 24  # at a time, and as many errors of each candidate
 
 
 @dataclass(frozen=True)
@@ -51,16 +52,16 @@ def output_energies(
 
     The first row is that of the output aimed at, the others those of the candidates' errors.
     """
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, weight.shape[0]))
+    for rows in row_pieces(weight.shape[0], weight.shape[1], max(1, CHECKED_WEIGHTS // weight.shape[1])):
         yield _energies(inputs(), weight[rows], [weight[rows] - candidate(rows) for candidate in candidates])
 
 
 def _energies(arriving: Iterable[Arrival], W: Tensor, errors: Sequence[Tensor]) -> Iterator[Tensor]:
+    W, errors = prepared(W), [prepared(error) for error in errors]
     for _, x, exact in arriving:
-        away = torch.zeros(()) if exact is None else linear(exact - x, W)
-        outputs = [linear(x if exact is None else exact, W)]
-        outputs += [linear(x, error) + away.to(x.device) for error in errors]
+        away = torch.zeros(()) if exact is None else product(exact - x, W)
+        outputs = [product(x if exact is None else exact, W)]
+        outputs += [product(x, error) + away.to(x.device) for error in errors]
         energies = [output.pow(2).sum(-1, dtype=torch.float64) for output in outputs]  # [count, length]
         yield torch.stack([torch.stack((energy[:, 0].sum(), energy[:, 1:].sum())) for energy in energies]).cpu()
 

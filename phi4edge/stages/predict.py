@@ -39,7 +39,7 @@ _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 class LinearRates:
     """What this machine does for one of a block's linears."""
 
-    forward: float  # FLOP/s of x Wᵀ, a sample at a time, as the recipe computes
+    forward: float  # FLOP/s of x Wᵀ, so many samples at a time and as the recipe computes
     dense: float  # FLOP/s of the solver's products, [rows, n] [n, n], float32
     moments: float  # FLOP/s of H's sum, n² counted a token
     product: float  # FLOP/s of a product [n, tokens] [tokens, n] that is added up

@@ -23,13 +23,14 @@ from functools import partial
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
+from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
 from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, MemoryPlan, plan_memory
-from phi4edge.calibration.compute import choose_compute, computing
+from phi4edge.calibration.compute import choose_compute, computing, prepared, product
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
+from phi4edge.calibration.streams import SUMMED_TOKENS
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import PARTIAL
@@ -129,12 +130,12 @@ class _Measurement:
         for name, (rows, n) in config.linear_shapes.items():
             if self._recipe.corpus is not None and n not in by_width:
                 by_width[n] = self._squares(n)
-            moments, product, factor = by_width.get(n, (1.0, 1.0, 1.0))
+            moments, crossed, factor = by_width.get(n, (1.0, 1.0, 1.0))
             with computing(self._recipe.compute):
                 forward = self._forward(rows, n)
             dense = self._dense(rows, n)
             solve, nearest, decode = self._solver(rows, n, dense)
-            linears[name] = LinearRates(forward, dense, moments, product, factor, solve, nearest, decode)
+            linears[name] = LinearRates(forward, dense, moments, crossed, factor, solve, nearest, decode)
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
             hidden = self._draw(1, length, config.hidden_size)
@@ -172,9 +173,12 @@ class _Measurement:
         return max(sorted(spent)[len(spent) // 2], 1e-9)
 
     def _forward(self, rows: int, n: int) -> float:
-        x, rows = self._draw(1, self._length, n), min(rows, max(256, _VALUES // n))
-        weight = self._draw(rows, n)
-        return 2 * self._length * rows * n / self._seconds(lambda: F.linear(x, weight))
+        x, rows = self._together(COMPUTED_TOKENS, n), min(rows, max(256, _VALUES // n))
+        weight = prepared(self._draw(rows, n))
+        return 2 * x.numel() * rows / self._seconds(lambda: product(x, weight))
+
+    def _together(self, tokens: int, n: int) -> Tensor:
+        return self._draw(samples_together(self._length, tokens), self._length, n)
 
     def _dense(self, rows: int, n: int) -> float:
         W, H = self._draw(min(rows, _PRODUCT), n), self._draw(n, min(n, _PRODUCT))
@@ -183,16 +187,18 @@ class _Measurement:
     def _squares(self, n: int) -> tuple[float, float, float]:
         """Rates of H's sum, of D's and of the factorisation."""
         n, length = min(n, _WIDEST), self._length
-        x, away = self._draw(1, length, n), self._draw(length, n)
+        x = self._together(SUMMED_TOKENS, n)
+        length *= x.shape[0]
+        rows, away = x.flatten(0, 1), self._draw(length, n)
         moments = InputMoments(n, full=True)
         D = torch.zeros(n, n)
         with computing(self._recipe.compute):
             summed = length * n * n / self._seconds(lambda: moments.add(x))
-            product = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
+            crossed = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, rows))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
         problem = Problem("measured", D[:1], D, parse_scheme("w8row"), None)
         options = SolverOptions(self._recipe.damp_percent)
-        return summed, product, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
+        return summed, crossed, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
     def _solver(self, rows: int, n: int, dense: float) -> tuple[float, float, float]:
         """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""

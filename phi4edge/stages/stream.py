@@ -98,7 +98,7 @@ class CalibrationStream:
         return LocalSamples(Streams(own, exact), self.kept, self._shape[0], self._parts, self._compute)
 
     def _pass(self, norms: tuple[Tensor, Tensor], stores: Stores) -> BlockPass:
-        return BlockPass(*norms, self._config, self._rotary, stores, self._device)
+        return BlockPass(*norms, self._config, self._rotary, stores, self._device, self.kept)
 
     def aims(self, block: Block, inputs: ActivationStore, strength: float) -> ActivationStore:
         """What ``block`` should put out for the quantized model's ``inputs``; the other stream stands at its outputs.
