@@ -1,29 +1,40 @@
-"""The symmetric search computes all candidates at once, and finds what a plain loop over them finds, bit for bit."""
+"""The searches: compiled and with tensors they give the same bits, which are those that a plain loop finds."""
 
 from __future__ import annotations
+
+import math
 
 import pytest
 import torch
 from torch import Tensor
 
-from phi4edge.quant.grid import grid_for, half
+from phi4edge.quant import search as module
+from phi4edge.quant.grid import NestedGrid, grid_for, half
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.quant.search import _ratios, _sum, search
 
+SCHEMES = [
+    "q4_0",
+    "w4g64",
+    "w4g128",
+    "q5_0",
+    "q8_0",
+    "w4g32-asym",
+    "w8g32-asym",
+    "q4_1",
+    "q5_1",
+    "q4_k",
+    "q5_k",
+    "q6_k",
+]
 
-def in_torchs_order(values: Tensor) -> Tensor:
-    """Sums of [n, size] over the rows: four chains of eight lanes, the chains together, then the lanes."""
-    vectors = values.reshape(values.shape[0], -1, 8).unbind(1)
-    whole = len(vectors) // 4 * 4
-    chains = [torch.zeros_like(vectors[0]) for _ in range(4)]
-    for i, vector in enumerate(vectors[:whole]):
-        chains[i % 4] = chains[i % 4] + vector
-    for vector in vectors[whole:]:
-        chains[0] = chains[0] + vector
-    lanes = ((chains[0] + chains[1]) + chains[2]) + chains[3]
-    total = lanes[:, 0]
-    for lane in range(1, 8):
-        total = total + lanes[:, lane]
+
+def by_quads(values: Tensor) -> Tensor:
+    """Sums of [n, size] over the rows: four after four, in pairs."""
+    total = torch.zeros(values.shape[0])
+    for i in range(0, values.shape[1], 4):
+        a, b, c, d = values[:, i : i + 4].T
+        total = total + ((a + b) + (c + d))
     return total[:, None]
 
 
@@ -32,7 +43,7 @@ def plain(scheme_name: str, x: Tensor, h: Tensor) -> Tensor:
     grid = grid_for(parse_scheme(scheme_name))
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))
-    safe = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
+    inverse = 1 / torch.where(extreme == 0, torch.ones_like(extreme), extreme)
     best, scale = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
 
     def ratio(above: Tensor, below: Tensor) -> Tensor:
@@ -41,31 +52,41 @@ def plain(scheme_name: str, x: Tensor, h: Tensor) -> Tensor:
     def consider(inverse: Tensor) -> None:
         nonlocal best, scale
         q = torch.round(x * inverse).clamp(low, high)
-        along, square = in_torchs_order(h * x * q), in_torchs_order(h * q * q)
+        along, square = by_quads(h * x * q), by_quads(h * q * q)
         score = ratio(along * along, square)
         scale = torch.where(score > best, ratio(along, square), scale)
         best = torch.maximum(score, best)
 
     for step in _ratios(grid.scheme):
-        consider(low * step / safe)
+        consider(low * step * inverse)
         if low != -high:
-            consider(high * step / safe)
+            consider(high * step * inverse)
     for _ in range(2):
         consider(ratio(torch.ones_like(scale), scale.abs()) * scale.sign())
-    return half(torch.where(extreme == 0, torch.zeros_like(scale), scale))
+    return half(scale)
+
+
+def groups(size: int, count: int, generator: torch.Generator) -> Tensor:
+    """Groups [count, size], of every kind that may need care."""
+    values = torch.randn(count, size, generator=generator) ** 3
+    values[0] = 0  # no scale
+    values[1, 1:] = 0  # one weight alone
+    values[2] = values[2].round()  # ties
+    values[3, 1] = -values[3, 0]
+    values[4] = values[4].bfloat16().float() * 1e-6  # float16 can hardly say it
+    values[5], values[6] = values[5].abs(), -values[6].abs()
+    values[7] = 1.5  # no span
+    values[8] *= 1e30
+    return values
 
 
 @pytest.mark.parametrize("weighted", [False, True])
 @pytest.mark.parametrize("scheme", ["q4_0", "w4g64", "w4g128", "q5_0", "q8_0"])
-def test_all_candidates_at_once_find_what_a_loop_finds(scheme: str, weighted: bool) -> None:
+def test_a_symmetric_search_finds_what_a_loop_finds(scheme: str, weighted: bool) -> None:
     generator = torch.Generator().manual_seed(1)
     size = parse_scheme(scheme).group_size
-    values = torch.randn(70, 5, size, generator=generator) ** 3
-    values[0] = 0  # no scale
-    values[1, 0, 1:] = 0  # one weight alone
-    values[2] = values[2].round()  # ties
-    values[3, :, 1] = -values[3, :, 0]
-    values[4] = values[4].bfloat16().float() * 1e-6
+    values = groups(size, 350, generator).reshape(70, 5, size)
+    values[1, 3] /= 1e30  # else beyond float16
     importance = torch.rand(5, size, generator=generator) ** 4 + 1e-3 if weighted else None
     h = torch.ones(5, size) if importance is None else importance
     found = search(grid_for(parse_scheme(scheme)), values, importance)["scales"]
@@ -73,11 +94,56 @@ def test_all_candidates_at_once_find_what_a_loop_finds(scheme: str, weighted: bo
     assert torch.equal(found.view(torch.int16), expected.reshape(70, 5).view(torch.int16))
 
 
-@pytest.mark.parametrize("size", [8, 16, 24, 32, 40, 64, 96, 128, 512])
-def test_sums_have_one_order_on_every_machine(size: int) -> None:
-    values = torch.randn(size, 3, 33, generator=torch.Generator().manual_seed(size))
-    rows = values.permute(1, 2, 0).reshape(-1, size).contiguous()
-    found = _sum(values.clone()).reshape(-1)
-    assert torch.equal(found, in_torchs_order(rows).reshape(-1))
-    if torch.backends.cpu.get_cpu_capability() == "AVX2":  # where torch itself adds in that order
-        assert torch.equal(found, rows.sum(1))
+@pytest.mark.parametrize("counts", [1, 5, 350])
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("size", [None, 50])
+def test_compiled_and_with_tensors_a_search_gives_the_same_bits(scheme: str, counts: int, size: int | None) -> None:
+    grid = grid_for(parse_scheme(scheme))
+    generator = torch.Generator().manual_seed(2)
+    size = size or grid.scheme.group_size
+    x = groups(size, 350, generator)
+    h = torch.rand(counts, size, generator=generator) ** 4 + 1e-3
+    compiled, with_tensors = (both(grid, place, x, h) for place in (True, False))
+    assert torch.equal(compiled.view(torch.int32), with_tensors.view(torch.int32))
+
+
+def both(grid: NestedGrid, compiled: bool, x: Tensor, h: Tensor) -> Tensor:
+    """Steps as the CPU's search or the one for other devices finds them, each on this CPU."""
+    top, low, high = float(grid.high), float(grid.low - grid.middle), float(grid.high - grid.middle)
+    if compiled:
+        if grid.scheme.symmetric:
+            return module._symmetric(grid, x, h)
+        return torch.stack(
+            (module._with_zero_point if grid.scheme.grid == "affine" else module._with_minimum)(grid, x, h)
+        )
+    parts = list(module._parts(x, h))
+    if grid.scheme.symmetric:
+        ends = (low,) if low == -high else (low, high)
+        factors = torch.tensor([end * ratio for ratio in _ratios(grid.scheme) for end in ends])
+        return torch.cat([module.symmetric_steps(*part, factors, low, high) for part in parts])
+    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)])
+    if grid.scheme.grid == "affine":
+        shifts = torch.tensor((-1.0, 0.0, 1.0) if grid.scheme.bits < 8 else (0.0,))
+        return torch.cat([module.zero_point_steps(*part, factors, shifts, top) for part in parts], dim=1)
+    return torch.cat([module.minimum_steps(*part, factors, top, grid.scheme.nested) for part in parts], dim=1)
+
+
+def test_so_many_groups_at_a_time_find_what_all_at_once_find(monkeypatch: pytest.MonkeyPatch) -> None:
+    x, h = torch.randn(350, 32), torch.rand(5, 32) + 0.1
+    ((whole, counts),) = module._parts(x, h)
+    monkeypatch.setattr(module, "_CHUNK", 5 * 32 * 3)
+    parts = list(module._parts(x, h))
+    assert len(parts) > 10
+    assert torch.equal(torch.cat([part for part, _ in parts], dim=1), whole)
+    assert torch.equal(torch.cat([part for _, part in parts], dim=1), counts)
+    assert torch.equal(counts, h.repeat(70, 1).T)
+
+
+@pytest.mark.parametrize("size", [3, 8, 16, 24, 50, 64, 512])
+def test_sums_have_one_order(size: int) -> None:
+    values = torch.randn(size, 33, generator=torch.Generator().manual_seed(size))
+    rows = torch.cat((values, torch.zeros(-size % 4, 33))).T.contiguous()
+    found = _sum(values.clone())
+    assert torch.equal(found, by_quads(rows).squeeze(1))
+    exact = [math.fsum(row) for row in rows.tolist()]
+    assert found.tolist() == pytest.approx(exact, abs=1e-4)

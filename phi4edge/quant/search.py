@@ -17,20 +17,22 @@ must be tried on the weights.
 
 from __future__ import annotations
 
-__all__ = ["search", "search_again"]
+__all__ = ["minimum_steps", "search", "search_again", "symmetric_steps", "zero_point_steps"]
 
-import math
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
+from phi4edge.quant import _search_kernels as kernels
 from phi4edge.quant.grid import Grid, NestedGrid, Params, half, reciprocal
 from phi4edge.quant.scheme import Scheme
 
-_CHUNK = 1 << 17  # weights searched at a time: what they need stays in a core's cache
-_TOGETHER = 1 << 19  # of those, times candidates, computed in one operation
+_CHUNK = 1 << 20  # weights searched at a time, where no compiled search does it
 _REFINEMENTS = 2
-_LANES, _CHAINS, _LINKS = 8, 4, 16  # of torch's sums: float32 in a vector, sums side by side, links without a cascade
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 _REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since
@@ -54,20 +56,13 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
     Raises:
         InputError: a scale exceeds float16.
     """
-    rows, groups, size = values.shape
-    weight = None if importance is None else _importance(importance, values)
-    step = max(1, _CHUNK // max(groups * size, 1))
-    scratch = _Scratch(max(_TOGETHER, step * groups * size), values.device)
-    parts = [
-        _search(
-            grid,
-            values[r : r + step].reshape(-1, size),
-            None if weight is None else weight[r : r + step].reshape(-1, size),
-            scratch,
-        )
-        for r in range(0, rows, step)
-    ]
-    return {field: torch.cat([part[field] for part in parts]).reshape(rows, -1) for field in grid.fields}
+    rows, _, size = values.shape
+    if importance is None:
+        weight = torch.ones(1, size, device=values.device)
+    else:
+        weight = _importance(importance).reshape(-1, size)
+    params = _search(grid, values.reshape(-1, size), weight)
+    return {field: params[field].reshape(rows, -1) for field in grid.fields}
 
 
 def search_again(grid: NestedGrid, params: Params, group: int, values: Tensor, importance: Tensor) -> Params:
@@ -79,170 +74,138 @@ def search_again(grid: NestedGrid, params: Params, group: int, values: Tensor, i
     part = slice(group, group + 1)
     before = {field: p if field in grid.tunable else p[:, part] for field, p in params.items()}
     reach = _REACH_AGAIN["symmetric" if grid.scheme.symmetric else "with minimum"]
-    after, _ = _near(grid, before, x, _importance(importance[None, :], x), *reach)
+    after, _ = _near(grid, before, x, _importance(importance[None, :]).expand_as(x), *reach)
     return {
         field: p if field in grid.tunable else torch.cat((p[:, :group], after[field], p[:, group + 1 :]), dim=1)
         for field, p in params.items()
     }
 
 
-def _importance(importance: Tensor, values: Tensor) -> Tensor:
+def _importance(importance: Tensor) -> Tensor:
     # A channel that calibration never excited still counts a little: its weights must stay near.
     floor = importance.mean(-1, keepdim=True) * 1e-4 + torch.finfo(torch.float32).tiny
-    return torch.maximum(importance, floor).expand_as(values)
+    return torch.maximum(importance, floor)
 
 
-class _Scratch:
-    """Memory for what is computed of all candidates at once: asking for it anew each time costs more than the work."""
-
-    def __init__(self, count: int, device: torch.device) -> None:
-        self._flat = [torch.empty(count, device=device) for _ in range(2)]
-
-    def pair(self, *shape: int) -> tuple[Tensor, Tensor]:
-        """Two tensors of ``shape``, of any content."""
-        count = math.prod(shape)
-        first, second = (flat[:count].reshape(shape) for flat in self._flat)
-        return first, second
-
-
-def _search(grid: Grid, x: Tensor, h: Tensor | None, scratch: _Scratch) -> Params:
-    if grid.scheme.symmetric and not grid.scheme.nested:
-        return {"scales": half(_symmetric(grid, x, h, scratch))}
-    h = torch.ones(1, device=x.device).expand_as(x) if h is None else h
+def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
+    """Of groups ``x`` [n, group_size], of which group i counts as row i mod m of ``h`` [m, group_size] says."""
     if isinstance(grid, NestedGrid):
-        return _nested(grid, x, h, scratch)
+        return _nested(grid, x, h)
+    if grid.scheme.symmetric:
+        return {"scales": half(_symmetric(grid, x, h))}
     if grid.scheme.grid == "affine":
-        return _with_zero_point(grid, x, h)
+        scale, zero = _with_zero_point(grid, x, h)
+        return {"scales": half(scale), "zeros": zero.to(torch.uint8)}
     scale, minimum = _with_minimum(grid, x, h)
     return {"scales": half(scale), "mins": half(minimum)}
 
 
-def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
-    return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-38), torch.zeros_like(numerator))
+# Each of the three searches below has a compiled twin, which computes the same bits.
 
 
-def _symmetric(grid: Grid, x: Tensor, h: Tensor | None, scratch: _Scratch) -> Tensor:
-    """Steps of the groups ``x`` [n, group_size]: [n]; None for ``h`` weighs all alike."""
+def _symmetric(grid: Grid, x: Tensor, h: Tensor) -> Tensor:
+    """Steps of the groups [n]."""
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
-    extreme = _extreme(x)
-    safe = torch.where(extreme == 0, torch.ones_like(extreme), extreme)
     ends = (low,) if low == -high else (low, high)
-    inverses = torch.stack([end * ratio / safe for ratio in _ratios(grid.scheme) for end in ends])
-    # A group a column, so that sums within a group are over rows, and every operation over long ones.
-    weight = None if h is None else h.T.contiguous()
-    x = x.T.contiguous()
-    hx = x if weight is None else weight * x
-    together = max(1, _TOGETHER // (x.shape[0] * inverses.shape[0]))
-    fits = []
-    for start in range(0, x.shape[1], together):
-        some = slice(start, start + together)
-        part = None if weight is None else weight[:, some]
-        fits.append(_fit(x[:, some], hx[:, some], part, inverses[:, some], low, high, scratch))
-    along, square = (torch.cat(parts, dim=1) for parts in zip(*fits, strict=True))
-    score = _ratio(along * along, square)  # what the group's error falls by at the best step
-    best = score.amax(0)
-    turn = torch.arange(len(score), 0, -1, device=x.device, dtype=torch.float32)[:, None]
-    first = (len(score) - ((score == best) * turn).amax(0, keepdim=True)).long()  # of equals; argmax is slow here
-    scale = _ratio(along.gather(0, first), square.gather(0, first)).squeeze(0)
-    for _ in range(_REFINEMENTS):
-        again = _ratio(torch.ones_like(scale), scale.abs()) * scale.sign()
-        along, square = (found.squeeze(0) for found in _fit(x, hx, weight, again[None], low, high, scratch))
-        score = _ratio(along * along, square)
+    factors = torch.tensor([end * ratio for ratio in _ratios(grid.scheme) for end in ends], device=x.device)
+    if x.device.type == "cpu":
+        return _compiled(kernels.symmetric_steps, x, h, factors.numpy(), low, high, _REFINEMENTS)
+    return torch.cat([symmetric_steps(*part, factors, low, high) for part in _parts(x, h)])
+
+
+def symmetric_steps(x: Tensor, h: Tensor, factors: Tensor, low: float, high: float) -> Tensor:
+    """Steps [n] of groups that are columns, ``x`` and ``h`` [group_size, n]; ``factors`` are spans over the extreme."""
+    extreme = _extreme(x)
+    inverse = _nonzero(extreme).reciprocal()
+    hx = h * x
+    best, scale = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
+
+    def consider(inverse: Tensor) -> None:
+        nonlocal best, scale
+        q = (x * inverse).clamp_(low, high).round_()
+        along, square = _sum(hx * q), _sum((h * q).mul_(q))
+        score = _ratio(along * along, square)  # what the group's error falls by at the best step
         better = score > best
         best = torch.where(better, score, best)
         scale = torch.where(better, _ratio(along, square), scale)
-    return torch.where(extreme == 0, torch.zeros_like(scale), scale)
+
+    for factor in factors:
+        consider(factor * inverse)
+    for _ in range(_REFINEMENTS):
+        consider(_ratio(torch.ones_like(scale), scale.abs()) * scale.sign())
+    return scale
 
 
 def _extreme(x: Tensor) -> Tensor:
-    """The value of each row of ``x`` that is furthest from zero, with its sign; the first of equals."""
-    least, most = x.amin(1), x.amax(1)
-    found = torch.where(most > -least, most, least)
-    equal = (most == -least).nonzero().squeeze(1)
-    if equal.numel():
-        rows = x[equal]
-        found[equal] = rows.gather(1, rows.abs().argmax(1, keepdim=True)).squeeze(1)
-    return found
+    """The value of each column of ``x`` that is furthest from zero, with its sign; the first of equals."""
+    size = x.abs()
+    turn = torch.arange(len(x), 0, -1, device=x.device, dtype=torch.float32)[:, None]
+    first = len(x) - ((size == size.amax(0)) * turn).amax(0, keepdim=True).long()
+    return x.gather(0, first).squeeze(0)
 
 
-def _fit(
-    x: Tensor, hx: Tensor, h: Tensor | None, inverses: Tensor, low: float, high: float, scratch: _Scratch
-) -> tuple[Tensor, Tensor]:
-    """Σ h·x·q and Σ h·q² of the codes q that each candidate [candidates, n] gives to ``x`` [group_size, n]."""
-    q, terms = scratch.pair(x.shape[0], *inverses.shape)
-    torch.mul(x[:, None], inverses, out=q).round_().clamp_(low, high)
-    along = _sum(torch.mul(hx[:, None], q, out=terms))
-    return along, _sum(q.square_() if h is None else torch.mul(h[:, None], q, out=terms).mul_(q))
-
-
-def _sum(values: Tensor) -> Tensor:
-    """Sums over the first axis of [group_size, candidates, n]; overwrites ``values``.
-
-    Added in the order in which torch adds numbers that lie side by side, eight lanes and four chains at a time: which
-    candidate wins does not depend on how groups lie in memory, nor on how wide a machine's vectors are.
-    """
-    size, shape = values.shape[0], values.shape[1:]
-    if size % _LANES or size > _LANES * _CHAINS * _LINKS:
-        return values.permute(1, 2, 0).contiguous().sum(2)
-    lanes = values.reshape(size // _LANES, -1)
-    chains = min(_CHAINS, lanes.shape[0]) if lanes.shape[0] >= _CHAINS else 1
-    whole = lanes.shape[0] // chains * chains if chains > 1 else 1
-    for link in range(chains, whole, chains):
-        lanes[:chains].add_(lanes[link : link + chains])
-    for rest in range(whole, lanes.shape[0]):
-        lanes[0].add_(lanes[rest])
-    for chain in range(1, chains):
-        lanes[0].add_(lanes[chain])
-    total = lanes[0].reshape(_LANES, -1)
-    for lane in range(1, _LANES):
-        total[0].add_(total[lane])
-    return total[0].reshape(shape).clone()
-
-
-def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> Params:
+def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps and zero points of the groups, [n] each."""
     top = float(grid.high)
-    low, high = x.amin(1, keepdim=True).clamp_max(0), x.amax(1, keepdim=True).clamp_min(0)
-    hx = h * x
-    best = torch.full_like(low, -1.0)
-    scale, zero = torch.zeros_like(low), torch.zeros_like(low)
+    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
+    shifts = torch.tensor((-1.0, 0.0, 1.0) if grid.scheme.bits < 8 else (0.0,), device=x.device)
+    if x.device.type == "cpu":
+        found = _compiled(kernels.zero_point_steps, x, h, factors.numpy(), shifts.numpy(), top, _REFINEMENTS)
+    else:
+        found = torch.cat([zero_point_steps(*part, factors, shifts, top) for part in _parts(x, h)], dim=1)
+    return found[0], found[1]
 
-    def consider(step: Tensor, point: Tensor) -> None:
+
+def zero_point_steps(x: Tensor, h: Tensor, factors: Tensor, shifts: Tensor, top: float) -> Tensor:
+    """Steps and zero points [2, n] of groups that are columns; candidates are ``factors`` of a group's span."""
+    low, high = x.amin(0).clamp_max(0), x.amax(0).clamp_min(0)
+    hx, span = h * x, high - low
+    middle = (-low / _nonzero(span / top)).clamp_(0, top).round_()
+    best, scale, zero = torch.full_like(low, -1.0), torch.zeros_like(low), torch.zeros_like(low)
+
+    def consider(inverse: Tensor, point: Tensor) -> None:
         nonlocal best, scale, zero
-        q = torch.round(x / step + point).clamp_(0, top) - point
-        along = (hx * q).sum(1, keepdim=True)
-        square = (h * q).mul_(q).sum(1, keepdim=True)
+        q = (x * inverse).add_(point).clamp_(0, top).round_().sub_(point)
+        along, square = _sum(hx * q), _sum((h * q).mul_(q))
         score = _ratio(along * along, square)
         better = score > best
         best = torch.where(better, score, best)
         scale = torch.where(better, _ratio(along, square), scale)
         zero = torch.where(better, point, zero)
 
-    for ratio in _ratios(grid.scheme):
-        step = (high - low) / (top * ratio)
-        step = torch.where(step == 0, torch.ones_like(step), step)
-        point = torch.round(-low / (step * ratio)).clamp_(0, top)
-        for shift in (-1.0, 0.0, 1.0) if grid.scheme.bits < 8 else (0.0,):
-            consider(step, (point + shift).clamp(0, top))
+    for factor in factors:
+        for shift in shifts:
+            consider(_nonzero(span * factor).reciprocal(), (middle + shift).clamp_(0, top))
     for _ in range(_REFINEMENTS):
-        consider(torch.where(scale == 0, torch.ones_like(scale), scale), zero)
-    return {"scales": half(scale.squeeze(1)), "zeros": zero.squeeze(1).to(torch.uint8)}
+        consider(_nonzero(scale).reciprocal(), zero)
+    return torch.stack((scale, zero))
 
 
 def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+    """Steps and minima of the groups, [n] each."""
     top, nested = float(grid.high), grid.scheme.nested
-    low, high = x.amin(1, keepdim=True), x.amax(1, keepdim=True)
+    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
+    if x.device.type == "cpu":
+        found = _compiled(kernels.minimum_steps, x, h, factors.numpy(), top, nested, _REFINEMENTS)
+    else:
+        found = torch.cat([minimum_steps(*part, factors, top, nested) for part in _parts(x, h)], dim=1)
+    return found[0], found[1]
+
+
+def minimum_steps(x: Tensor, h: Tensor, factors: Tensor, top: float, nested: bool) -> Tensor:
+    """Steps and minima [2, n] of groups that are columns; candidates are ``factors`` of a group's span."""
+    low, high = x.amin(0), x.amax(0)
     if nested:
         low = low.clamp_max(0)
-    total, hx = h.sum(1, keepdim=True), h * x
-    sum_x, sum_xx = hx.sum(1, keepdim=True), (hx * x).sum(1, keepdim=True)
-    best = torch.full_like(low, torch.inf)
-    scale, minimum = torch.zeros_like(low), low.clone()
+    hx, span = h * x, high - low
+    total, sum_x, sum_xx = _sum(h), _sum(hx), _sum(hx * x)
+    best, scale, minimum = torch.full_like(low, torch.inf), torch.zeros_like(low), low.clone()
 
-    def consider(step: Tensor, offset: Tensor) -> None:
+    def consider(inverse: Tensor, offset: Tensor) -> None:
         nonlocal best, scale, minimum
-        q = torch.round((x - offset) / step).clamp_(0, top)
+        q = (x - offset).mul_(inverse).clamp_(0, top).round_()
         hq = h * q
-        sum_q, sum_qq, sum_qx = hq.sum(1, keepdim=True), (hq * q).sum(1, keepdim=True), (hx * q).sum(1, keepdim=True)
+        sum_q, sum_qq, sum_qx = _sum(hq), _sum(hq * q), _sum(hx * q)
         determinant = total * sum_qq - sum_q * sum_q
         a = _ratio(total * sum_qx - sum_x * sum_q, determinant)
         if nested:
@@ -259,25 +222,53 @@ def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
         scale = torch.where(better, a, scale)
         minimum = torch.where(better, b, minimum)
 
-    span = high - low
-    for ratio in _ratios(grid.scheme):
-        step = span / (top * ratio)
-        step = torch.where(step == 0, torch.ones_like(step), step)
-        middle = (low + high) / 2
+    for factor in factors:
+        step = _nonzero(span * factor)
         for tilt in (-0.5, 0.0, 0.5):  # which end a narrower span clips
-            consider(step, middle - step * top / 2 + tilt * (span - step * top))
+            consider(step.reciprocal(), ((low + high) * 0.5 - step * top * 0.5) + tilt * (span - step * top))
     for _ in range(_REFINEMENTS):
-        consider(torch.where(scale == 0, torch.ones_like(scale), scale), minimum)
-    return scale.squeeze(1), minimum.squeeze(1)
+        consider(_nonzero(scale).reciprocal(), minimum)
+    return torch.stack((scale, minimum))
 
 
-def _nested(grid: NestedGrid, x: Tensor, h: Tensor, scratch: _Scratch) -> Params:
+def _compiled(kernel: Callable[..., NDArray[np.float32]], x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
+    return torch.from_numpy(kernel(x.contiguous().numpy(), h.contiguous().numpy(), *arguments))
+
+
+def _parts(x: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+    """Groups and what they count, a group a column [group_size, some], so many at a time."""
+    step = max(1, _CHUNK // h.numel()) * len(h)
+    for start in range(0, len(x), step):
+        part = x[start : start + step]
+        yield part.T.contiguous(), h.repeat(-(-len(part) // len(h)), 1)[: len(part)].T.contiguous()
+
+
+def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
+    return torch.where(denominator > 0, numerator / denominator.clamp_min(1e-38), torch.zeros_like(numerator))
+
+
+def _nonzero(step: Tensor) -> Tensor:
+    return torch.where(step == 0, torch.ones_like(step), step)
+
+
+def _sum(values: Tensor) -> Tensor:
+    """Sums over the first axis of [group_size, n], four rows after four: one order on every machine and device."""
+    if more := -len(values) % 4:
+        values = torch.cat((values, values.new_zeros(more, *values.shape[1:])))
+    total = torch.zeros_like(values[0])
+    for first, second, third, fourth in values.reshape(-1, 4, *values.shape[1:]):
+        total += (first + second).add_(third + fourth)
+    return total
+
+
+def _nested(grid: NestedGrid, x: Tensor, h: Tensor) -> Params:
     blocks = (-1, grid.scheme.unit // grid.scheme.group_size)
     if grid.scheme.symmetric:
-        a = _symmetric(grid, x, h, scratch)
+        a = _symmetric(grid, x, h)
         b = a * -grid.middle
     else:
         a, b = _with_minimum(grid, x, h)
+    h = h.repeat(len(x) // len(h), 1) if len(h) > 1 else h.expand_as(x)
     x, h = x.reshape(*blocks, x.shape[1]), h.reshape(*blocks, h.shape[1])
     trial = found = grid.store(a.reshape(blocks), b.reshape(blocks), h.sum(2))
     best = torch.full((x.shape[0], 1), torch.inf, device=x.device)

@@ -1,0 +1,358 @@
+"""The scale searches of :mod:`phi4edge.quant.search` compiled for the CPU: a candidate is one pass over the weights.
+
+Each computes, operation by operation and in the same order, what its counterpart there computes with tensors, so both
+give the same bits, on every machine: no sum is reordered and no multiplication fused with an addition. Groups lie side
+by side, a lane each, so that a loop over them fills vectors of whatever width. Numba compiles them at their first use
+and keeps what it made, beside the module or in its own cache.
+"""
+
+from __future__ import annotations
+
+__all__ = ["minimum_steps", "symmetric_steps", "zero_point_steps"]
+
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+from numba import njit
+
+Array = npt.NDArray[np.float32]
+
+_VALUES = 1 << 12  # of groups side by side: they stay in the nearest cache
+_FEWEST_LANES = 16
+_ROUND = np.float32(1.5 * 2**23)  # added and taken away again, it leaves the nearest whole number, of ties the even one
+_ROUND_SMALL = np.float32(1.5 / 2)  # the same for multiples of 2⁻²⁴, as float16 has them below 2⁻¹⁴
+_ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
+_LEAST = np.float32(1e-38)
+_NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal float16; from here on it is infinite
+_INFINITE = np.float32(np.inf)
+
+_compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
+
+
+def symmetric_steps(x: Array, h: Array, factors: Array, low: float, high: float, refinements: int) -> Array:
+    """Steps [n] of groups ``x`` [n, group_size] for codes ``low`` … ``high``, by ``_symmetric`` there.
+
+    ``factors`` are the candidates' spans over the extreme. Group i counts as row i mod m of ``h`` [m, group_size] says.
+    """
+    out = np.empty(len(x), np.float32)
+    pairs = np.append(factors, factors[-1:]) if len(factors) % 2 else factors
+    _symmetric(*_padded(x, h), pairs, np.float32(low), np.float32(high), refinements, out)
+    return out
+
+
+def zero_point_steps(x: Array, h: Array, factors: Array, shifts: Array, top: float, refinements: int) -> Array:
+    """Steps and zero points [2, n] of groups ``x`` for codes 0 … ``top``, by ``_with_zero_point`` there."""
+    out = np.empty((2, len(x)), np.float32)
+    _zero_point(*_padded(x, h), factors, shifts, np.float32(top), refinements, out)
+    return out
+
+
+def minimum_steps(x: Array, h: Array, factors: Array, top: float, nested: bool, refinements: int) -> Array:
+    """Steps and minima [2, n] of groups ``x`` for codes 0 … ``top``, by ``_with_minimum`` there."""
+    out = np.empty((2, len(x)), np.float32)
+    _minimum(*_padded(x, h), factors, np.float32(top), nested, refinements, out)
+    return out
+
+
+def _padded(x: Array, h: Array) -> tuple[Array, Array]:
+    """Groups of a whole number of quads: filled up with their first value, which counts nothing there."""
+    more = -x.shape[1] % 4
+    if more == 0:
+        return x, h
+    first = np.broadcast_to(x[:, :1], (len(x), more))
+    return np.concatenate((x, first), 1), np.concatenate((h, np.zeros((len(h), more), np.float32)), 1)
+
+
+@_compiled
+def _lanes(size):
+    return max(_FEWEST_LANES, _VALUES // size)
+
+
+@_compiled
+def _lane(lanes):
+    return np.empty(lanes, np.float32)
+
+
+@_compiled
+def _load(x, h, start, at, weight, weighted):
+    """Groups from ``start`` on, a lane each; where there are no more, the last again."""
+    for lane in range(at.shape[1]):
+        group = min(start + lane, x.shape[0] - 1)
+        counts = group % h.shape[0]
+        for i in range(at.shape[0]):
+            at[i, lane] = x[group, i]
+            weight[i, lane] = h[counts, i]
+            weighted[i, lane] = h[counts, i] * x[group, i]
+
+
+@_compiled
+def _ratio(numerator, denominator):
+    return numerator / max(denominator, _LEAST) if denominator > _ZERO else _ZERO
+
+
+@_compiled
+def _rounded(value, low, high):
+    return min(max(value, low), high) + _ROUND - _ROUND
+
+
+# --- symmetric --------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_other):
+    """Σ h·x·q and Σ h·q² of the codes that two candidates give, by lanes."""
+    along[:], square[:], along_other[:], square_other[:] = _ZERO, _ZERO, _ZERO, _ZERO
+    for i in range(0, x.shape[0], 4):
+        for k in range(x.shape[1]):
+            p, q = one[k], other[k]
+            p0, q0 = _rounded(x[i, k] * p, low, high), _rounded(x[i, k] * q, low, high)
+            p1, q1 = _rounded(x[i + 1, k] * p, low, high), _rounded(x[i + 1, k] * q, low, high)
+            p2, q2 = _rounded(x[i + 2, k] * p, low, high), _rounded(x[i + 2, k] * q, low, high)
+            p3, q3 = _rounded(x[i + 3, k] * p, low, high), _rounded(x[i + 3, k] * q, low, high)
+            t0, t1, t2, t3 = hx[i, k], hx[i + 1, k], hx[i + 2, k], hx[i + 3, k]
+            along[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
+            along_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
+            t0, t1, t2, t3 = h[i, k], h[i + 1, k], h[i + 2, k], h[i + 3, k]
+            square[k] += (t0 * p0 * p0 + t1 * p1 * p1) + (t2 * p2 * p2 + t3 * p3 * p3)
+            square_other[k] += (t0 * q0 * q0 + t1 * q1 * q1) + (t2 * q2 * q2 + t3 * q3 * q3)
+
+
+@_compiled
+def _better(along, square, best, scale):
+    for k in range(best.shape[0]):
+        score = _ratio(along[k] * along[k], square[k])
+        if score > best[k]:
+            best[k], scale[k] = score, _ratio(along[k], square[k])
+
+
+@_compiled
+def _symmetric(x, h, factors, low, high, refinements, out):
+    size = x.shape[1]
+    lanes = _lanes(size)
+    groups = np.empty((3, size, lanes), np.float32)
+    at, weight, weighted = groups[0], groups[1], groups[2]
+    along, square, along_other, square_other, inverse, one, other, best, scale = (
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+    )
+    for start in range(0, x.shape[0], lanes):
+        _load(x, h, start, at, weight, weighted)
+        for k in range(lanes):
+            extreme = at[0, k]
+            for i in range(1, size):
+                if abs(at[i, k]) > abs(extreme):
+                    extreme = at[i, k]
+            inverse[k] = _ONE / (_ONE if extreme == _ZERO else extreme)
+        best[:], scale[:] = -_ONE, _ZERO
+        for c in range(0, factors.shape[0], 2):
+            for k in range(lanes):
+                one[k], other[k] = factors[c] * inverse[k], factors[c + 1] * inverse[k]
+            _fit(at, weighted, weight, one, other, low, high, along, square, along_other, square_other)
+            _better(along, square, best, scale)
+            _better(along_other, square_other, best, scale)
+        for _ in range(refinements):
+            for k in range(lanes):
+                one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
+            _fit(at, weighted, weight, one, one, low, high, along, square, along_other, square_other)
+            _better(along, square, best, scale)
+        for k in range(min(lanes, x.shape[0] - start)):
+            out[start + k] = scale[k]
+
+
+# --- zero points ------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
+    along[:], square[:] = _ZERO, _ZERO
+    for i in range(0, x.shape[0], 4):
+        for k in range(x.shape[1]):
+            z = point[k]
+            q0 = _rounded(x[i, k] * inverse[k] + z, _ZERO, top) - z
+            q1 = _rounded(x[i + 1, k] * inverse[k] + z, _ZERO, top) - z
+            q2 = _rounded(x[i + 2, k] * inverse[k] + z, _ZERO, top) - z
+            q3 = _rounded(x[i + 3, k] * inverse[k] + z, _ZERO, top) - z
+            along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
+            square[k] += (h[i, k] * q0 * q0 + h[i + 1, k] * q1 * q1) + (h[i + 2, k] * q2 * q2 + h[i + 3, k] * q3 * q3)
+
+
+@_compiled
+def _better_point(along, square, point, best, scale, zero):
+    for k in range(best.shape[0]):
+        score = _ratio(along[k] * along[k], square[k])
+        if score > best[k]:
+            best[k], scale[k], zero[k] = score, _ratio(along[k], square[k]), point[k]
+
+
+@_compiled
+def _zero_point(x, h, factors, shifts, top, refinements, out):
+    size = x.shape[1]
+    lanes = _lanes(size)
+    groups = np.empty((3, size, lanes), np.float32)
+    at, weight, weighted = groups[0], groups[1], groups[2]
+    along, square, inverse, point, middle, span, best, scale, zero = (
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+    )
+    for start in range(0, x.shape[0], lanes):
+        _load(x, h, start, at, weight, weighted)
+        for k in range(lanes):
+            low, high = _ZERO, _ZERO
+            for i in range(size):
+                low, high = min(low, at[i, k]), max(high, at[i, k])
+            span[k] = high - low
+            step = span[k] / top
+            middle[k] = _rounded(-low / (_ONE if step == _ZERO else step), _ZERO, top)
+        best[:], scale[:], zero[:] = -_ONE, _ZERO, _ZERO
+        for factor in factors:
+            for k in range(lanes):
+                step = span[k] * factor
+                inverse[k] = _ONE / (_ONE if step == _ZERO else step)
+            for shift in shifts:
+                for k in range(lanes):
+                    point[k] = min(max(middle[k] + shift, _ZERO), top)
+                _fit_zero_point(at, weighted, weight, inverse, point, top, along, square)
+                _better_point(along, square, point, best, scale, zero)
+        for _ in range(refinements):
+            for k in range(lanes):
+                inverse[k] = _ONE / (_ONE if scale[k] == _ZERO else scale[k])
+            point[:] = zero
+            _fit_zero_point(at, weighted, weight, inverse, point, top, along, square)
+            _better_point(along, square, point, best, scale, zero)
+        for k in range(min(lanes, x.shape[0] - start)):
+            out[0, start + k], out[1, start + k] = scale[k], zero[k]
+
+
+# --- minima -----------------------------------------------------------------------------------------------------
+
+
+@_compiled
+def _fit_minimum(x, hx, h, inverse, offset, top, sum_q, sum_qq, sum_qx):
+    sum_q[:], sum_qq[:], sum_qx[:] = _ZERO, _ZERO, _ZERO
+    for i in range(0, x.shape[0], 4):
+        for k in range(x.shape[1]):
+            q0 = _rounded((x[i, k] - offset[k]) * inverse[k], _ZERO, top)
+            q1 = _rounded((x[i + 1, k] - offset[k]) * inverse[k], _ZERO, top)
+            q2 = _rounded((x[i + 2, k] - offset[k]) * inverse[k], _ZERO, top)
+            q3 = _rounded((x[i + 3, k] - offset[k]) * inverse[k], _ZERO, top)
+            h0, h1, h2, h3 = h[i, k] * q0, h[i + 1, k] * q1, h[i + 2, k] * q2, h[i + 3, k] * q3
+            sum_q[k] += (h0 + h1) + (h2 + h3)
+            sum_qq[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
+            sum_qx[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
+
+
+@_compiled
+def _to_float16(values, bits):
+    """``values`` to the nearest float16, of ties the even one; ``bits`` is the same memory as int32."""
+    for k in range(values.shape[0]):
+        value = values[k]
+        size = abs(value)
+        if size < _NORMAL16:
+            values[k] = (value + _ROUND_SMALL) - _ROUND_SMALL
+        elif size >= _BEYOND16:
+            values[k] = value * _INFINITE
+        else:
+            bits[k] = (bits[k] + np.int32(0xFFF) + ((bits[k] >> np.int32(13)) & np.int32(1))) & np.int32(-0x2000)
+
+
+@_compiled
+def _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b):
+    """The step and minimum that lose least on the codes of which these are the sums."""
+    for k in range(a.shape[0]):
+        determinant = total[k] * sum_qq[k] - sum_q[k] * sum_q[k]
+        a[k] = _ratio(total[k] * sum_qx[k] - sum_x[k] * sum_q[k], determinant)
+    if not nested:
+        _to_float16(a, a.view(np.int32))
+    for k in range(a.shape[0]):
+        above = nested and sum_x[k] > a[k] * sum_q[k]  # b would be positive, and is stored as −dmin·m
+        if above:
+            a[k] = _ratio(sum_qx[k], sum_qq[k])
+        b[k] = _ZERO if above else (sum_x[k] - a[k] * sum_q[k]) / total[k]
+    if not nested:
+        _to_float16(b, b.view(np.int32))
+
+
+@_compiled
+def _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum):
+    for k in range(best.shape[0]):
+        cross = a[k] * b[k] * sum_q[k] - a[k] * sum_qx[k] - b[k] * sum_x[k]
+        error = sum_xx[k] + a[k] * a[k] * sum_qq[k] + b[k] * b[k] * total[k] + _TWO * cross
+        if error < best[k]:
+            best[k], scale[k], minimum[k] = error, a[k], b[k]
+
+
+@_compiled
+def _minimum(x, h, factors, top, nested, refinements, out):
+    size = x.shape[1]
+    lanes = _lanes(size)
+    groups = np.empty((3, size, lanes), np.float32)
+    at, weight, weighted = groups[0], groups[1], groups[2]
+    total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, low, high = (
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+    )
+    inverse, offset, a, b, best, scale, minimum = (
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+        _lane(lanes),
+    )
+    for start in range(0, x.shape[0], lanes):
+        _load(x, h, start, at, weight, weighted)
+        total[:], sum_x[:], sum_xx[:] = _ZERO, _ZERO, _ZERO
+        for i in range(0, size, 4):
+            for k in range(lanes):
+                w0, w1, w2, w3 = weighted[i, k], weighted[i + 1, k], weighted[i + 2, k], weighted[i + 3, k]
+                total[k] += (weight[i, k] + weight[i + 1, k]) + (weight[i + 2, k] + weight[i + 3, k])
+                sum_x[k] += (w0 + w1) + (w2 + w3)
+                sum_xx[k] += (w0 * at[i, k] + w1 * at[i + 1, k]) + (w2 * at[i + 2, k] + w3 * at[i + 3, k])
+        for k in range(lanes):
+            low[k], high[k] = at[0, k], at[0, k]
+            for i in range(1, size):
+                low[k], high[k] = min(low[k], at[i, k]), max(high[k], at[i, k])
+            if nested:
+                low[k] = min(low[k], _ZERO)
+            best[k], scale[k], minimum[k] = _INFINITE, _ZERO, low[k]
+        for factor in factors:
+            for tilt in (-_HALF, _ZERO, _HALF):  # which end a narrower span clips
+                for k in range(lanes):
+                    span = high[k] - low[k]
+                    step = _ONE if span * factor == _ZERO else span * factor
+                    inverse[k] = _ONE / step
+                    offset[k] = ((low[k] + high[k]) * _HALF - step * top * _HALF) + tilt * (span - step * top)
+                _fit_minimum(at, weighted, weight, inverse, offset, top, sum_q, sum_qq, sum_qx)
+                _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b)
+                _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum)
+        for _ in range(refinements):
+            for k in range(lanes):
+                inverse[k] = _ONE / (_ONE if scale[k] == _ZERO else scale[k])
+            offset[:] = minimum
+            _fit_minimum(at, weighted, weight, inverse, offset, top, sum_q, sum_qq, sum_qx)
+            _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b)
+            _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum)
+        for k in range(min(lanes, x.shape[0] - start)):
+            out[0, start + k], out[1, start + k] = scale[k], minimum[k]
