@@ -20,18 +20,18 @@ from typing import BinaryIO
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
+from phi4edge.checkpoint._exponents import has_exponent
 from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import check_values, stored_dtype
 from phi4edge.core.ahead import ahead
 from phi4edge.core.errors import InputError
 
 _PIECE = 1 << 24  # bytes
-_EXPONENTS = {
-    torch.bfloat16: (torch.int16, 0x7F80),
-    torch.float16: (torch.int16, 0x7C00),
-    torch.float32: (torch.int32, 0x7F800000),
+_EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
+    torch.bfloat16: np.int16(0x7F80),
+    torch.float16: np.int16(0x7C00),
+    torch.float32: np.int32(0x7F800000),
 }
 
 
@@ -51,7 +51,7 @@ def digest_file(path: Path, tensors: Iterable[TensorRef] = ()) -> str:
                     hashing.start()
                     try:
                         if ref is not None:
-                            _check(ref, first, torch.from_numpy(piece))
+                            _check(ref, first, piece)
                     finally:
                         hashing.join()
     except OSError as error:
@@ -84,13 +84,11 @@ def _read(file: BinaryIO, start: int, stop: int) -> NDArray[np.uint8]:
     return buffer
 
 
-def _check(ref: TensorRef, first: int, piece: Tensor) -> None:
-    values = piece.view(stored_dtype(ref))
-    whole = _EXPONENTS.get(values.dtype)
-    if whole is None:
+def _check(ref: TensorRef, first: int, piece: NDArray[np.uint8]) -> None:
+    values = torch.from_numpy(piece).view(stored_dtype(ref))
+    exponent = _EXPONENTS.get(values.dtype)
+    if exponent is None:
         if values.is_floating_point():
             check_values(ref, values, first)
-        return
-    kind, exponent = whole
-    if bool((values.view(kind) & exponent == exponent).any()):
+    elif has_exponent(piece.view(exponent.dtype), exponent):
         check_values(ref, values, first)
