@@ -1,7 +1,5 @@
 """``python -m phi4edge``."""
 
-import sys
+from phi4edge.cli.main import entry
 
-from phi4edge.cli.main import main
-
-sys.exit(main())
+entry()

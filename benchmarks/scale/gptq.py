@@ -15,6 +15,7 @@ __all__ = ["main"]
 import argparse
 import json
 import multiprocessing
+import os
 import shutil
 import sys
 import time
@@ -32,6 +33,7 @@ from record import record, update_readme  # noqa: E402
 from phi4edge.checkpoint.config import ModelConfig  # noqa: E402
 from phi4edge.checkpoint.reader import open_checkpoint  # noqa: E402
 from phi4edge.core.events import Progress  # noqa: E402
+from phi4edge.core.hugepages import restarted_environment, what_the_system_says  # noqa: E402
 from phi4edge.core.memory import format_bytes, parse_bytes, peak_rss_bytes  # noqa: E402
 from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe  # noqa: E402
 
@@ -65,28 +67,34 @@ def child(model: str, recipe: Recipe, out: Path, budget: int, blocks: int, pipe:
     peak = peak_rss_bytes()
     config = open_checkpoint(model).config
     length = recipe.corpus.sequence_length if recipe.corpus is not None else 512
-    rates = {name: product_rates(length, m, n) for name, (m, n) in config.linear_shapes.items()}
-    pipe.send({"peak_rss_bytes": peak, "threads": torch.get_num_threads(), "rates": rates})
+    compute = json.loads((out / "run.json").read_text())["inputs"]["recipe"]["compute"]
+    rates = {name: product_rates(length, m, n, compute) for name, (m, n) in config.linear_shapes.items()}
+    pipe.send({"peak_rss_bytes": peak, "threads": torch.get_num_threads(), "compute": compute, "rates": rates})
 
 
-def product_rates(tokens: int, m: int, n: int) -> dict[str, float]:
+def product_rates(length: int, m: int, n: int, compute: str) -> dict[str, float]:
     """FLOP/s of a forward product [tokens, n] · [n, m], and of [n, tokens] · [tokens, n] as moments need them."""
     import torch
 
-    x, w, out = torch.randn(tokens, n), torch.randn(m, n), torch.zeros(n, n)
+    from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
+    from phi4edge.calibration.streams import SUMMED_TOKENS
 
-    def rate(flops: float, product: Any) -> float:
+    dtype = torch.bfloat16 if compute == "bfloat16" else torch.float32
+
+    def rate(tokens: int, width: int, product: Any) -> float:
         product()
         done, started = 0, time.perf_counter()
         while time.perf_counter() - started < SECONDS:
             product()
             done += 1
-        return done * flops / (time.perf_counter() - started)
+        return done * 2.0 * tokens * width * n / (time.perf_counter() - started)
 
+    computed, summed = (samples_together(length, most) * length for most in (COMPUTED_TOKENS, SUMMED_TOKENS))
+    x, w = torch.randn(summed, n, dtype=dtype), torch.randn(m, n, dtype=dtype)
     with torch.inference_mode():
         return {
-            "forward": rate(2.0 * tokens * m * n, lambda: torch.nn.functional.linear(x, w)),
-            "moments": rate(2.0 * tokens * n * n, lambda: out.addmm_(x.T, x)),
+            "forward": rate(computed, m, lambda: torch.nn.functional.linear(x[:computed], w)),
+            "moments": rate(summed, n, lambda: x.T @ x),
         }
 
 
@@ -118,7 +126,7 @@ def shares(found: Mapping[str, Any], config: ModelConfig, recipe: Recipe, blocks
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     head = (
-        "| model | effort | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve "
+        "| model, machine | effort, products | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve "
         "| check | write | share of one product's speed: forward, moments | whole model, estimated |"
     )
     lines = [head, "|---" * 14 + "|"]
@@ -128,13 +136,13 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         parts = " | ".join(f"{mean[part]:.0f}" for part in PARTS)
         total = sum(r["block_seconds"]) / len(r["block_seconds"])
         lines.append(
-            f"| {r['model']} | {r['effort']} | {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
+            f"| {r['model']}, {document['machine']['cpu']['model']} | {r['effort']}, {r['compute']} | {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
             f"{r['peak_rss_bytes'] / 2**30:.2f} | {total:.0f} | {parts} | "
             f"{share['forward']:.2f}, {share['moments']:.2f} | {r['whole_seconds_estimated'] / 3600:.1f} h |"
         )
-    first = documents[0]
-    machine = f"{first['results']['threads']} threads; {first['machine']['cpu']['model']}"
-    return "\n".join([*lines, "", f"Means over the blocks that were run, {machine}."])
+    return "\n".join(
+        [*lines, "", f"Means over the blocks that were run, {documents[0]['results']['threads']} threads."]
+    )
 
 
 def main() -> None:
@@ -157,6 +165,7 @@ def main() -> None:
     recipe = solving_recipe({"effort": a.effort, "scheme": a.scheme}, corpus)
     run, budget = a.out / f"run-{a.name}", parse_bytes(a.ram_budget)
     context = multiprocessing.get_context("spawn")
+    os.environ.update(restarted_environment(os.environ, what_the_system_says()) or {})  # as the command itself does
     here, there = context.Pipe()
     process = context.Process(target=child, args=(str(a.model), recipe, run, budget, a.blocks, there))
     process.start()
@@ -175,6 +184,7 @@ def main() -> None:
         "budget_bytes": budget,
         "peak_rss_bytes": found["peak_rss_bytes"],
         "threads": found["threads"],
+        "compute": found["compute"],
         "blocks": blocks,
         "block_seconds": seconds,
         "product_flops_per_second": found["rates"],

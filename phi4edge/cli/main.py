@@ -23,6 +23,7 @@ from phi4edge import __version__
 from phi4edge.cli.render import emit_error
 from phi4edge.core.disk import full_disk, is_full
 from phi4edge.core.errors import Phi4EdgeError, UsageError, closest
+from phi4edge.core.hugepages import use_huge_pages
 
 # In the order in which a newcomer meets them; a test holds this table against the files.
 SUMMARIES = {
@@ -40,6 +41,9 @@ SUMMARIES = {
     "run": "The whole pipeline, from checkpoint to report.",
     "doctor": "Say which tools and runtimes are here, and how to get the others.",
 }
+
+
+_LARGE = ("calibrate", "quantize", "run")  # commands that compute on arrays of a model's size
 
 
 class LazyGroup(click.Group):
@@ -123,5 +127,7 @@ def _unexpected(error: Exception) -> Phi4EdgeError:
 
 
 def entry() -> None:
-    """The console script."""
+    """The console script, and ``python -m phi4edge``."""
+    if any(name in sys.argv[1:2] for name in _LARGE):
+        use_huge_pages([sys.executable, *sys.orig_argv[1:]])
     sys.exit(main())
