@@ -126,8 +126,8 @@ def shares(found: Mapping[str, Any], config: ModelConfig, recipe: Recipe, blocks
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     head = (
-        "| model, machine | effort, products | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward | moments | solve "
-        "| check | write | share of one product's speed: forward, moments | whole model, estimated |"
+        "| model, machine | effort, products | tokens | budget, GiB | peak RSS, GiB | s a block | read | forward "
+        "| moments | solve | check | write | share of one product's speed: forward, moments | whole model, estimated |"
     )
     lines = [head, "|---" * 14 + "|"]
     for document in documents:
@@ -136,7 +136,8 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         parts = " | ".join(f"{mean[part]:.0f}" for part in PARTS)
         total = sum(r["block_seconds"]) / len(r["block_seconds"])
         lines.append(
-            f"| {r['model']}, {document['machine']['cpu']['model']} | {r['effort']}, {r['compute']} | {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
+            f"| {r['model']}, {document['machine']['cpu']['model']} | {r['effort']}, {r['compute']} "
+            f"| {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
             f"{r['peak_rss_bytes'] / 2**30:.2f} | {total:.0f} | {parts} | "
             f"{share['forward']:.2f}, {share['moments']:.2f} | {r['whole_seconds_estimated'] / 3600:.1f} h |"
         )
