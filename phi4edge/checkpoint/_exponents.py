@@ -4,14 +4,10 @@ from __future__ import annotations
 
 __all__ = ["has_exponent"]
 
-from typing import Any
-
-from numba import njit
-
-_compiled: Any = njit(nogil=True, cache=True)
+from phi4edge.core.compiled import compiled
 
 
-@_compiled
+@compiled
 def has_exponent(values, exponent):
     """Whether all bits of ``exponent`` are set in one of ``values`` [n], whole numbers of one width."""
     found = 0

@@ -10,11 +10,10 @@ from __future__ import annotations
 
 __all__ = ["minimum_steps", "symmetric_steps", "zero_point_steps"]
 
-from typing import Any
-
 import numpy as np
 import numpy.typing as npt
-from numba import njit
+
+from phi4edge.core.compiled import compiled
 
 Array = npt.NDArray[np.float32]
 
@@ -26,8 +25,6 @@ _ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float
 _LEAST = np.float32(1e-38)
 _NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal float16; from here on it is infinite
 _INFINITE = np.float32(np.inf)
-
-_compiled: Any = njit(nogil=True, cache=True, error_model="numpy")
 
 
 def symmetric_steps(x: Array, h: Array, factors: Array, low: float, high: float, refinements: int) -> Array:
@@ -64,17 +61,17 @@ def _padded(x: Array, h: Array) -> tuple[Array, Array]:
     return np.concatenate((x, first), 1), np.concatenate((h, np.zeros((len(h), more), np.float32)), 1)
 
 
-@_compiled
+@compiled
 def _lanes(size):
     return max(_FEWEST_LANES, _VALUES // size)
 
 
-@_compiled
+@compiled
 def _lane(lanes):
     return np.empty(lanes, np.float32)
 
 
-@_compiled
+@compiled
 def _load(x, h, start, at, weight, weighted):
     """Groups from ``start`` on, a lane each; where there are no more, the last again."""
     for lane in range(at.shape[1]):
@@ -86,12 +83,12 @@ def _load(x, h, start, at, weight, weighted):
             weighted[i, lane] = h[counts, i] * x[group, i]
 
 
-@_compiled
+@compiled
 def _ratio(numerator, denominator):
     return numerator / max(denominator, _LEAST) if denominator > _ZERO else _ZERO
 
 
-@_compiled
+@compiled
 def _rounded(value, low, high):
     return min(max(value, low), high) + _ROUND - _ROUND
 
@@ -99,7 +96,7 @@ def _rounded(value, low, high):
 # --- symmetric --------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_other):
     """Σ h·x·q and Σ h·q² of the codes that two candidates give, by lanes."""
     along[:], square[:], along_other[:], square_other[:] = _ZERO, _ZERO, _ZERO, _ZERO
@@ -118,7 +115,7 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
             square_other[k] += (t0 * q0 * q0 + t1 * q1 * q1) + (t2 * q2 * q2 + t3 * q3 * q3)
 
 
-@_compiled
+@compiled
 def _better(along, square, best, scale):
     for k in range(best.shape[0]):
         score = _ratio(along[k] * along[k], square[k])
@@ -126,7 +123,7 @@ def _better(along, square, best, scale):
             best[k], scale[k] = score, _ratio(along[k], square[k])
 
 
-@_compiled
+@compiled
 def _symmetric(x, h, factors, low, high, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
@@ -170,7 +167,7 @@ def _symmetric(x, h, factors, low, high, refinements, out):
 # --- zero points ------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
     along[:], square[:] = _ZERO, _ZERO
     for i in range(0, x.shape[0], 4):
@@ -184,7 +181,7 @@ def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
             square[k] += (h[i, k] * q0 * q0 + h[i + 1, k] * q1 * q1) + (h[i + 2, k] * q2 * q2 + h[i + 3, k] * q3 * q3)
 
 
-@_compiled
+@compiled
 def _better_point(along, square, point, best, scale, zero):
     for k in range(best.shape[0]):
         score = _ratio(along[k] * along[k], square[k])
@@ -192,7 +189,7 @@ def _better_point(along, square, point, best, scale, zero):
             best[k], scale[k], zero[k] = score, _ratio(along[k], square[k]), point[k]
 
 
-@_compiled
+@compiled
 def _zero_point(x, h, factors, shifts, top, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
@@ -241,7 +238,7 @@ def _zero_point(x, h, factors, shifts, top, refinements, out):
 # --- minima -----------------------------------------------------------------------------------------------------
 
 
-@_compiled
+@compiled
 def _fit_minimum(x, hx, h, inverse, offset, top, sum_q, sum_qq, sum_qx):
     sum_q[:], sum_qq[:], sum_qx[:] = _ZERO, _ZERO, _ZERO
     for i in range(0, x.shape[0], 4):
@@ -256,7 +253,7 @@ def _fit_minimum(x, hx, h, inverse, offset, top, sum_q, sum_qq, sum_qx):
             sum_qx[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
 
 
-@_compiled
+@compiled
 def _to_float16(values, bits):
     """``values`` to the nearest float16, of ties the even one; ``bits`` is the same memory as int32."""
     for k in range(values.shape[0]):
@@ -270,7 +267,7 @@ def _to_float16(values, bits):
             bits[k] = (bits[k] + np.int32(0xFFF) + ((bits[k] >> np.int32(13)) & np.int32(1))) & np.int32(-0x2000)
 
 
-@_compiled
+@compiled
 def _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b):
     """The step and minimum that lose least on the codes of which these are the sums."""
     for k in range(a.shape[0]):
@@ -287,7 +284,7 @@ def _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b):
         _to_float16(b, b.view(np.int32))
 
 
-@_compiled
+@compiled
 def _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum):
     for k in range(best.shape[0]):
         cross = a[k] * b[k] * sum_q[k] - a[k] * sum_qx[k] - b[k] * sum_x[k]
@@ -296,7 +293,7 @@ def _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, sca
             best[k], scale[k], minimum[k] = error, a[k], b[k]
 
 
-@_compiled
+@compiled
 def _minimum(x, h, factors, top, nested, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
