@@ -8,6 +8,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+# Where products are computed in float32, as conftest.py has it in this process.
+IN_FLOAT32 = """
+from phi4edge.calibration import compute
+compute.measure_compute = lambda: compute.Speeds(1.0, 1.0, 0.0)
+"""
+
 # argv[1] is the number of the call that the process does not survive; the rest is the script's.
 _DYING = """
 import os, signal, sys
@@ -32,7 +38,7 @@ def killed_at(stop: int, script: str, *arguments: str | Path, threads: int | Non
     environment = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
     if threads is not None:
         environment["OMP_NUM_THREADS"] = str(threads)
-    words = [sys.executable, "-c", _DYING + script, str(stop), *map(str, arguments)]
+    words = [sys.executable, "-c", IN_FLOAT32 + _DYING + script, str(stop), *map(str, arguments)]
     result = subprocess.run(words, capture_output=True, text=True, env=environment, check=False)
     assert result.returncode in (0, -signal.SIGKILL), result.stderr
     return result.returncode != 0

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from killing import IN_FLOAT32
 from test_quantize import CORPUS, TEXT, digests
 from test_solvers import SCHEMES, problem
 from torch import Tensor
@@ -217,7 +218,9 @@ def test_with_every_switch_a_killed_run_resumes_to_the_same_bytes(
     quantize(phi4_checkpoint, recipe, tmp_path / "whole")
     run, journal = tmp_path / "run", tmp_path / "run" / "journal.jsonl"
     arguments = [str(phi4_checkpoint), str(run), TEXT, "5", repr(switches)]
-    killed = subprocess.run([sys.executable, "-c", KILLER, *arguments], capture_output=True, text=True, check=False)
+    killed = subprocess.run(
+        [sys.executable, "-c", IN_FLOAT32 + KILLER, *arguments], capture_output=True, text=True, check=False
+    )
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     assert journal.read_bytes().count(b"\n") == 1
     quantize(phi4_checkpoint, recipe, run)

@@ -77,7 +77,6 @@ def product_rates(length: int, m: int, n: int, compute: str) -> dict[str, float]
     import torch
 
     from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
-    from phi4edge.calibration.streams import SUMMED_TOKENS
 
     dtype = torch.bfloat16 if compute == "bfloat16" else torch.float32
 
@@ -89,12 +88,12 @@ def product_rates(length: int, m: int, n: int, compute: str) -> dict[str, float]
             done += 1
         return done * 2.0 * tokens * width * n / (time.perf_counter() - started)
 
-    computed, summed = (samples_together(length, most) * length for most in (COMPUTED_TOKENS, SUMMED_TOKENS))
-    x, w = torch.randn(summed, n, dtype=dtype), torch.randn(m, n, dtype=dtype)
+    computed = samples_together(length, COMPUTED_TOKENS) * length
+    x, w = torch.randn(computed, n, dtype=dtype), torch.randn(m, n, dtype=dtype)
     with torch.inference_mode():
         return {
-            "forward": rate(computed, m, lambda: torch.nn.functional.linear(x[:computed], w)),
-            "moments": rate(summed, n, lambda: x.T @ x),
+            "forward": rate(computed, m, lambda: torch.nn.functional.linear(x, w)),
+            "moments": rate(length, n, lambda: x[:length].T @ x[:length]),
         }
 
 

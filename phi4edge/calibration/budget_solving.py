@@ -14,7 +14,6 @@ import os
 
 from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
 from phi4edge.calibration.statistics import SHARD, takes_product
-from phi4edge.calibration.streams import SUMMED_TOKENS
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.quant.parallel import row_pieces
@@ -55,14 +54,14 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     if recipe.corpus is None:
         return max(reading, W + working)
     length = recipe.corpus.sequence_length
-    summed, computed = (samples_together(length, most) * length for most in (SUMMED_TOKENS, COMPUTED_TOKENS))
+    computed = samples_together(length, COMPUTED_TOKENS) * length
     two = recipe.full_precision_targets > 0
     whole = recipe.method != "rtn" or recipe.whole_hessian or recipe.scales_inputs
     square = 4 * n * n if whole else 0
     shift = (W if takes_product(m, n) else square) if two else 0
     parts = 2 if recipe.corpus.samples - recipe.held_out > SHARD else 1
     # Inputs without the first positions beside those with; so of the other stream, their difference, its product.
-    arriving = 4 * summed * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
+    arriving = 4 * length * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
     gathering = W + parts * (square + shift) + arriving
     factors = 2 * square  # H and its factor, or H as the search for scales multiplies with it
     targets = shift + W if two else 0

@@ -30,7 +30,6 @@ from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, MemoryPlan, plan_mem
 from phi4edge.calibration.compute import choose_compute, computing, prepared, product
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
-from phi4edge.calibration.streams import SUMMED_TOKENS
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import PARTIAL
@@ -173,12 +172,10 @@ class _Measurement:
         return max(sorted(spent)[len(spent) // 2], 1e-9)
 
     def _forward(self, rows: int, n: int) -> float:
-        x, rows = self._together(COMPUTED_TOKENS, n), min(rows, max(256, _VALUES // n))
+        x = self._draw(samples_together(self._length, COMPUTED_TOKENS), self._length, n)
+        rows = min(rows, max(256, _VALUES // n))
         weight = prepared(self._draw(rows, n))
         return 2 * x.numel() * rows / self._seconds(lambda: product(x, weight))
-
-    def _together(self, tokens: int, n: int) -> Tensor:
-        return self._draw(samples_together(self._length, tokens), self._length, n)
 
     def _dense(self, rows: int, n: int) -> float:
         W, H = self._draw(min(rows, _PRODUCT), n), self._draw(n, min(n, _PRODUCT))
@@ -187,14 +184,12 @@ class _Measurement:
     def _squares(self, n: int) -> tuple[float, float, float]:
         """Rates of H's sum, of D's and of the factorisation."""
         n, length = min(n, _WIDEST), self._length
-        x = self._together(SUMMED_TOKENS, n)
-        length *= x.shape[0]
-        rows, away = x.flatten(0, 1), self._draw(length, n)
+        x, away = self._draw(1, length, n), self._draw(length, n)
         moments = InputMoments(n, full=True)
         D = torch.zeros(n, n)
         with computing(self._recipe.compute):
             summed = length * n * n / self._seconds(lambda: moments.add(x))
-            crossed = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, rows))
+            crossed = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
         problem = Problem("measured", D[:1], D, parse_scheme("w8row"), None)
         options = SolverOptions(self._recipe.damp_percent)

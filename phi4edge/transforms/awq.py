@@ -80,7 +80,8 @@ def _error(W: Tensor, H: Tensor, scheme: Scheme, factors: Tensor) -> float:
     rows, columns = W.shape
     groups, grid = scheme.groups(columns), grid_for(scheme)
     scaled = (W * factors).reshape(rows, groups, -1)
-    params = search(grid, scaled, (H.diagonal() / factors.square()).reshape(groups, -1))
+    h = H.diagonal() / factors / factors  # as it comes out of H for scaled inputs, to the last bit
+    params = search(grid, scaled, h.reshape(groups, -1))
     a, b = (step[:, :, None] for step in grid.steps(params))
     E = (scaled - (a * grid.encode(scaled, a, b) + b)).reshape(rows, columns) / factors
     return float(((E @ H) * E).sum(dtype=torch.float64))
