@@ -36,7 +36,7 @@ from phi4edge.stages.sweep import Wanted, solve_all
 
 TEXT = str(Path(__file__).with_name("support.py"))
 # Three shards to learn from, the last of them not whole, and one kept aside.
-RECIPE = solving_recipe({}, CorpusRecipe(corpus=TEXT, samples=20, sequence_length=48))
+RECIPE = solving_recipe({"compute": "float32"}, CorpusRecipe(corpus=TEXT, samples=20, sequence_length=48))
 WIDE = 1088  # gate_up_proj has two pieces of rows then
 
 
@@ -184,7 +184,7 @@ def test_a_sweep_is_its_single_runs(
 
 
 def test_the_pipeline_sweeps_over_schemes_and_restarts_them_once(model: Path, workers: Cluster, tmp_path: Path) -> None:
-    low = solving_recipe({"effort": "low"}, RECIPE.corpus)
+    low = solving_recipe({"effort": "low", "compute": "float32"}, RECIPE.corpus)
     order = Order(str(model), ("local",), tmp_path, low, restart=True)
     for scheme in ("w4g32", "q8_0"):
         quantize(model, replace(low, scheme=scheme, damp_percent=0.5), tmp_path / "runs" / scheme)
