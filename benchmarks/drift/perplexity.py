@@ -22,6 +22,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
+from phi4edge.core.archives import extract_all
 from phi4edge.runtimes._runner_sources import CHANGE, flush_at_the_end
 
 HERE = Path(__file__).resolve().parent
@@ -82,7 +83,7 @@ def build_perplexity() -> Path:
         download = [sys.executable, "-m", "pip", "download", "--no-deps", "--no-binary", PACKAGE, "--dest", scratch]
         _run([*download, f"{PACKAGE}=={version}"])
         with tarfile.open(next(place.glob("*.tar.gz"))) as sdist:
-            sdist.extractall(place, filter="data")
+            extract_all(sdist, place)
         sources = next(place.glob("*/vendor/llama.cpp"))
         flush_at_the_end(sources / "tools" / "perplexity" / "main.cpp")  # or its figures are lost on a busy machine
         defined = [f"-DSOURCES={sources}", f"-DLIBRARIES={libraries()}", "-DBUILD_SHARED_LIBS=OFF"]

@@ -26,6 +26,7 @@ from phi4edge.core.errors import InputError
 KINDS = ("python-docs", "python-docstrings", "python-sources", "python-questions", "sympy-docs", "arithmetic")
 # Not text that a person wrote: tables, generated code, and the interpreter's own tests.
 _SKIPPED = {"site-packages", "test", "tests", "idle_test", "encodings", "pydoc_data", "lib2to3", "__pycache__"}
+_GENERATED = "_sysconfigdata"  # how this Python was built: tables, in some installations twice
 # Not about mathematics, or generated.
 _NOT_MATHEMATICS = {
     *("benchmarks", "codegen", "conftest.py", "external", "interactive", "multipledispatch", "parsing", "plotting"),
@@ -80,7 +81,9 @@ def _standard_library(evaluation: bool) -> dict[str, tuple[Document, ...]]:
     for path in sorted(root.rglob("*.py")):
         relative = path.relative_to(root)
         # The top-level name decides, so that a package's modules stay together on one side.
-        if _SKIPPED & set(relative.parts) or in_evaluation_half(f"module {relative.parts[0]}") != evaluation:
+        if relative.name.startswith(_GENERATED) or _SKIPPED & set(relative.parts):
+            continue
+        if in_evaluation_half(f"module {relative.parts[0]}") != evaluation:
             continue
         source = _read(path)
         found["python-sources"] += pieces(source)

@@ -18,6 +18,7 @@ import tarfile
 import zlib
 from pathlib import Path, PurePosixPath
 
+from phi4edge.core.archives import extract_all
 from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import InputError, MissingToolError
 from phi4edge.core.hashing import sha256_file
@@ -192,7 +193,7 @@ def _extract(archive: Path, folder: Path) -> Path:
     """Everything of ``archive`` in ``folder``, which is new; where llama.cpp is in it."""
     try:
         with tarfile.open(archive) as file:
-            file.extractall(folder, filter="data")
+            extract_all(file, folder)
     except (tarfile.TarError, EOFError, zlib.error, OSError) as error:
         raise InputError(f"{archive}: not a whole archive ({error})", f"fetch it again, {_OFFLINE}") from error
     inside = [each for each in folder.iterdir() if each.is_dir()]
