@@ -68,8 +68,8 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     solving = W + factors + targets + max(working, 3 * 4 * min(m, _SHIFT_ROWS) * n)
     if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
         solving += 2 * 4 * m * m + 2 * W
-    errors = checked * (2 * 4 + _DEQUANTIZED)  # of both candidates
+    halves = 2 if recipe.compute == BFLOAT16 else 0  # bytes a weight, rounded for the units
+    errors = checked * (2 * 4 + _DEQUANTIZED + 3 * halves)  # of both candidates
     checking = W + factors + targets + 2 * m * n + errors + 4 * computed * (3 * n + 6 * checked // n)
-    halved = 2 * m * n if recipe.compute == BFLOAT16 else 0  # the weight rounded for the units
-    passing = W + m * n * _DEQUANTIZED + halved + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
+    passing = W + m * n * (_DEQUANTIZED + halves) + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
     return max(reading, gathering, solving, checking, passing)

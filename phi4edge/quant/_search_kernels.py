@@ -72,6 +72,13 @@ def _lane(lanes):
 
 
 @compiled
+def _groups(size, lanes):
+    """Room for groups, their weights, and both multiplied; an array that is unpacked would lose its known layout."""
+    groups = np.empty((3, size, lanes), np.float32)
+    return groups[0], groups[1], groups[2]
+
+
+@compiled
 def _load(x, h, start, at, weight, weighted):
     """Groups from ``start`` on, a lane each; where there are no more, the last again."""
     for lane in range(at.shape[1]):
@@ -127,8 +134,7 @@ def _better(along, square, best, scale):
 def _symmetric(x, h, factors, low, high, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
-    groups = np.empty((3, size, lanes), np.float32)
-    at, weight, weighted = groups[0], groups[1], groups[2]
+    at, weight, weighted = _groups(size, lanes)
     along, square, along_other, square_other, inverse, one, other, best, scale = (
         _lane(lanes),
         _lane(lanes),
@@ -193,8 +199,7 @@ def _better_point(along, square, point, best, scale, zero):
 def _zero_point(x, h, factors, shifts, top, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
-    groups = np.empty((3, size, lanes), np.float32)
-    at, weight, weighted = groups[0], groups[1], groups[2]
+    at, weight, weighted = _groups(size, lanes)
     along, square, inverse, point, middle, span, best, scale, zero = (
         _lane(lanes),
         _lane(lanes),
@@ -297,8 +302,7 @@ def _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, sca
 def _minimum(x, h, factors, top, nested, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
-    groups = np.empty((3, size, lanes), np.float32)
-    at, weight, weighted = groups[0], groups[1], groups[2]
+    at, weight, weighted = _groups(size, lanes)
     total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, low, high = (
         _lane(lanes),
         _lane(lanes),
