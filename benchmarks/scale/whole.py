@@ -3,7 +3,8 @@
 ``phi4edge quantize`` begins on the checkpoint and is killed with SIGKILL once it has committed so many blocks and
 worked on the next for a while that is drawn from a seed; the same command is given again until it ends by itself. Then
 ``phi4edge export`` writes the GGUF, and llama.cpp (llama-cpp-python) maps it and generates. Every life's seconds,
-blocks and peak RSS go into a file beside the run, so that this script may be killed and given again too.
+blocks and peak RSS go into a file beside the run: given SIGTERM, this script kills its child too, and given again it
+goes on.
 
     python benchmarks/scale/make_checkpoint.py build/scale/phi-4 --model phi-4 --chunks 80 --length 512
     python benchmarks/scale/whole.py build/scale/phi-4 build/scale/whole --name phi-4-low --effort low --ram-budget 6GiB
@@ -57,6 +58,8 @@ def live(words: Sequence[str | Path], run: Path, kill_after: int | None, wait: f
     variables = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
     first_commit = last_commit = None
     seen, due = before, None
+    asked: list[int] = []
+    signal.signal(signal.SIGTERM, lambda number, _: asked.append(number))
     with log.open("ab") as output:
         process = subprocess.Popen(phi4edge(*words), env=variables, stdout=output, stderr=output)
         while True:
@@ -69,7 +72,7 @@ def live(words: Sequence[str | Path], run: Path, kill_after: int | None, wait: f
                 first_commit = first_commit or now
                 if kill_after is not None and done >= kill_after:
                     due = due or now + wait
-            if due is not None and now >= due:
+            if asked or (due is not None and now >= due):
                 process.send_signal(signal.SIGKILL)
                 due = float("inf")
             time.sleep(POLL)
@@ -81,6 +84,7 @@ def live(words: Sequence[str | Path], run: Path, kill_after: int | None, wait: f
         "cpu_seconds": usage.ru_utime + usage.ru_stime,
         "peak_rss_bytes": usage.ru_maxrss * 1024,
         "exit_code": process.returncode,
+        "asked_to_end": bool(asked),
         "blocks_before": before,
         "blocks_after": len(journal(run)),
         "seconds_to_first_commit": None if first_commit is None else first_commit - began,
@@ -118,6 +122,8 @@ def quantize(
             file.write(json.dumps(life) + "\n")
         if life["exit_code"] not in (0, -signal.SIGKILL):
             raise SystemExit(f"quantize ended with {life['exit_code']}; see {log}")
+        if life["asked_to_end"]:
+            raise SystemExit("asked to end; the same command goes on")
     return lives
 
 
