@@ -94,20 +94,22 @@ def test_a_symmetric_search_finds_what_a_loop_finds(scheme: str, weighted: bool)
     assert torch.equal(found.view(torch.int16), expected.reshape(70, 5).view(torch.int16))
 
 
-@pytest.mark.parametrize("counts", [1, 5, 350])
+@pytest.mark.parametrize("counts", [None, 1, 5, 350])
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("size", [None, 50])
-def test_compiled_and_with_tensors_a_search_gives_the_same_bits(scheme: str, counts: int, size: int | None) -> None:
+def test_compiled_and_with_tensors_a_search_gives_the_same_bits(
+    scheme: str, counts: int | None, size: int | None
+) -> None:
     grid = grid_for(parse_scheme(scheme))
     generator = torch.Generator().manual_seed(2)
     size = size or grid.scheme.group_size
     x = groups(size, 350, generator)
-    h = torch.rand(counts, size, generator=generator) ** 4 + 1e-3
+    h = None if counts is None else torch.rand(counts, size, generator=generator) ** 4 + 1e-3
     compiled, with_tensors = (both(grid, place, x, h) for place in (True, False))
     assert torch.equal(compiled.view(torch.int32), with_tensors.view(torch.int32))
 
 
-def both(grid: NestedGrid, compiled: bool, x: Tensor, h: Tensor) -> Tensor:
+def both(grid: NestedGrid, compiled: bool, x: Tensor, h: Tensor | None) -> Tensor:
     """Steps as the CPU's search or the one for other devices finds them, each on this CPU."""
     top, low, high = float(grid.high), float(grid.low - grid.middle), float(grid.high - grid.middle)
     if compiled:

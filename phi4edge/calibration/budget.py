@@ -30,15 +30,17 @@ class MemoryPlan:
     spill_tuning: bool = False  # so do codes, optimizer states and what lies between blocks while tuning
 
 
-def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None) -> MemoryPlan:
+def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows: bool | None = None) -> MemoryPlan:
     """Choose where activations live; what is computed together never depends on the budget, so neither do the codes.
+
+    ``by_rows``: no weight is in RAM as a whole; by default, where the recipe allows that.
 
     Raises:
         TargetError: the budget is below the least that would do.
     """
     base = rss_bytes() + _SLACK
     block = 4 * sum(out * columns for out, columns in config.linear_shapes.values())
-    least = base + solving_bytes(config, recipe)
+    least = base + solving_bytes(config, recipe, by_rows=recipe.by_rows if by_rows is None else by_rows)
     limit = _limit(budget)
     if recipe.corpus is None:
         _check(limit, least, least)

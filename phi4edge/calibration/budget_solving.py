@@ -22,11 +22,15 @@ from phi4edge.quant.scheme import parse_scheme
 _EMBEDDED_ROWS, _EMBEDDED_VALUES = 16384, 2**26  # of the embedding in RAM at a time; embedded at a time
 _CHECKED_WEIGHTS, _SHIFT_ROWS = 2**24, 2048  # by the guard, or by the loss, at a time; by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
+_ROUNDED_WEIGHTS, _ROUNDED = 2**18, 64  # rounded at a time, as they are read; bytes that each of them takes
 _DEQUANTIZED = 5  # bytes a weight of codes and their values
 
 
-def solving_bytes(config: ModelConfig, recipe: Recipe) -> int:
-    """Peak of everything beside the interpreter, activations between blocks not counted."""
+def solving_bytes(config: ModelConfig, recipe: Recipe, *, by_rows: bool = False) -> int:
+    """Peak of everything beside the interpreter, activations between blocks not counted.
+
+    ``by_rows``: weights are rounded as their rows are read.
+    """
     shapes = list(config.linear_shapes.values())
     bits = max(
         [parse_scheme(recipe.scheme).bits_per_weight, *(parse_scheme(t).bits_per_weight for _, t in recipe.types)]
@@ -35,6 +39,10 @@ def solving_bytes(config: ModelConfig, recipe: Recipe) -> int:
         bits = max(parse_scheme(name).bits_per_weight for name in recipe.mix.candidates)
     codes = int(sum(m * n for m, n in shapes) * max(bits, 4.5) / 8)
     held = 3 * codes  # of the block in work; of the one before, and its file as it is written
+    if by_rows:  # a linear's codes, joined from its pieces'
+        largest = max(m * n for m, n in shapes)
+        working = (os.cpu_count() or 1) * min(_ROUNDED_WEIGHTS, largest) * _ROUNDED
+        return held + int(largest * max(bits, 4.5) / 8) + working
     peak: int = max(_linear_bytes(config, recipe, m, n) for m, n in shapes)
     if recipe.corpus is not None:
         slices = _EMBEDDED_ROWS * config.hidden_size * 6

@@ -220,6 +220,11 @@ class Recipe:
         return self.awq or self.method == "awq"
 
     @property
+    def by_rows(self) -> bool:
+        """Whether a weight is rounded as its rows are read, so that no whole one need be in RAM."""
+        return self.corpus is None and self.rotation == "none"
+
+    @property
     def held_out(self) -> int:
         """Samples kept aside from the Hessians: an eighth, at least one."""
         return 0 if self.corpus is None or not self.guard else max(1, self.corpus.samples // 8)

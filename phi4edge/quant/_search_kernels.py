@@ -3,7 +3,8 @@
 Each computes, operation by operation and in the same order, what its counterpart there computes with tensors, so both
 give the same bits, on every machine: no sum is reordered and no multiplication fused with an addition. Groups lie side
 by side, a lane each, so that a loop over them fills vectors of whatever width. Numba compiles them at their first use
-and keeps what it made, beside the module or in its own cache.
+and keeps what it made, beside the module or in its own cache. Where all values count the same, ``h`` is None, and what
+it would multiply is compiled without.
 """
 
 from __future__ import annotations
@@ -27,10 +28,11 @@ _NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal f
 _INFINITE = np.float32(np.inf)
 
 
-def symmetric_steps(x: Array, h: Array, factors: Array, low: float, high: float, refinements: int) -> Array:
+def symmetric_steps(x: Array, h: Array | None, factors: Array, low: float, high: float, refinements: int) -> Array:
     """Steps [n] of groups ``x`` [n, group_size] for codes ``low`` … ``high``, by ``_symmetric`` there.
 
-    ``factors`` are the candidates' spans over the extreme. Group i counts as row i mod m of ``h`` [m, group_size] says.
+    ``factors`` are the candidates' spans over the extreme. Group i counts as row i mod m of ``h`` [m, group_size] says,
+    or all alike.
     """
     out = np.empty(len(x), np.float32)
     pairs = np.append(factors, factors[-1:]) if len(factors) % 2 else factors
@@ -38,25 +40,27 @@ def symmetric_steps(x: Array, h: Array, factors: Array, low: float, high: float,
     return out
 
 
-def zero_point_steps(x: Array, h: Array, factors: Array, shifts: Array, top: float, refinements: int) -> Array:
+def zero_point_steps(x: Array, h: Array | None, factors: Array, shifts: Array, top: float, refinements: int) -> Array:
     """Steps and zero points [2, n] of groups ``x`` for codes 0 … ``top``, by ``_with_zero_point`` there."""
     out = np.empty((2, len(x)), np.float32)
     _zero_point(*_padded(x, h), factors, shifts, np.float32(top), refinements, out)
     return out
 
 
-def minimum_steps(x: Array, h: Array, factors: Array, top: float, nested: bool, refinements: int) -> Array:
+def minimum_steps(x: Array, h: Array | None, factors: Array, top: float, nested: bool, refinements: int) -> Array:
     """Steps and minima [2, n] of groups ``x`` for codes 0 … ``top``, by ``_with_minimum`` there."""
     out = np.empty((2, len(x)), np.float32)
     _minimum(*_padded(x, h), factors, np.float32(top), nested, refinements, out)
     return out
 
 
-def _padded(x: Array, h: Array) -> tuple[Array, Array]:
+def _padded(x: Array, h: Array | None) -> tuple[Array, Array | None]:
     """Groups of a whole number of quads: filled up with their first value, which counts nothing there."""
     more = -x.shape[1] % 4
     if more == 0:
         return x, h
+    if h is None:
+        h = np.ones((1, x.shape[1]), np.float32)
     first = np.broadcast_to(x[:, :1], (len(x), more))
     return np.concatenate((x, first), 1), np.concatenate((h, np.zeros((len(h), more), np.float32)), 1)
 
@@ -83,11 +87,18 @@ def _load(x, h, start, at, weight, weighted):
     """Groups from ``start`` on, a lane each; where there are no more, the last again."""
     for lane in range(at.shape[1]):
         group = min(start + lane, x.shape[0] - 1)
-        counts = group % h.shape[0]
         for i in range(at.shape[0]):
             at[i, lane] = x[group, i]
-            weight[i, lane] = h[counts, i]
-            weighted[i, lane] = h[counts, i] * x[group, i]
+        if h is not None:
+            counts = group % h.shape[0]
+            for i in range(at.shape[0]):
+                weight[i, lane] = h[counts, i]
+                weighted[i, lane] = h[counts, i] * x[group, i]
+
+
+@compiled
+def _times(h, i, k, value):
+    return value if h is None else h[i, k] * value
 
 
 @compiled
@@ -117,9 +128,20 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
             t0, t1, t2, t3 = hx[i, k], hx[i + 1, k], hx[i + 2, k], hx[i + 3, k]
             along[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
             along_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
-            t0, t1, t2, t3 = h[i, k], h[i + 1, k], h[i + 2, k], h[i + 3, k]
-            square[k] += (t0 * p0 * p0 + t1 * p1 * p1) + (t2 * p2 * p2 + t3 * p3 * p3)
-            square_other[k] += (t0 * q0 * q0 + t1 * q1 * q1) + (t2 * q2 * q2 + t3 * q3 * q3)
+            t0, t1, t2, t3 = (
+                _times(h, i, k, p0),
+                _times(h, i + 1, k, p1),
+                _times(h, i + 2, k, p2),
+                _times(h, i + 3, k, p3),
+            )
+            square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
+            t0, t1, t2, t3 = (
+                _times(h, i, k, q0),
+                _times(h, i + 1, k, q1),
+                _times(h, i + 2, k, q2),
+                _times(h, i + 3, k, q3),
+            )
+            square_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
 
 
 @compiled
@@ -135,6 +157,8 @@ def _symmetric(x, h, factors, low, high, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
     at, weight, weighted = _groups(size, lanes)
+    counts = None if h is None else weight
+    products = at if h is None else weighted
     along, square, along_other, square_other, inverse, one, other, best, scale = (
         _lane(lanes),
         _lane(lanes),
@@ -158,13 +182,13 @@ def _symmetric(x, h, factors, low, high, refinements, out):
         for c in range(0, factors.shape[0], 2):
             for k in range(lanes):
                 one[k], other[k] = factors[c] * inverse[k], factors[c + 1] * inverse[k]
-            _fit(at, weighted, weight, one, other, low, high, along, square, along_other, square_other)
+            _fit(at, products, counts, one, other, low, high, along, square, along_other, square_other)
             _better(along, square, best, scale)
             _better(along_other, square_other, best, scale)
         for _ in range(refinements):
             for k in range(lanes):
                 one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
-            _fit(at, weighted, weight, one, one, low, high, along, square, along_other, square_other)
+            _fit(at, products, counts, one, one, low, high, along, square, along_other, square_other)
             _better(along, square, best, scale)
         for k in range(min(lanes, x.shape[0] - start)):
             out[start + k] = scale[k]
@@ -184,7 +208,13 @@ def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
             q2 = _rounded(x[i + 2, k] * inverse[k] + z, _ZERO, top) - z
             q3 = _rounded(x[i + 3, k] * inverse[k] + z, _ZERO, top) - z
             along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
-            square[k] += (h[i, k] * q0 * q0 + h[i + 1, k] * q1 * q1) + (h[i + 2, k] * q2 * q2 + h[i + 3, k] * q3 * q3)
+            h0, h1, h2, h3 = (
+                _times(h, i, k, q0),
+                _times(h, i + 1, k, q1),
+                _times(h, i + 2, k, q2),
+                _times(h, i + 3, k, q3),
+            )
+            square[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
 
 
 @compiled
@@ -200,6 +230,8 @@ def _zero_point(x, h, factors, shifts, top, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
     at, weight, weighted = _groups(size, lanes)
+    counts = None if h is None else weight
+    products = at if h is None else weighted
     along, square, inverse, point, middle, span, best, scale, zero = (
         _lane(lanes),
         _lane(lanes),
@@ -228,13 +260,13 @@ def _zero_point(x, h, factors, shifts, top, refinements, out):
             for shift in shifts:
                 for k in range(lanes):
                     point[k] = min(max(middle[k] + shift, _ZERO), top)
-                _fit_zero_point(at, weighted, weight, inverse, point, top, along, square)
+                _fit_zero_point(at, products, counts, inverse, point, top, along, square)
                 _better_point(along, square, point, best, scale, zero)
         for _ in range(refinements):
             for k in range(lanes):
                 inverse[k] = _ONE / (_ONE if scale[k] == _ZERO else scale[k])
             point[:] = zero
-            _fit_zero_point(at, weighted, weight, inverse, point, top, along, square)
+            _fit_zero_point(at, products, counts, inverse, point, top, along, square)
             _better_point(along, square, point, best, scale, zero)
         for k in range(min(lanes, x.shape[0] - start)):
             out[0, start + k], out[1, start + k] = scale[k], zero[k]
@@ -252,7 +284,12 @@ def _fit_minimum(x, hx, h, inverse, offset, top, sum_q, sum_qq, sum_qx):
             q1 = _rounded((x[i + 1, k] - offset[k]) * inverse[k], _ZERO, top)
             q2 = _rounded((x[i + 2, k] - offset[k]) * inverse[k], _ZERO, top)
             q3 = _rounded((x[i + 3, k] - offset[k]) * inverse[k], _ZERO, top)
-            h0, h1, h2, h3 = h[i, k] * q0, h[i + 1, k] * q1, h[i + 2, k] * q2, h[i + 3, k] * q3
+            h0, h1, h2, h3 = (
+                _times(h, i, k, q0),
+                _times(h, i + 1, k, q1),
+                _times(h, i + 2, k, q2),
+                _times(h, i + 3, k, q3),
+            )
             sum_q[k] += (h0 + h1) + (h2 + h3)
             sum_qq[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
             sum_qx[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
@@ -303,6 +340,8 @@ def _minimum(x, h, factors, top, nested, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size)
     at, weight, weighted = _groups(size, lanes)
+    counts = None if h is None else weight
+    products = at if h is None else weighted
     total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, low, high = (
         _lane(lanes),
         _lane(lanes),
@@ -327,8 +366,10 @@ def _minimum(x, h, factors, top, nested, refinements, out):
         total[:], sum_x[:], sum_xx[:] = _ZERO, _ZERO, _ZERO
         for i in range(0, size, 4):
             for k in range(lanes):
-                w0, w1, w2, w3 = weighted[i, k], weighted[i + 1, k], weighted[i + 2, k], weighted[i + 3, k]
-                total[k] += (weight[i, k] + weight[i + 1, k]) + (weight[i + 2, k] + weight[i + 3, k])
+                w0, w1, w2, w3 = products[i, k], products[i + 1, k], products[i + 2, k], products[i + 3, k]
+                total[k] += (_times(counts, i, k, _ONE) + _times(counts, i + 1, k, _ONE)) + (
+                    _times(counts, i + 2, k, _ONE) + _times(counts, i + 3, k, _ONE)
+                )
                 sum_x[k] += (w0 + w1) + (w2 + w3)
                 sum_xx[k] += (w0 * at[i, k] + w1 * at[i + 1, k]) + (w2 * at[i + 2, k] + w3 * at[i + 3, k])
         for k in range(lanes):
@@ -345,14 +386,14 @@ def _minimum(x, h, factors, top, nested, refinements, out):
                     step = _ONE if span * factor == _ZERO else span * factor
                     inverse[k] = _ONE / step
                     offset[k] = ((low[k] + high[k]) * _HALF - step * top * _HALF) + tilt * (span - step * top)
-                _fit_minimum(at, weighted, weight, inverse, offset, top, sum_q, sum_qq, sum_qx)
+                _fit_minimum(at, products, counts, inverse, offset, top, sum_q, sum_qq, sum_qx)
                 _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b)
                 _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum)
         for _ in range(refinements):
             for k in range(lanes):
                 inverse[k] = _ONE / (_ONE if scale[k] == _ZERO else scale[k])
             offset[:] = minimum
-            _fit_minimum(at, weighted, weight, inverse, offset, top, sum_q, sum_qq, sum_qx)
+            _fit_minimum(at, products, counts, inverse, offset, top, sum_q, sum_qq, sum_qx)
             _solve_minimum(total, sum_x, sum_q, sum_qq, sum_qx, nested, a, b)
             _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, scale, minimum)
         for k in range(min(lanes, x.shape[0] - start)):

@@ -61,6 +61,11 @@ class Grid:
         return int(2 ** (self.scheme.bits - 1))
 
     @property
+    def idle(self) -> int:
+        """The code in a group whose step is zero."""
+        return self.middle if self.scheme.symmetric else 0
+
+    @property
     def fields(self) -> tuple[str, ...]:
         """Names of the stored parameters."""
         if self.scheme.symmetric:
@@ -103,11 +108,11 @@ class Grid:
     def encode(self, values: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """Nearest codes of ``values``; ``a`` and ``b`` broadcast against it. Float, whole numbers.
 
-        A group whose step is zero stands for ``b`` alone: its codes are the middle ones.
+        A group whose step is zero stands for ``b`` alone: its codes are idle.
         """
         safe = torch.where(a == 0, torch.ones_like(a), a)
         codes = (values - b).div_(safe).round_().clamp_(self.low, self.high)
-        return codes.masked_fill_(a == 0, self.middle if self.scheme.symmetric else 0)
+        return codes.masked_fill_(a == 0, self.idle)
 
     def decode(self, codes: Tensor, params: Params) -> Tensor:
         """Real values of ``codes`` [rows, in_features], float32."""

@@ -1,7 +1,8 @@
 """A quantized weight matrix as every solver makes it and every writer takes it.
 
-A run stores 4-bit codes two to a byte, and many formats pack them just so. A linear that was read is therefore unpacked
-only when somebody asks for its codes: writing a folder moves half of the bytes and computes on none of them.
+A run stores 4-bit codes two to a byte, and many formats pack them just so. A linear that was read, or that was rounded
+a few rows at a time, is therefore unpacked only when somebody asks for its codes: writing a folder moves half of the
+bytes and computes on none of them.
 """
 
 from __future__ import annotations
@@ -84,9 +85,10 @@ class QuantizedLinear:
 
     def to(self, device: str) -> QuantizedLinear:
         """The same on another device."""
-        return QuantizedLinear(
-            self.name, self.scheme, self.codes.to(device), {f: p.to(device) for f, p in self.params.items()}
-        )
+        params, nibbles = {f: p.to(device) for f, p in self.params.items()}, self._nibbles_if_stored
+        if nibbles is None:
+            return QuantizedLinear(self.name, self.scheme, self.codes.to(device), params)
+        return self._packed(self.name, self.scheme, nibbles.to(device), params)
 
     def to_tensors(self) -> dict[str, Tensor]:
         """What the run directory stores: 4-bit codes two to a byte, parameters as they are."""

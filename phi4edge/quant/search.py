@@ -57,10 +57,7 @@ def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Para
         InputError: a scale exceeds float16.
     """
     rows, _, size = values.shape
-    if importance is None:
-        weight = torch.ones(1, size, device=values.device)
-    else:
-        weight = _importance(importance).reshape(-1, size)
+    weight = None if importance is None else _importance(importance).reshape(-1, size)
     params = _search(grid, values.reshape(-1, size), weight)
     return {field: params[field].reshape(rows, -1) for field in grid.fields}
 
@@ -87,8 +84,8 @@ def _importance(importance: Tensor) -> Tensor:
     return torch.maximum(importance, floor)
 
 
-def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
-    """Of groups ``x`` [n, group_size], of which group i counts as row i mod m of ``h`` [m, group_size] says."""
+def _search(grid: Grid, x: Tensor, h: Tensor | None) -> Params:
+    """Of groups ``x`` [n, group_size]; group i counts as row i mod m of ``h`` [m, group_size] says, None: all alike."""
     if isinstance(grid, NestedGrid):
         return _nested(grid, x, h)
     if grid.scheme.symmetric:
@@ -103,7 +100,7 @@ def _search(grid: Grid, x: Tensor, h: Tensor) -> Params:
 # Each of the three searches below has a compiled twin, which computes the same bits.
 
 
-def _symmetric(grid: Grid, x: Tensor, h: Tensor) -> Tensor:
+def _symmetric(grid: Grid, x: Tensor, h: Tensor | None) -> Tensor:
     """Steps of the groups [n]."""
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
     ends = (low,) if low == -high else (low, high)
@@ -144,7 +141,7 @@ def _extreme(x: Tensor) -> Tensor:
     return x.gather(0, first).squeeze(0)
 
 
-def _with_zero_point(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _with_zero_point(grid: Grid, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Steps and zero points of the groups, [n] each."""
     top = float(grid.high)
     factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
@@ -181,7 +178,7 @@ def zero_point_steps(x: Tensor, h: Tensor, factors: Tensor, shifts: Tensor, top:
     return torch.stack((scale, zero))
 
 
-def _with_minimum(grid: Grid, x: Tensor, h: Tensor) -> tuple[Tensor, Tensor]:
+def _with_minimum(grid: Grid, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Steps and minima of the groups, [n] each."""
     top, nested = float(grid.high), grid.scheme.nested
     factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
@@ -231,16 +228,22 @@ def minimum_steps(x: Tensor, h: Tensor, factors: Tensor, top: float, nested: boo
     return torch.stack((scale, minimum))
 
 
-def _compiled(kernel: Callable[..., NDArray[np.float32]], x: Tensor, h: Tensor, *arguments: Any) -> Tensor:
-    return torch.from_numpy(kernel(x.contiguous().numpy(), h.contiguous().numpy(), *arguments))
+def _compiled(kernel: Callable[..., NDArray[np.float32]], x: Tensor, h: Tensor | None, *arguments: Any) -> Tensor:
+    return torch.from_numpy(kernel(x.contiguous().numpy(), None if h is None else h.contiguous().numpy(), *arguments))
 
 
-def _parts(x: Tensor, h: Tensor) -> Iterator[tuple[Tensor, Tensor]]:
+def _parts(x: Tensor, h: Tensor | None) -> Iterator[tuple[Tensor, Tensor]]:
     """Groups and what they count, a group a column [group_size, some], so many at a time."""
+    h = _counts(x, h)
     step = max(1, _CHUNK // h.numel()) * len(h)
     for start in range(0, len(x), step):
         part = x[start : start + step]
         yield part.T.contiguous(), h.repeat(-(-len(part) // len(h)), 1)[: len(part)].T.contiguous()
+
+
+def _counts(x: Tensor, h: Tensor | None) -> Tensor:
+    """``h``, or that all values of groups ``x`` count the same."""
+    return torch.ones(1, x.shape[1], device=x.device) if h is None else h
 
 
 def _ratio(numerator: Tensor, denominator: Tensor) -> Tensor:
@@ -261,13 +264,14 @@ def _sum(values: Tensor) -> Tensor:
     return total
 
 
-def _nested(grid: NestedGrid, x: Tensor, h: Tensor) -> Params:
+def _nested(grid: NestedGrid, x: Tensor, h: Tensor | None) -> Params:
     blocks = (-1, grid.scheme.unit // grid.scheme.group_size)
     if grid.scheme.symmetric:
         a = _symmetric(grid, x, h)
         b = a * -grid.middle
     else:
         a, b = _with_minimum(grid, x, h)
+    h = _counts(x, h)
     h = h.repeat(len(x) // len(h), 1) if len(h) > 1 else h.expand_as(x)
     x, h = x.reshape(*blocks, x.shape[1]), h.reshape(*blocks, h.shape[1])
     trial = found = grid.store(a.reshape(blocks), b.reshape(blocks), h.sum(2))

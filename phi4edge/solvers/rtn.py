@@ -2,26 +2,34 @@
 
 Objective: min Σ diag(H)·(W − Ŵ)² a group at a time, by :mod:`phi4edge.quant.search`; without a Hessian all
 columns count the same. This is also the fallback where error compensation loses on rows it has not seen.
+
+A few rows are read, searched, rounded, compared and packed at a time, and never leave a core's cache between.
 """
 
 from __future__ import annotations
 
-__all__ = ["NEEDS_HESSIAN", "solve"]
+__all__ = ["NEEDS_HESSIAN", "solve", "solve_rows"]
 
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
-from phi4edge.quant.grid import Grid, Params, grid_for
+from phi4edge.quant.grid import Grid, grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
+from phi4edge.quant.rounding import round_to
+from phi4edge.quant.scheme import Scheme
 from phi4edge.quant.search import search
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = False
-_WEIGHTS = 1 << 17  # rounded at a time: what that needs stays in a core's cache
+_TOGETHER = 1 << 18  # weights rounded at a time
+
+Rows = Callable[[slice], Tensor]  # some rows of a weight, float32
 
 
 def solve(problem: Problem, options: SolverOptions) -> Solution:
@@ -30,29 +38,59 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     Raises:
         InputError: the group size does not divide in_features.
     """
-    W, h = problem.weight, problem.importance
+    W = problem.weight
     rows, columns = W.shape
-    groups = problem.scheme.groups(columns, problem.name)
-    grid = grid_for(problem.scheme)
-    importance = None if h is None else h.reshape(groups, -1)
-    pieces = [
-        partial(_solve_rows, grid, W[piece], groups, importance) for piece in row_pieces(rows, columns, options.rows)
-    ]
-    parts = options.run(pieces)
-    codes = torch.cat([found for found, _ in parts])
-    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
-    linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
-    return Solution(linear, layer_loss(problem, linear), 0.0)
+    pieces = [(partial(_some, W[piece]), slice(0, len(W[piece]))) for piece in row_pieces(rows, columns, options.rows)]
+    found = _rounded(problem.name, problem.scheme, columns, pieces, problem.importance, options)
+    return found if problem.hessian is None else replace(found, loss=layer_loss(problem, found.linear))
 
 
-def _solve_rows(grid: Grid, W: Tensor, groups: int, importance: Tensor | None) -> tuple[Tensor, Params]:
-    rows, columns = W.shape
-    params = search(grid, W.reshape(rows, groups, -1), importance)
-    a, b = (found[:, :, None] for found in grid.steps(params))
-    codes = torch.empty(rows, columns, dtype=torch.uint8, device=W.device)
-    step = max(1, _WEIGHTS // columns)
-    for start in range(0, rows, step):
-        some = slice(start, start + step)
-        part = W[some].reshape(-1, groups, columns // groups)
-        codes[some] = grid.encode(part, a[some], b[some]).reshape(-1, columns)
-    return codes, params
+def solve_rows(
+    name: str, shape: tuple[int, int], rows: Rows, scheme: Scheme, importance: Tensor | None, options: SolverOptions
+) -> Solution:
+    """The same of a weight of which ``rows`` gives a few at a time: all of it is never in RAM.
+
+    ``shape`` is [out_features, in_features]; ``importance`` [in_features] is diag H, or None.
+
+    Raises:
+        InputError: the group size does not divide in_features; what ``rows`` raises.
+    """
+    pieces = [(rows, piece) for piece in row_pieces(*shape, options.rows)]
+    return _rounded(name, scheme, shape[1], pieces, importance, options)
+
+
+def _some(W: Tensor, rows: slice) -> Tensor:
+    return W[rows]
+
+
+def _rounded(
+    name: str,
+    scheme: Scheme,
+    columns: int,
+    pieces: Sequence[tuple[Rows, slice]],
+    importance: Tensor | None,
+    options: SolverOptions,
+) -> Solution:
+    weights = None if importance is None else importance.reshape(scheme.groups(columns, name), -1)
+    groups, grid = scheme.groups(columns, name), grid_for(scheme)
+    parts = options.run([partial(_solve_piece, grid, *piece, columns, groups, weights) for piece in pieces])
+    tensors = {f"{name}.{field}": torch.cat([part[field] for part, _ in parts]) for field in ("codes", *grid.fields)}
+    linear = QuantizedLinear.from_tensors(name, scheme, tensors)
+    return Solution(linear, sum(loss for _, loss in parts) / linear.out_features, 0.0)
+
+
+def _solve_piece(
+    grid: Grid, rows: Rows, piece: slice, columns: int, groups: int, importance: Tensor | None
+) -> tuple[dict[str, Tensor], float]:
+    """Codes as a run stores them and parameters of some rows, and what they lose with diag H, summed."""
+    step = max(1, _TOGETHER // columns)
+    loss, found = 0.0, dict[str, list[Tensor]]()
+    for start in range(piece.start, piece.stop, step):
+        W = rows(slice(start, min(start + step, piece.stop)))
+        grouped = W.reshape(len(W), groups, -1)
+        params = search(grid, grouped, importance)
+        codes, lost = round_to(grid, grouped, params, importance)
+        loss += lost
+        for field, values in {"codes": codes, **params}.items():
+            found.setdefault(field, []).append(values)
+    return {field: torch.cat(values) for field, values in found.items()}, loss

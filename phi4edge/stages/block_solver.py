@@ -13,6 +13,7 @@ __all__ = ["BlockSolver", "SolvedBlock"]
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from types import ModuleType
 from typing import Any
 
@@ -78,6 +79,7 @@ class BlockSolver:
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
         self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
+        self._by_rows = job.by_rows
         self._options = SolverOptions(
             self._recipe.damp_percent,
             self._recipe.act_order,
@@ -102,6 +104,10 @@ class BlockSolver:
         for stage in range(len(LINEARS)):
             name = linear_name(layer, stage)
             self._progress.status(f"block {layer} {LINEARS[stage]} · RSS {format_bytes(rss_bytes())}")
+            if self._by_rows:
+                self._round(name, layer, stage, out)
+                self._reached(stage, committed)
+                continue
             weight = self._read(layer, stage)
             stats = self._moments(stage, weight, samples)
             given, factors, scaling = weight, None, {}
@@ -128,10 +134,7 @@ class BlockSolver:
                 del weight
                 samples.advance(stage, linear.dequantize())
                 release_memory()  # what a linear leaves in the C library's arenas would add to the next one's peak
-            self._progress.advance()
-            if stage == 0 and committed is not None:
-                with self._parts.part("write"):
-                    committed.result()
+            self._reached(stage, committed)
         if inputs is not None and stream is not None:
             self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
             block = load_block(self._job.source, layer)
@@ -144,14 +147,39 @@ class BlockSolver:
             out.events += events
         return out
 
+    def _reached(self, stage: int, committed: Future[None] | None) -> None:
+        self._progress.advance()
+        if stage == 0 and committed is not None:
+            with self._parts.part("write"):
+                committed.result()
+
+    def _round(self, name: str, layer: int, stage: int, out: SolvedBlock) -> None:
+        """Round a linear to nearest as it is read, a few rows at a time."""
+        self._ask_for(layer, stage + 1)
+        mean_square = self._given(name)
+        shape = self._job.checkpoint.config.tensor_shapes()[f"{name}.weight"]
+        rows = partial(self._job.source.tensor, f"{name}.weight")
+        with self._parts.part("solve"):
+            found = rtn.solve_rows(
+                name, (shape[0], shape[1]), rows, self._job.scheme_of(name), mean_square, self._options
+            )
+        out.tensors |= found.linear.to_tensors()
+        if mean_square is not None:
+            out.tensors[f"{name}.imatrix"] = mean_square
+        out.records.append(self._record(name, found))
+
     def _read(self, layer: int, stage: int) -> Tensor:
         """One linear's weights, float32, on the device; the one after it is asked for."""
         with self._parts.part("read"):
             weight = self._job.source.tensor(f"{linear_name(layer, stage)}.weight").to(self._job.device)
-            following = layer * len(LINEARS) + stage + 1
-            if following < self._job.checkpoint.config.num_layers * len(LINEARS):
-                self._job.checkpoint.will_need(f"{linear_name(*divmod(following, len(LINEARS)))}.weight")
+            self._ask_for(layer, stage + 1)
         return weight
+
+    def _ask_for(self, layer: int, stage: int) -> None:
+        """Have the system read a linear meanwhile; the stage after a block's last is the next block's first."""
+        following = layer * len(LINEARS) + stage
+        if following < self._job.checkpoint.config.num_layers * len(LINEARS):
+            self._job.checkpoint.will_need(f"{linear_name(*divmod(following, len(LINEARS)))}.weight")
 
     def _given(self, name: str) -> Tensor | None:
         """Mean squared inputs of a linear from the imatrix that the user gave, if there is one."""
@@ -183,13 +211,7 @@ class BlockSolver:
         aimed = self._aim(problem, task.stats) if aims else problem
         coupling = self._coupling(problem)
         solution = self._solve(aimed) if coupling is None else solve_coupled(aimed, coupling, self._options)
-        record: dict[str, Any] = {
-            "name": problem.name,
-            "method": recipe.method,
-            "loss": solution.loss,
-            "damp_percent": solution.damp_percent,
-            "tokens": task.stats.tokens if task.stats is not None else 0,
-        }
+        record = self._record(problem.name, solution, task.stats)
         if solution.loss_unrefined is not None:
             record["loss_unrefined"] = solution.loss_unrefined
         if aimed is not problem:
@@ -215,6 +237,15 @@ class BlockSolver:
         who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
         return fallback.linear, record | {"method": "rtn"}, events, problem
+
+    def _record(self, name: str, solution: Solution, stats: LayerStats | None = None) -> dict[str, Any]:
+        return {
+            "name": name,
+            "method": self._recipe.method,
+            "loss": solution.loss,
+            "damp_percent": solution.damp_percent,
+            "tokens": stats.tokens if stats is not None else 0,
+        }
 
     def _solve(self, problem: Problem) -> Solution:
         """The solver's solution, refined if asked, of rows that know nothing of each other."""

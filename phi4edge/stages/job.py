@@ -44,6 +44,7 @@ class Job:
     types: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
     imatrix: Imatrix | None = None  # given in place of calibration text
     self_text: SelfText | None = None  # what the model wrote, where the corpus asks for it
+    by_rows: bool = False  # weights are rounded as their rows are read
 
     def scheme_of(self, linear: str) -> Scheme:
         """The scheme of one linear."""
@@ -58,10 +59,13 @@ def prepare(
     run: Path | None = None,
     progress: Progress = SILENT,
     imatrix: Path | None = None,
+    *,
+    spread: bool = False,
 ) -> Job:
     """Check model, scheme, tokenizer, device, RAM, disk, corpus and imatrix.
 
     ``run`` is where the work will be done; without it, a corpus that the model must write first is not made.
+    ``spread``: weights go to other machines.
 
     Raises:
         InputError, UsageError: the model, the scheme or the corpus is not usable, or the model cannot be rotated.
@@ -79,7 +83,8 @@ def prepare(
     recipe = replace(recipe, rotation=foldable(recipe.rotation, config), compute=compute)
     source = rotated(checkpoint, recipe.rotation, recipe.rotation_seed)
     tokenizer = check_tokenizer(checkpoint.index)
-    memory = plan_memory(config, recipe, ram_budget)
+    by_rows = recipe.by_rows and device == "cpu" and not spread
+    memory = plan_memory(config, recipe, ram_budget, by_rows)
     types = _types(config, recipe)
     if run is not None:
         check_room(run, config, recipe, memory, lambda linear: types.get(linear, scheme))
@@ -95,7 +100,7 @@ def prepare(
         shapes = {name.removesuffix(".weight"): shape for name, shape in config.tensor_shapes().items()}
         linears = {name: shape for name, shape in shapes.items() if ".layers." in name and len(shape) == 2}
         given.check(linears, str(imatrix))
-    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, given, own)
+    return Job(checkpoint, source, recipe, scheme, corpus, memory, device, types, given, own, by_rows)
 
 
 def _compute_of_run(run: Path | None) -> str | None:

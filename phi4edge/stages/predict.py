@@ -142,7 +142,8 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
         block["write"] = streams * (rates.sync + residual / rates.write)
     computing = sum(block.values()) - block["write"]
     stored = weights * work.stored_bytes
-    block["read"] = stored / rates.read + max(0.0, stored / rates.disk - computing)
+    copies = stored / rates.read / (rates.threads if recipe.by_rows else 1)
+    block["read"] = copies + max(0.0, stored / rates.disk - computing)
     block["write"] += max(0.0, codes - computing)
     parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     return Prediction(

@@ -78,7 +78,7 @@ def quantize(
     checkpoint = open_checkpoint(model)
     if recipe.mix is not None:
         check_budget(checkpoint.config, recipe.mix)
-    job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix)
+    job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix, spread=cluster is not None)
     if cluster is not None:
         cluster.check_job(device, job.recipe.compute)
     hashes = hash_checkpoint(checkpoint.index, out)
