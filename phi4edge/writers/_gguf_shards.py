@@ -13,13 +13,18 @@ __all__ = ["ALIGNMENT", "Shard", "plan_shards", "shard_path", "shard_paths", "sp
 
 import re
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import closing
 from dataclasses import dataclass
+from itertools import groupby
+from operator import itemgetter
 from pathlib import Path
 
 import gguf
 import numpy as np
+from torch import Tensor
 
+from phi4edge.core.ahead import ahead
 from phi4edge.core.errors import UsageError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import HashedFile
@@ -167,20 +172,27 @@ def _padded(count: int) -> int:
 
 
 def write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
-    """Write one file; returns its SHA-256."""
+    """Write one file, while its next piece is packed; returns its SHA-256."""
     file.write(shard.header)
-    for tensor in shard.tensors:
-        progress.status(tensor.name)
-        _pad(file)
-        start = file.position
-        for piece in tensor.data():
-            file.write(piece.contiguous().numpy().data)
-        written = file.position - start
-        assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
-        progress.advance()
+    with closing(ahead(_pieces(shard.tensors))) as pieces:
+        for tensor, of_tensor in groupby(pieces, itemgetter(0)):
+            progress.status(tensor.name)
+            _pad(file)
+            start = file.position
+            for _, piece in of_tensor:
+                file.write(piece.numpy().data)
+            written = file.position - start
+            assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
+            progress.advance()
     _pad(file)
     assert file.position == shard.nbytes
     return file.sha256
+
+
+def _pieces(tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Tensor]]:
+    for tensor in tensors:
+        for piece in tensor.data():
+            yield tensor, piece.contiguous()
 
 
 def _pad(file: HashedFile) -> None:
