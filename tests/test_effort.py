@@ -27,7 +27,7 @@ def test_default_refines_and_aims_at_full_precision_and_high_tunes_too() -> None
     assert low.tuning is default.tuning is None
     assert high.tuning is not None
     assert high.tuning.code_rate == 0
-    assert (low.rotation, default.rotation, high.rotation) == ("none", "none", "auto")
+    assert (low.rotation, default.rotation, high.rotation) == ("none", "auto", "auto")
     assert solving_recipe({}, CORPUS) == default
 
 
@@ -39,6 +39,13 @@ def test_what_was_said_is_stronger_than_the_effort() -> None:
     assert solving_recipe({"effort": "high", "tune_passes": 0.0}, CORPUS).tuning is None
     low = solving_recipe({"effort": "low", "tune_passes": 2.0, "tune_batch": 4}, CORPUS)
     assert low == replace(Recipe(corpus=CORPUS), tuning=TuningRecipe(passes=2.0, batch=4))
+
+
+@pytest.mark.parametrize("asked", [{"awq": True}, {"method": "awq"}])
+def test_scaled_channels_are_not_rotated_as_well_unless_both_are_asked_for(asked: dict[str, object]) -> None:
+    assert solving_recipe(asked, CORPUS).rotation == "none"
+    assert solving_recipe({**asked, "rotation": "auto"}, CORPUS).rotation == "auto"
+    assert solving_recipe({"awq": False}, CORPUS).rotation == "auto"
 
 
 def test_without_text_kept_aside_no_effort_tunes() -> None:

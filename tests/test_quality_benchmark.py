@@ -26,6 +26,7 @@ tables = load_script("benchmarks/quality/tables.py")
 texts = load_script("benchmarks/quality/texts.py")
 dequantized = load_script("benchmarks/quality/peers/dequantized.py")
 packed_gptq = load_script("benchmarks/quality/peers/packed_gptq.py")
+run = load_script("benchmarks/quality/run.py")
 
 
 # --- ratios -------------------------------------------------------------------------------------------------
@@ -168,6 +169,35 @@ def test_builtin_texts_are_halves_of_each_kind(model: Path, tmp_path: Path) -> N
     assert found.unseen == [texts.UNSEEN]
     made = texts.make_chunks(model, found, tmp_path / "chunks.safetensors", samples=10, length=64)
     assert set(made["chunks_by_domain"].values()) == {2}
+
+
+def test_rows_stand_beside_kept_ones_of_the_same_inputs_alone(tmp_path: Path) -> None:
+    order = candidates.load_candidates(ROOT / "benchmarks" / "quality" / "candidates.toml")
+    names = [candidate.name for candidate in order[:3]]
+    domains = [{"name": "prose", "chunks": 8, "context": 512, "key": "text"}]
+    inputs = {"chunks": {"sha256": "tokens"}, "key": "weights"}
+    old = [{"name": names[2], "kld": 1.0}, {"name": names[0], "kld": 2.0}, {"name": "gone", "kld": 3.0}]
+    document = {
+        "git": {"commit": "0123456789abcdef"},
+        "results": {"domains": domains, "models": {"m": {**inputs, "rows": old}}},
+    }
+    path = tmp_path / "m.json"
+    path.write_text(json.dumps(document))
+    kept = run.kept_rows(path, "m", inputs, domains)
+    new = [{"name": names[2], "kld": 0.5, "commit": "later"}, {"name": names[1], "kld": 4.0, "commit": "later"}]
+    rows = run.joined(new, kept, order)
+    assert [(row["name"], row["kld"], row["commit"]) for row in rows] == [
+        (names[0], 2.0, "01234567"),
+        (names[1], 4.0, "later"),
+        (names[2], 0.5, "later"),
+    ]
+    for other, what in (({"chunks": {"sha256": "others"}}, "chunks"), ({"key": "others"}, "model")):
+        with pytest.raises(InputError, match=what):
+            run.kept_rows(path, "m", inputs | other, domains)
+    with pytest.raises(InputError, match="prose: text"):
+        run.kept_rows(path, "m", inputs, [domains[0] | {"key": "others"}])
+    with pytest.raises(InputError, match="no model"):
+        run.kept_rows(path, "n", inputs, domains)
 
 
 def test_the_committed_candidates_are_read_and_ask_for_grids_that_their_tools_have() -> None:

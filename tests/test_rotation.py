@@ -156,12 +156,13 @@ def test_rotation_goes_with_a_mix_of_types_scaled_inputs_and_tuning(tmp_path: Pa
     assert relative(logits(export.reader_of(tmp_path / "model.gguf")), exact) < 0.3
 
 
-def test_high_effort_rotates_both_where_the_head_is_a_matrix_of_its_own_and_nothing_where_it_is_tied(
-    phi4_checkpoint: Path, mini_checkpoint: Path
+@pytest.mark.parametrize("effort", ["default", "high"])
+def test_an_effort_rotates_both_where_the_head_is_a_matrix_of_its_own_and_nothing_where_it_is_tied(
+    effort: str, phi4_checkpoint: Path, mini_checkpoint: Path
 ) -> None:
-    recipe = solving_recipe({"effort": "high"}, CorpusRecipe(samples=64))
+    recipe = solving_recipe({"effort": effort}, CorpusRecipe(samples=64))
     assert recipe.rotation == "auto"
     assert plan(phi4_checkpoint, recipe)["recipe"]["rotation"] == "residual+heads"
     assert plan(mini_checkpoint, recipe)["recipe"]["rotation"] == "none"
-    kept = solving_recipe({"effort": "high", "rotation": "none"}, CorpusRecipe(samples=64))
+    kept = solving_recipe({"effort": effort, "rotation": "none"}, CorpusRecipe(samples=64))
     assert plan(phi4_checkpoint, kept)["recipe"]["rotation"] == "none"

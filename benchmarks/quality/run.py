@@ -5,7 +5,8 @@
 
 Rows come from candidates.toml (or ``--candidates``). Everything is kept under ``--out`` by what it was made of, so a
 run that is started again makes only what is missing, and a table is always of one set of inputs. With ``--name`` the
-figures go to results/NAME.json and into the README.
+figures go to results/NAME.json and into the README; with ``--add`` beside those that are there, of the same model,
+chunks and texts, where a row of the same name is replaced. Every row says which commit made it.
 """
 
 from __future__ import annotations
@@ -13,22 +14,24 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import argparse
+import json
 import shlex
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks")]
 from candidates import Candidate, Work, build, load_candidates  # noqa: E402
 from evaluate import Domain, evaluate  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import git, record, update_readme  # noqa: E402
 from tables import Row, against_best_peer, table  # noqa: E402
 from texts import Texts, builtin_texts, folder_texts, make_chunks  # noqa: E402
 
-from phi4edge.core.errors import Phi4EdgeError, UsageError  # noqa: E402
+from phi4edge.core.errors import InputError, Phi4EdgeError, UsageError  # noqa: E402
 
 SOURCES = ("benchmarks/quality", "benchmarks/peers")
 
@@ -83,10 +86,39 @@ def measure(work: Work, candidates: Sequence[Candidate], domains: Sequence[Domai
         made = build(candidate, work)
         found = {domain.name: evaluate(made, work, domain) for domain in domains}
         row = {**asdict(candidate), "bytes": made.nbytes, "cost": dict(made.cost), "facts": dict(made.facts)}
-        rows.append({**row, "domains": found})
+        rows.append({**row, "commit": git(SOURCES)["commit"][:8], "domains": found})
         line = ", ".join(f"{name} {figures['kld']:.4f}" for name, figures in found.items())
         print(f"{work.folder.name}: {candidate.name}: KLD {line}", file=sys.stderr, flush=True)
     return rows
+
+
+def kept_rows(path: Path, model: str, found: Mapping[str, Any], domains: Sequence[Mapping[str, Any]]) -> list[Row]:
+    """Rows of result file ``path`` beside which those of ``found`` may stand.
+
+    Raises:
+        InputError: they are of other inputs.
+    """
+    document = json.loads(path.read_text(encoding="utf-8"))
+    before = document["results"]["models"].get(model)
+    if before is None:
+        raise InputError(f"{path}: has no model {model!r}", "leave out --add")
+    pairs = [
+        (before["chunks"]["sha256"], found["chunks"]["sha256"], "chunks"),
+        (before.get("key"), found["key"], "model"),
+    ]
+    for old, new in zip(document["results"]["domains"], domains, strict=True):
+        pairs += [(old[key], new[key], f"{new['name']}: {key}") for key in ("name", "chunks", "context")]
+        pairs.append((old.get("key"), new["key"], f"{new['name']}: text"))
+    for old, new, what in pairs:
+        if old is not None and old != new:
+            raise InputError(f"{path}: its rows are of another {what}", "leave out --add, and make all rows")
+    return [{"commit": document["git"]["commit"][:8], **row} for row in before["rows"]]
+
+
+def joined(rows: Sequence[Row], kept: Sequence[Row], order: Sequence[Candidate]) -> list[Row]:
+    """``rows`` and those of ``kept`` that have other names, in the order of the candidates."""
+    by_name = {row["name"]: row for row in (*kept, *rows)}
+    return [by_name[candidate.name] for candidate in order if candidate.name in by_name]
 
 
 def parse() -> argparse.Namespace:
@@ -109,6 +141,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--length", type=int, default=512, help="tokens a chunk; %(default)s")
     parser.add_argument("--chunks", type=int, default=8, help="evaluation chunks a domain; %(default)s")
     parser.add_argument("--name", help="write results/NAME.json and the README's table")
+    parser.add_argument("--add", action="store_true", help="keep the other rows that stand there")
     return parser.parse_args()
 
 
@@ -132,20 +165,32 @@ def main() -> int:
         out = a.out.resolve()
         out.mkdir(parents=True, exist_ok=True)
         texts = folder_texts(a.texts.resolve()) if a.texts else builtin_texts(out)
-        domains, candidates = evaluation_domains(texts, a), chosen(load_candidates(a.candidates), a)
-        models = {}
+        every = load_candidates(a.candidates)
+        domains, candidates = evaluation_domains(texts, a), chosen(every, a)
+        if a.add and not a.name:
+            raise UsageError("--add keeps rows of a result file", "give its --name")
+        described = [
+            {
+                "name": d.name,
+                "chunks": d.chunks,
+                "context": d.context,
+                "calibrated": d.name not in texts.unseen,
+                "key": d.key,
+            }
+            for d in domains
+        ]
+        models: dict[str, Any] = {}
         for name, model in a.models.items():
             chunks = out / name / "chunks.safetensors"
             made = make_chunks(model, texts, chunks, samples=a.samples, length=a.length)
-            rows = measure(Work(model.resolve(), chunks, a.samples, a.length, out / name), candidates, domains)
-            models[name] = {"chunks": made, "rows": rows, "against_best_peer": against_best_peer(rows)}
+            work = Work(model.resolve(), chunks, a.samples, a.length, out / name)
+            models[name] = {"chunks": made, "key": work.key}
+            kept = kept_rows(HERE / "results" / f"{a.name}.json", name, models[name], described) if a.add else []
+            rows = joined(measure(work, candidates, domains), kept, every)
+            models[name] |= {"rows": rows, "against_best_peer": against_best_peer(rows)}
     except Phi4EdgeError as error:
         print(f"Error: {error.message}" + (f"\nHint: {error.hint}" if error.hint else ""), file=sys.stderr)
         return error.exit_code
-    unseen = texts.unseen
-    described = [
-        {"name": d.name, "chunks": d.chunks, "context": d.context, "calibrated": d.name not in unseen} for d in domains
-    ]
     results = {"texts": texts.name, "domains": described, "models": models}
     if a.name:
         command = f"python {shlex.join(['benchmarks/quality/run.py', *sys.argv[1:]])}"

@@ -139,7 +139,7 @@ _OPTIONS = (
         "--rotation",
         type=click.Choice(ROTATIONS),
         help="Rotate the residual stream, the value heads or both, folded into the weights; auto: both, if the head is "
-        "not tied.  [default by effort: low and default none, high auto]",
+        "not tied.  [default by effort: low none, default and high auto; none with awq]",
     ),
     click.option("--rotation-seed", type=int, default=Recipe.rotation_seed, show_default=True, help="Which rotation."),
     click.option(

@@ -252,7 +252,7 @@ class Recipe:
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
 EFFORTS: dict[str, dict[str, Any]] = {
     "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0, "tune_passes": 0.0},
-    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "tune_passes": 0.0},
+    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 0.0},
     "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 2.0},
 }
 _FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
@@ -265,7 +265,8 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
 
     Keys are those of :class:`Recipe`, ``effort`` (one of EFFORTS), ``round_passes`` and ``round_rate``, and
     ``tune_passes``, ``tune_rate``, ``tune_batch`` and ``tune_codes``. An effort asks for tuning only where there is
-    calibration text of which some is kept aside.
+    calibration text of which some is kept aside, and for rotation only where awq does not scale channels, which a
+    rotation leaves no outliers in.
 
     Raises:
         UsageError: an unknown effort, or values that contradict each other.
@@ -282,6 +283,8 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
     asked = {key: settings.pop(key) for key in _TUNING if key in settings}
     preset = dict(EFFORTS[effort])
     tuned = {"tune_passes": preset.pop("tune_passes")}
+    if settings.get("awq") or settings.get("method") == "awq":
+        preset.pop("rotation", None)
     if corpus is not None and settings.get("method") != "rtn":
         settings = {**preset, **settings}
     can_tune = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_TUNE
