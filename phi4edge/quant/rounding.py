@@ -21,7 +21,10 @@ def round_to(grid: Grid, values: Tensor, params: Params, importance: Tensor | No
     a, b = grid.steps(params)
     rows, packed = len(values), grid.scheme.bits == 4
     if values.device.type == "cpu":
-        x, h = values.reshape(-1, values.shape[-1]).numpy(), None if importance is None else importance.contiguous().numpy()
+        x, h = (
+            values.reshape(-1, values.shape[-1]).numpy(),
+            None if importance is None else importance.contiguous().numpy(),
+        )
         steps = (a.reshape(-1).numpy(), b.reshape(-1).numpy())
         found, lost = round_groups(x, *steps, h, (grid.low, grid.high, grid.idle), packed=packed)
         return torch.from_numpy(found).reshape(rows, -1), lost
