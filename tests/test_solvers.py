@@ -13,6 +13,7 @@ from phi4edge.quant.scheme import GGML_SCHEMES, Scheme, parse_scheme
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, SolverOptions
+from phi4edge.solvers._loss import layer_loss
 
 SCHEMES = ["w4g32", "w4g16", "w4g64", "w4row", "w4g32-asym", "w8g32", "w8g64-asym", *GGML_SCHEMES]
 TINY_DAMP = SolverOptions(damp_percent=1e-6)
@@ -116,6 +117,18 @@ def test_group_aware_order_is_a_solution_like_any_other(name: str) -> None:
     columns = p.weight.shape[1]
     units = columns // p.scheme.unit if p.scheme.unit > 0 else 1
     assert found.linear.params["scales"].shape == (24, units)
+
+
+@pytest.mark.parametrize("order", [{}, {"act_order": True}, {"group_aware": True}], ids=["", "act", "groups"])
+@pytest.mark.parametrize("name", SCHEMES)
+def test_the_loss_that_falls_off_in_the_loop_is_that_of_the_codes(name: str, order: dict[str, bool]) -> None:
+    p = problem(name, rows=40)
+    assert p.hessian is not None
+    p.weight[3], p.weight[5, :64] = 0, 0  # groups without a step
+    p.hessian[7], p.hessian[:, 7] = 0, 0  # an input without a say
+    for options in (SolverOptions(**order), SolverOptions(damp_percent=0.3, rows=16, **order)):
+        found = gptq.solve(p, options)
+        assert found.loss == pytest.approx(layer_loss(p, found.linear), rel=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEMES)

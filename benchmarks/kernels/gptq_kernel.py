@@ -35,7 +35,7 @@ from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.solvers import gptq
 from phi4edge.solvers._api import SolverOptions
-from phi4edge.solvers._factor import factor_matrix
+from phi4edge.solvers._factor import Factor, factor_matrix
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -115,12 +115,12 @@ def reference_loop(W: Tensor, U: Tensor, order: Tensor, a: Tensor, b: Tensor) ->
     return codes[:, order.argsort()]
 
 
-def our_factor(H: Tensor, order: Tensor) -> Tensor:
-    """M, as the solver makes it."""
-    return factor_matrix(H, order, DAMP, "layer").M
+def our_factor(H: Tensor, order: Tensor) -> Factor:
+    """As the solver makes it."""
+    return factor_matrix(H, order, DAMP, "layer")
 
 
-def our_loop(W: Tensor, H: Tensor, M: Tensor, order: Tensor, params: Params) -> Tensor:
+def our_loop(W: Tensor, H: Tensor, made: Factor, order: Tensor, params: Params) -> Tensor:
     """Codes [rows, n] by the solver's own loop."""
     grid, n, groups = grid_for(SCHEME), W.shape[1], SCHEME.groups(W.shape[1])
     pieces = [
@@ -131,13 +131,15 @@ def our_loop(W: Tensor, H: Tensor, M: Tensor, order: Tensor, params: Params) -> 
             groups,
             n // groups,
             H.diagonal().clone(),
-            M,
+            made.M,
+            made.d,
+            made.damp,
             order,
             {field: values[piece] for field, values in params.items()},
         )
         for piece in row_pieces(*W.shape)
     ]
-    return torch.cat([codes for codes, _ in run_parallel(pieces)])
+    return torch.cat([codes for codes, _, _ in run_parallel(pieces)])
 
 
 def loss(W: Tensor, H: Tensor, codes: Tensor, a: Tensor, b: Tensor) -> float:
@@ -160,9 +162,9 @@ def compare(rows: int, n: int) -> dict[str, Any]:
         result = function(*arguments)
         return result, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
-    M, our_factoring = timed(our_factor, H, order)
-    ours, our_looping = timed(our_loop, W, H, M, order, params)
-    del M
+    made, our_factoring = timed(our_factor, H, order)
+    ours, our_looping = timed(our_loop, W, H, made, order, params)
+    del made
     U, reference_factoring = timed(reference_factor, H, order)
     theirs, reference_looping = timed(reference_loop, W, U, order, a, b)
     del U

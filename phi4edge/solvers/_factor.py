@@ -34,6 +34,7 @@ class Factor:
     d: Tensor  # [in_features] float32
     order: Tensor | None  # of the columns; None: as they stand
     damp_percent: float  # that was used
+    damp: float  # what was added to the diagonal
     events: tuple[Event, ...]
 
     def divide(self, B: Tensor) -> Tensor:
@@ -60,7 +61,8 @@ def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str) -> Fa
     asked = damp
     while True:
         R = H.clone() if order is None else _ordered(H, order)
-        R.diagonal().add_(damp * mean if mean > 0 else 1.0)
+        added = damp * mean if mean > 0 else 1.0
+        R.diagonal().add_(added)
         if _factor_upper(R):
             break
         damp = max(damp * 10, 1e-4)
@@ -70,7 +72,7 @@ def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str) -> Fa
         detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
         events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
     diagonal = R.diagonal().clone()
-    return Factor(R.div_(diagonal[None, :]), diagonal.square(), order, damp, tuple(events))
+    return Factor(R.div_(diagonal[None, :]), diagonal.square(), order, damp, added, tuple(events))
 
 
 def _ordered(H: Tensor, order: Tensor) -> Tensor:

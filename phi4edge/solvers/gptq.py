@@ -14,7 +14,8 @@ column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper
     w̃ᵢ = wᵢ + Σ_{j<i} (wⱼ − qⱼ) Mⱼᵢ.
 
 One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
-sum over finished columns is one matrix product a block. R takes the place of the one copy of H that is made.
+sum over finished columns is one matrix product a block. R takes the place of the one copy of H that is made. What the
+codes lose is Σᵢ Rᵢᵢ² (w̃ᵢ − qᵢ)², less the damping's share λ‖E‖², and costs no product with H.
 
 Scales: searched at the start of each group (of a super-block, where several groups share something), weighted by
 diag H, on what the paper's updates have made of it by then, w_G + S M_GG⁻¹ with S the sum above over finished
@@ -46,7 +47,6 @@ from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._factor import Factor, factor_matrix
-from phi4edge.solvers._loss import layer_loss
 
 NEEDS_HESSIAN = True
 _FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
@@ -91,14 +91,15 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     static = options.act_order or unit == n
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, made.M, made.order, static)
+        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, made.M, made.d, made.damp, made.order, static)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = options.run(pieces)
-    codes = torch.cat([codes for codes, _ in parts])
-    params = {field: torch.cat([found[field] for _, found in parts]) for field in grid.fields}
+    codes = torch.cat([codes for codes, _, _ in parts])
+    params = {field: torch.cat([found[field] for _, found, _ in parts]) for field in grid.fields}
     linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
-    return Solution(linear, layer_loss(problem, linear), made.damp_percent, made.events)
+    loss = max(0.0, sum(lost for _, _, lost in parts)) / W.shape[0]
+    return Solution(linear, loss, made.damp_percent, made.events)
 
 
 def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Tensor | None:
@@ -116,11 +117,20 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
 
 
 def _solve_rows(
-    grid: Grid, W: Tensor, groups: int, unit: int, diagonal: Tensor, M: Tensor, order: Tensor | None, static: bool
-) -> tuple[Tensor, Params]:
+    grid: Grid,
+    W: Tensor,
+    groups: int,
+    unit: int,
+    diagonal: Tensor,
+    M: Tensor,
+    d: Tensor,
+    damp: float,
+    order: Tensor | None,
+    static: bool,
+) -> tuple[Tensor, Params, float]:
     rows = W.shape[0]
     fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1)) if static else None
-    return _loop(grid, W, groups, unit, diagonal, M, order, fixed)
+    return _loop(grid, W, groups, unit, diagonal, M, d, damp, order, fixed)
 
 
 def _loop(
@@ -130,10 +140,12 @@ def _loop(
     unit: int,
     diagonal: Tensor,
     M: Tensor,
+    d: Tensor,
+    damp: float,
     order: Tensor | None,
     fixed: Params | None,
-) -> tuple[Tensor, Params]:
-    """Codes [rows, n] and parameters of some rows: those given, or found as the loop comes to each unit.
+) -> tuple[Tensor, Params, float]:
+    """Codes [rows, n] and parameters of some rows: those given, or found as the loop comes to each unit; tr(E H Eᵀ).
 
     Works on transposes, where a column is contiguous.
     """
@@ -147,6 +159,7 @@ def _loop(
     found: dict[int, Params] = {}  # by first column
     steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of each group
     q = torch.empty(rows, device=W.device)
+    lost = torch.zeros((), dtype=torch.float64, device=W.device)
     rows_of_original, rows_of_E, rows_of_Q = (
         original.unbind(),
         E.unbind(),
@@ -193,10 +206,19 @@ def _loop(
                 e = torch.sub(rows_of_original[i], q.mul_(a).add_(b), out=rows_of_E[i])
                 if i + 1 < last:
                     here[i + 1 - first :].addr_(triangle[i - first][i + 1 - first :], e)
+            lost += _lost(here, original[first:last], E[first:last], d[first:last], damp)
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
-    return _settle(grid, Q.T, params), params
+    return _settle(grid, Q.T, params), params, float(lost)
+
+
+def _lost(rounded: Tensor, original: Tensor, E: Tensor, d: Tensor, damp: float) -> Tensor:
+    """What finished columns lose: Σ d·(w̃ − q)² − λ‖E‖², of ``rounded`` w̃ and errors ``E`` [columns, rows]."""
+    off = (rounded - original).add_(E)
+    away, error = (torch.linalg.vector_norm(x, dim=1).double().square_() for x in (off, E))
+    lost: Tensor = away @ d.double() - damp * error.sum()
+    return lost
 
 
 def _steps(grid: Grid, params: Params) -> list[tuple[Tensor, Tensor, Tensor]]:

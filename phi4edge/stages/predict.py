@@ -197,10 +197,10 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
 
 
 def solver_products(recipe: Recipe, n: int) -> float:
-    """Products [rows, n] [n, n] of the solver and the refinement, their losses with them."""
-    loop = 0.5 if recipe.method == "gptq" else 0.0
+    """Products [rows, n] [n, n] of the solver and the refinement, their losses with them; GPTQ's own costs none."""
+    solver = 0.5 if recipe.method == "gptq" else _loss(n)
     passes = (recipe.sweeps or 2) + _loss(n) if recipe.refined else 0.0
-    return loop + _loss(n) + passes
+    return solver + passes
 
 
 def _loss(n: int) -> float:
