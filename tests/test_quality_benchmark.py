@@ -191,11 +191,12 @@ def test_rows_stand_beside_kept_ones_of_the_same_inputs_alone(tmp_path: Path) ->
         (names[1], 4.0, "later"),
         (names[2], 0.5, "later"),
     ]
-    for other, what in (({"chunks": {"sha256": "others"}}, "chunks"), ({"key": "others"}, "model")):
+    for other, what in (({"chunks": {"sha256": "others"}}, "calibration chunks"), ({"key": "others"}, "weights")):
         with pytest.raises(InputError, match=what):
             run.kept_rows(path, "m", inputs | other, domains)
-    with pytest.raises(InputError, match="prose: text"):
-        run.kept_rows(path, "m", inputs, [domains[0] | {"key": "others"}])
+    for others in ([domains[0] | {"key": "others"}], [], domains * 2):
+        with pytest.raises(InputError, match="texts"):
+            run.kept_rows(path, "m", inputs, others)
     with pytest.raises(InputError, match="no model"):
         run.kept_rows(path, "n", inputs, domains)
 

@@ -135,6 +135,7 @@ def our_loop(W: Tensor, H: Tensor, made: Factor, order: Tensor, params: Params) 
             made.d,
             made.damp,
             order,
+            True,
             {field: values[piece] for field, values in params.items()},
         )
         for piece in row_pieces(*W.shape)

@@ -36,8 +36,8 @@ class Domain:
     def key(self) -> str:
         """What the figures depend on beside the artifact."""
         name, _, half = self.text.partition(":")
-        text = sha256_file(Path(name)) if Path(name).is_file() else name
-        return sha256_json([text, half, self.chunks, self.context, sys.version])
+        text = sha256_file(Path(name)) if Path(name).is_file() else [name, sys.version]
+        return sha256_json([text, half, self.chunks, self.context])
 
 
 def evaluate(made: Made, work: Work, domain: Domain) -> dict[str, Any]:

@@ -102,16 +102,10 @@ def kept_rows(path: Path, model: str, found: Mapping[str, Any], domains: Sequenc
     before = document["results"]["models"].get(model)
     if before is None:
         raise InputError(f"{path}: has no model {model!r}", "leave out --add")
-    pairs = [
-        (before["chunks"]["sha256"], found["chunks"]["sha256"], "chunks"),
-        (before.get("key"), found["key"], "model"),
-    ]
-    for old, new in zip(document["results"]["domains"], domains, strict=True):
-        pairs += [(old[key], new[key], f"{new['name']}: {key}") for key in ("name", "chunks", "context")]
-        pairs.append((old.get("key"), new["key"], f"{new['name']}: text"))
-    for old, new, what in pairs:
-        if old is not None and old != new:
-            raise InputError(f"{path}: its rows are of another {what}", "leave out --add, and make all rows")
+    theirs, ours = before | {"domains": document["results"]["domains"]}, found | {"domains": list(domains)}
+    for part, what in (("chunks", "calibration chunks"), ("key", "weights"), ("domains", "texts")):
+        if theirs.get(part) != ours[part]:
+            raise InputError(f"{path}: its rows are of other {what}", "leave out --add, and make all rows")
     return [{"commit": document["git"]["commit"][:8], **row} for row in before["rows"]]
 
 

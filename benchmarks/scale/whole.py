@@ -15,7 +15,6 @@ from __future__ import annotations
 __all__ = ["main"]
 
 import argparse
-import hashlib
 import json
 import os
 import random
@@ -36,6 +35,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
 from children import child, phi4edge  # noqa: E402
 from record import record, update_readme  # noqa: E402
 
+from phi4edge.core.hashing import sha256_file, sha256_json  # noqa: E402
 from phi4edge.core.memory import parse_bytes  # noqa: E402
 from phi4edge.core.workdir import JOURNAL  # noqa: E402
 
@@ -90,16 +90,6 @@ def live(words: Sequence[str | Path], run: Path, kill_after: int | None, wait: f
         "seconds_to_first_commit": None if first_commit is None else first_commit - began,
         "seconds_lost": None if process.returncode == 0 else ended - (last_commit or began),
     }
-
-
-def sha256(paths: Sequence[Path]) -> str:
-    """Of the files' bytes, one after the other."""
-    found = hashlib.sha256()
-    for path in paths:
-        with path.open("rb") as file:
-            while piece := file.read(16 << 20):
-                found.update(piece)
-    return found.hexdigest()
 
 
 def quantize(
@@ -188,9 +178,9 @@ def main() -> None:
         "block_seconds": [r["performance"]["seconds"] for r in records],
         "blocks": [r["performance"] for r in records],
         "run_bytes": sum(path.stat().st_size for path in (run / "blocks").iterdir()),
-        "codes_sha256": sha256(sorted((run / "blocks").iterdir())),
+        "blocks_sha256": sha256_json([r["files"] for r in records]),
         "artifact_bytes": artifact.stat().st_size,
-        "artifact_sha256": sha256([artifact]),
+        "artifact_sha256": sha256_file(artifact),
         "export": {k: v for k, v in asdict(exported).items() if k != "output"},
         "generation": json.loads(generation.output.strip().splitlines()[-1])
         | {"peak_rss_bytes": generation.peak_rss_bytes},

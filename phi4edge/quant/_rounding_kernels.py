@@ -1,6 +1,7 @@
 """Groups rounded to given steps, compared and packed in one pass over them, compiled for the CPU.
 
-The codes are those of :meth:`phi4edge.quant.grid.Grid.encode`, bit for bit.
+The codes are those of :meth:`phi4edge.quant.grid.Grid.encode`, bit for bit. Nothing compiled is shared with the
+searches: Numba keeps what it compiled by the file that a function stands in, and would not see another file change.
 """
 
 from __future__ import annotations

@@ -97,8 +97,11 @@ def _load(x, h, start, at, weight, weighted):
 
 
 @compiled
-def _times(h, i, k, value):
-    return value if h is None else h[i, k] * value
+def _times(h, i, k, q0, q1, q2, q3):
+    """Four values of a group, each times what it counts."""
+    if h is None:
+        return q0, q1, q2, q3
+    return h[i, k] * q0, h[i + 1, k] * q1, h[i + 2, k] * q2, h[i + 3, k] * q3
 
 
 @compiled
@@ -128,19 +131,9 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
             t0, t1, t2, t3 = hx[i, k], hx[i + 1, k], hx[i + 2, k], hx[i + 3, k]
             along[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
             along_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
-            t0, t1, t2, t3 = (
-                _times(h, i, k, p0),
-                _times(h, i + 1, k, p1),
-                _times(h, i + 2, k, p2),
-                _times(h, i + 3, k, p3),
-            )
+            t0, t1, t2, t3 = _times(h, i, k, p0, p1, p2, p3)
             square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
-            t0, t1, t2, t3 = (
-                _times(h, i, k, q0),
-                _times(h, i + 1, k, q1),
-                _times(h, i + 2, k, q2),
-                _times(h, i + 3, k, q3),
-            )
+            t0, t1, t2, t3 = _times(h, i, k, q0, q1, q2, q3)
             square_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
 
 
@@ -208,12 +201,7 @@ def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
             q2 = _rounded(x[i + 2, k] * inverse[k] + z, _ZERO, top) - z
             q3 = _rounded(x[i + 3, k] * inverse[k] + z, _ZERO, top) - z
             along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
-            h0, h1, h2, h3 = (
-                _times(h, i, k, q0),
-                _times(h, i + 1, k, q1),
-                _times(h, i + 2, k, q2),
-                _times(h, i + 3, k, q3),
-            )
+            h0, h1, h2, h3 = _times(h, i, k, q0, q1, q2, q3)
             square[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
 
 
@@ -284,12 +272,7 @@ def _fit_minimum(x, hx, h, inverse, offset, top, sum_q, sum_qq, sum_qx):
             q1 = _rounded((x[i + 1, k] - offset[k]) * inverse[k], _ZERO, top)
             q2 = _rounded((x[i + 2, k] - offset[k]) * inverse[k], _ZERO, top)
             q3 = _rounded((x[i + 3, k] - offset[k]) * inverse[k], _ZERO, top)
-            h0, h1, h2, h3 = (
-                _times(h, i, k, q0),
-                _times(h, i + 1, k, q1),
-                _times(h, i + 2, k, q2),
-                _times(h, i + 3, k, q3),
-            )
+            h0, h1, h2, h3 = _times(h, i, k, q0, q1, q2, q3)
             sum_q[k] += (h0 + h1) + (h2 + h3)
             sum_qq[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
             sum_qx[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
@@ -367,9 +350,8 @@ def _minimum(x, h, factors, top, nested, refinements, out):
         for i in range(0, size, 4):
             for k in range(lanes):
                 w0, w1, w2, w3 = products[i, k], products[i + 1, k], products[i + 2, k], products[i + 3, k]
-                total[k] += (_times(counts, i, k, _ONE) + _times(counts, i + 1, k, _ONE)) + (
-                    _times(counts, i + 2, k, _ONE) + _times(counts, i + 3, k, _ONE)
-                )
+                h0, h1, h2, h3 = _times(counts, i, k, _ONE, _ONE, _ONE, _ONE)
+                total[k] += (h0 + h1) + (h2 + h3)
                 sum_x[k] += (w0 + w1) + (w2 + w3)
                 sum_xx[k] += (w0 * at[i, k] + w1 * at[i + 1, k]) + (w2 * at[i + 2, k] + w3 * at[i + 3, k])
         for k in range(lanes):

@@ -91,7 +91,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     static = options.act_order or unit == n
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_solve_rows, grid, W[piece], groups, unit, diagonal, made.M, made.d, made.damp, made.order, static)
+        partial(_loop, grid, W[piece], groups, unit, diagonal, made.M, made.d, made.damp, made.order, static)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = options.run(pieces)
@@ -116,23 +116,6 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
     return columns[outside.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _solve_rows(
-    grid: Grid,
-    W: Tensor,
-    groups: int,
-    unit: int,
-    diagonal: Tensor,
-    M: Tensor,
-    d: Tensor,
-    damp: float,
-    order: Tensor | None,
-    static: bool,
-) -> tuple[Tensor, Params, float]:
-    rows = W.shape[0]
-    fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1)) if static else None
-    return _loop(grid, W, groups, unit, diagonal, M, d, damp, order, fixed)
-
-
 def _loop(
     grid: Grid,
     W: Tensor,
@@ -143,14 +126,17 @@ def _loop(
     d: Tensor,
     damp: float,
     order: Tensor | None,
-    fixed: Params | None,
+    static: bool,
+    fixed: Params | None = None,
 ) -> tuple[Tensor, Params, float]:
-    """Codes [rows, n] and parameters of some rows: those given, or found as the loop comes to each unit; tr(E H Eᵀ).
+    """Codes [rows, n] and parameters of some rows, and tr(E H Eᵀ).
 
-    Works on transposes, where a column is contiguous.
+    Parameters are found as the loop comes to each unit; ``static``, on W beforehand, or ``fixed`` ones are given. Works
+    on transposes, where a column is contiguous.
     """
     rows, n = W.shape
-    static = fixed is not None
+    if static and fixed is None:
+        fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1))
     size = n // groups
     columns = list(range(n)) if order is None else order.tolist()
     original = W.T.contiguous() if order is None else W.T.contiguous()[order]  # [n, rows]

@@ -157,12 +157,10 @@ class BlockSolver:
         """Round a linear to nearest as it is read, a few rows at a time."""
         self._ask_for(layer, stage + 1)
         mean_square = self._given(name)
-        shape = self._job.checkpoint.config.tensor_shapes()[f"{name}.weight"]
+        shape = self._job.checkpoint.config.linears[name]
         rows = partial(self._job.source.tensor, f"{name}.weight")
         with self._parts.part("solve"):
-            found = rtn.solve_rows(
-                name, (shape[0], shape[1]), rows, self._job.scheme_of(name), mean_square, self._options
-            )
+            found = rtn.solve_rows(name, shape, rows, self._job.scheme_of(name), mean_square, self._options)
         out.tensors |= found.linear.to_tensors()
         if mean_square is not None:
             out.tensors[f"{name}.imatrix"] = mean_square

@@ -214,7 +214,7 @@ class _Measurement:
             sweeps=recipe.sweeps,
             group_aware=recipe.group_aware,
         )
-        known = mean_square if recipe.corpus is not None else None
+        known = None if recipe.corpus is None and recipe.imatrix_sha256 is None else mean_square
         rounding = Problem("measured", W, None, scheme, known)
         nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
         solution = rtn.solve(rounding, options)

@@ -18,6 +18,7 @@ import math
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -46,7 +47,7 @@ from phi4edge.runtimes import llama_cpp
 from phi4edge.runtimes._api import Settings
 from phi4edge.runtimes._sampling import SampleRequest, Written
 from phi4edge.solvers import rtn
-from phi4edge.solvers._api import Problem, SolverOptions
+from phi4edge.solvers._api import SolverOptions
 from phi4edge.stages.inputs import hash_checkpoint
 from phi4edge.stages.run_reader import read_json
 from phi4edge.targets.local import cgroup_limit
@@ -293,7 +294,8 @@ def _rounded(checkpoint: CheckpointReader, scheme_name: str) -> QuantizedModel:
     names = tuple(checkpoint.config.linears)
 
     def load(name: str) -> QuantizedLinear:
-        return rtn.solve(Problem(name, checkpoint.tensor(f"{name}.weight"), None, scheme), SolverOptions()).linear
+        rows = partial(checkpoint.tensor, f"{name}.weight")
+        return rtn.solve_rows(name, checkpoint.config.linears[name], rows, scheme, None, SolverOptions()).linear
 
     provenance = {"version": __version__, "base_model": checkpoint.index.name, "method": "rtn", "calibration": "none"}
     return QuantizedModel(checkpoint, scheme, names, load, provenance)
