@@ -19,7 +19,7 @@ os.environ.setdefault("PHI4EDGE_COMPUTE", "float32")  # of commands in processes
 @pytest.fixture(scope="session", autouse=True)
 def float32_products() -> Iterator[None]:
     """Tests compare with float32 arithmetic; on CPUs with bfloat16 units "auto" would choose these."""
-    from phi4edge.calibration import compute
+    from phi4edge.model import compute
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(compute, "measure_compute", lambda: compute.Speeds(1.0, 1.0, 0.0))

@@ -10,7 +10,7 @@ from pathlib import Path
 
 # Where products are computed in float32, as conftest.py has it in this process.
 IN_FLOAT32 = """
-from phi4edge.calibration import compute
+from phi4edge.model import compute
 compute.measure_compute = lambda: compute.Speeds(1.0, 1.0, 0.0)
 """
 

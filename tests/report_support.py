@@ -186,7 +186,6 @@ def manifest(blocks: int = 30, method: str = "gptq", **data: Any) -> dict[str, A
                 "name": name,
                 "method": "rtn" if fallen else method,
                 "loss": 0.001 * rest,
-                "loss_rtn": 0.001,
                 "heldout_error": {"first": 0.002 * first, "rest": 0.003 * rest},
                 "heldout_error_rtn": {"first": 0.002, "rest": 0.003},
             }

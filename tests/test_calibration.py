@@ -303,3 +303,8 @@ def test_a_store_on_disk_holds_what_one_in_ram_holds(tmp_path: Path) -> None:
         assert torch.equal(other.read(0, 5), store.read(0, 5))
         assert not other.load(tmp_path / "saved.bin", "0" * 64)
         store.close()
+        halves = ActivationStore(5, 3, 7, path, torch.bfloat16)
+        halves.write(0, values)
+        assert torch.equal(halves.read(1, 4), values[1:4].bfloat16())
+        assert halves.nbytes == 5 * 3 * 7 * 2
+        halves.close()

@@ -9,8 +9,11 @@ import pytest
 import torch
 from test_quantize import CORPUS
 
-from phi4edge.calibration import compute
-from phi4edge.calibration.compute import (
+from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.core.errors import MissingToolError, UsageError
+from phi4edge.core.recipe import Recipe
+from phi4edge.model import compute
+from phi4edge.model.compute import (
     BFLOAT16,
     FLOAT32,
     Speeds,
@@ -20,9 +23,6 @@ from phi4edge.calibration.compute import (
     prepared,
     product,
 )
-from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.core.errors import MissingToolError, UsageError
-from phi4edge.core.recipe import Recipe
 from phi4edge.stages.job import prepare
 from phi4edge.stages.quantize import quantize
 

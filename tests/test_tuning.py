@@ -90,11 +90,11 @@ def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: 
 
 def test_loss_and_slope_are_those_of_kld(phi4_checkpoint: Path) -> None:
     checkpoint = open_checkpoint(phi4_checkpoint)
-    head = Head(checkpoint, checkpoint.head_name, torch.bfloat16, 7 * 512 * 4)  # seven positions at a time
+    weight = checkpoint.tensor("lm_head.weight")
+    head = Head(lambda start, stop: weight[start:stop], len(weight), 100)
     generator = torch.Generator().manual_seed(1)
     hidden = torch.randn(20, 64, generator=generator).requires_grad_()
     reference = torch.randn(20, 64, generator=generator)
-    weight = checkpoint.tensor("lm_head.weight")
     ln_q = F.log_softmax(F.linear(hidden, weight), 1)
     ln_p = F.log_softmax(F.linear(reference, weight), 1)
     expected = F.kl_div(ln_q, ln_p, reduction="none", log_target=True).sum(1)
@@ -105,6 +105,29 @@ def test_loss_and_slope_are_those_of_kld(phi4_checkpoint: Path) -> None:
     assert torch.allclose(slope, hidden.grad, rtol=1e-3, atol=1e-4)  # type: ignore[arg-type]
     same, _ = head.divergence(reference, reference, gradient=False)
     assert float(same.abs().max()) < 1e-6
+
+
+def test_sampled_slope_is_that_of_words_drawn_from_the_model() -> None:
+    """With the head's rows orthogonal, the slope says which word was drawn; drawn often, words come as P has them."""
+    vocabulary, positions = 50, 4000
+    generator = torch.Generator().manual_seed(2)
+    weight = torch.linalg.qr(torch.randn(64, vocabulary, generator=generator)).Q.T.contiguous()
+    hidden = (torch.randn(1, 64, generator=generator) * 8).expand(positions, 64).contiguous()
+    p = F.softmax(F.linear(hidden[:1], weight).double(), 1)[0]
+    found = []
+    for rows in (7, vocabulary):  # slices must not matter
+        head = Head(lambda start, stop: weight[start:stop], vocabulary, rows)
+        slope, spread = head.sampled_slope(hidden, torch.Generator().manual_seed(3))
+        assert torch.allclose(spread.double(), positions * p * (1 - p), rtol=1e-4, atol=1e-4)
+        drawn = p - F.linear(slope, weight).double()  # one where the word was drawn, zero elsewhere
+        assert torch.allclose(drawn.sum(1), torch.ones(positions, dtype=torch.float64), atol=1e-4)
+        assert torch.allclose(drawn.amax(1), torch.ones(positions, dtype=torch.float64), atol=1e-4)
+        found.append(drawn.argmax(1))
+    assert float((found[0] != found[1]).double().mean()) < 0.002, "another order of sums moves words at the edges"
+    counts = torch.bincount(found[0], minlength=vocabulary).double()
+    errors = (counts - positions * p) / (positions * p * (1 - p)).sqrt().clamp_min(1)
+    assert float(errors.abs().max()) < 5
+    assert float(errors.square().mean()) < 2.5
 
 
 def test_adam_is_torchs_adam() -> None:

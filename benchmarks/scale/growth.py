@@ -29,8 +29,8 @@ from record import record, update_readme  # noqa: E402
 
 PARTS = ("forward", "moments", "solve")
 # tokens: (samples, length); width: hidden_size, the others in Phi-4's proportions; depth: blocks.
-BASE = {"tokens": 16 * 512, "width": 512, "depth": 3}
-GRID = {"tokens": (4 * 512, 16 * 512, 64 * 512), "width": (256, 512, 1024), "depth": (2, 4, 8)}
+BASE = {"tokens": 8 * 512, "width": 1024, "depth": 2}
+GRID = {"tokens": (4 * 512, 16 * 512, 64 * 512), "width": (512, 1024, 2048, 4096), "depth": (2, 4, 8)}
 THEORY = {
     "tokens": {"forward": 1, "moments": 1, "solve": 0},
     "width": {"forward": 2, "moments": 2, "solve": 3},

@@ -19,11 +19,11 @@ from pathlib import Path
 
 from torch import Tensor
 
-from phi4edge.calibration.compute import prepared, product
 from phi4edge.calibration.statistics import SHARD
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.model.block import down_input, o_input, rms_norm
+from phi4edge.model.compute import prepared, product
 from phi4edge.model.forward import embed
 from phi4edge.model.rope import Rotary
 from phi4edge.model.source import WeightSource

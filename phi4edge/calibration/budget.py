@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TUNING_LOGIT_BYTES", "TUNING_PIECE_TOKENS", "MemoryPlan", "plan_memory"]
+__all__ = ["TUNING_PIECE_TOKENS", "MemoryPlan", "head_bytes", "head_rows", "plan_memory"]
 
 from dataclasses import dataclass
 
@@ -14,7 +14,7 @@ from phi4edge.core.recipe import Recipe, TuningRecipe
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
-TUNING_LOGIT_BYTES = 96 * 2**20  # of one model's logits at a time
+_HEAD_WEIGHTS, _HEAD_ROWS = 2**24, 8192  # of the head, multiplied at a time, at the most
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
 
 
@@ -70,16 +70,27 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     return MemoryPlan(limit, needed, expected, spill, keep_graphs, spill_tuning)
 
 
+def head_rows(config: ModelConfig) -> int:
+    """Rows of the head that are multiplied at a time, and so how many logits of a position are in RAM."""
+    return min(_HEAD_ROWS, max(1, _HEAD_WEIGHTS // config.hidden_size))
+
+
+def head_bytes(config: ModelConfig) -> int:
+    """Size of the head as backward passes keep it."""
+    return config.vocab_size * config.hidden_size * 2
+
+
 def _kept_by_autograd(config: ModelConfig) -> int:
     """Bytes a token that the graph of a block holds."""
     return (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
 
 
 def _backward(config: ModelConfig, recipe: Recipe) -> int:
-    """Widest moment of a backward pass beside a block's weights: a piece's graph, or the head with its logits."""
+    """Widest moment of a backward pass beside a block's weights: a piece's graph, or logits of both models."""
     assert recipe.corpus is not None
-    piece = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS)
-    head = config.vocab_size * config.hidden_size * 2 + 4 * TUNING_LOGIT_BYTES
+    piece, rows = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS), head_rows(config)
+    # A slice as stored, in float32 and rounded for its products; logits, and what is made of them; hidden states.
+    head = rows * config.hidden_size * 8 + 3 * 2 * piece * rows * 4 + 6 * piece * config.hidden_size * 4
     return max(piece * _kept_by_autograd(config), head)
 
 
@@ -100,7 +111,7 @@ def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int
     block = (codes + states) // config.num_layers
     samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch
     stores = samples * length * config.hidden_size * 4
-    return base + block + _backward(config, recipe), codes + states + stores
+    return base + block + _backward(config, recipe), codes + states + stores + head_bytes(config)
 
 
 def _limit(budget: int | None) -> int:

@@ -11,7 +11,6 @@ import hashlib
 import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,12 +19,14 @@ from phi4edge.core.errors import InputError
 
 
 class ActivationStore:
-    """An array [samples, length, width] float32."""
+    """An array [samples, length, width], float32 unless ``dtype`` says otherwise."""
 
-    def __init__(self, samples: int, length: int, width: int, path: Path | None = None) -> None:
-        self.shape = (samples, length, width)
-        self._row = length * width * 4  # bytes of a sample
-        self._memory = torch.empty(samples, length, width) if path is None else None
+    def __init__(
+        self, samples: int, length: int, width: int, path: Path | None = None, dtype: torch.dtype = torch.float32
+    ) -> None:
+        self.shape, self._dtype = (samples, length, width), dtype
+        self._row = length * width * dtype.itemsize  # bytes of a sample
+        self._memory = torch.empty(samples, length, width, dtype=dtype) if path is None else None
         self._file: int | None = None
         if path is not None:
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -36,7 +37,7 @@ class ActivationStore:
     @classmethod
     def of(cls, values: Tensor) -> ActivationStore:
         """A store over ``values`` [samples, length, width] in RAM, without a copy."""
-        store = cls(0, *values.shape[1:])
+        store = cls(0, values.shape[1], values.shape[2], dtype=values.dtype)
         store.shape = (values.shape[0], values.shape[1], values.shape[2])
         store._memory = values
         return store
@@ -52,8 +53,8 @@ class ActivationStore:
             return self._memory[start:stop]
         assert self._file is not None
         # torch's own memory is aligned as the array in RAM is; matrix products may round by alignment.
-        out = torch.empty(stop - start, *self.shape[1:])
-        _transfer(os.preadv, self._file, out.numpy().reshape(-1).view(np.uint8).data, start * self._row)
+        out = torch.empty(stop - start, *self.shape[1:], dtype=self._dtype)
+        _transfer(os.preadv, self._file, _bytes_of(out), start * self._row)
         return out
 
     def write(self, start: int, values: Tensor) -> None:
@@ -62,15 +63,14 @@ class ActivationStore:
             self._memory[start : start + values.shape[0]] = values
             return
         assert self._file is not None
-        flat = values.detach().to("cpu", torch.float32).contiguous().numpy().reshape(-1).view(np.uint8)
-        _transfer(os.pwritev, self._file, flat.data, start * self._row)
+        _transfer(os.pwritev, self._file, _bytes_of(values.detach().to("cpu", self._dtype)), start * self._row)
 
     def save(self, path: Path) -> str:
-        """Write the array to ``path`` atomically, raw little-endian float32; its sha256."""
+        """Write the array to ``path`` atomically, raw little-endian; its sha256."""
         digest = hashlib.sha256()
         with atomic_file(path) as file:
             for i in range(self.shape[0]):
-                data = self.read(i, i + 1).contiguous().numpy().reshape(-1).view(np.uint8).data
+                data = _bytes_of(self.read(i, i + 1))
                 digest.update(data)
                 file.write(data)
         return digest.hexdigest()
@@ -84,7 +84,7 @@ class ActivationStore:
             for i in range(self.shape[0]):
                 data = bytearray(file.read(self._row))
                 digest.update(data)
-                self.write(i, torch.frombuffer(data, dtype=torch.float32).reshape(1, *self.shape[1:]))
+                self.write(i, torch.frombuffer(data, dtype=self._dtype).reshape(1, *self.shape[1:]))
         return digest.hexdigest() == sha256
 
     def close(self) -> None:
@@ -93,6 +93,11 @@ class ActivationStore:
         if self._file is not None:
             os.close(self._file)
             self._file = None
+
+
+def _bytes_of(values: Tensor) -> memoryview:
+    """The memory of ``values``, or of a contiguous copy."""
+    return values.contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
 def _transfer(call: object, descriptor: int, view: memoryview, offset: int) -> None:

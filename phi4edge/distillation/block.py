@@ -13,12 +13,12 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_steps
 from phi4edge.model.block import down_input, o_input, rms_norm
+from phi4edge.model.compute import prepared, product
 from phi4edge.model.rope import Rotary
 
 Observer = Callable[[int, Tensor, Tensor], None]  # (index of the linear, its inputs x, gradient of its outputs)
@@ -31,14 +31,14 @@ class _Linear(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, weight: Tensor, index: int, observe: Observer) -> Tensor:
         ctx.save_for_backward(x, weight)
         ctx.index, ctx.observe = index, observe
-        return F.linear(x, weight)
+        return product(x, weight)
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None, None]:
         (dy,) = gradients
         x, weight = ctx.saved_tensors
         ctx.observe(ctx.index, x, dy)
-        return dy @ weight, None, None, None
+        return (dy.to(weight.dtype) @ weight).to(dy.dtype), None, None, None
 
 
 def run_block(
@@ -51,13 +51,13 @@ def run_block(
 ) -> Tensor:
     """A block's output for hidden states ``x`` [batch, length, hidden] float32.
 
-    ``weights`` of the four linears in order of use, ``gains`` of the two norms. With ``observe`` the graph is kept, and
-    the backward pass through it calls ``observe`` for each linear.
+    ``weights`` of the four linears in order of use, prepared; ``gains`` of the two norms. With ``observe`` the graph is
+    kept, and the backward pass through it calls ``observe`` for each linear.
     """
 
     def linear(values: Tensor, index: int) -> Tensor:
         if observe is None:
-            return F.linear(values, weights[index])
+            return product(values, weights[index])
         out: Tensor = _Linear.apply(values, weights[index], index, observe)  # type: ignore[no-untyped-call]
         return out
 
@@ -71,7 +71,7 @@ class BlockRunner:
 
     def __init__(self, block: QuantizedBlock, rotary: Rotary, config: ModelConfig) -> None:
         self._block, self._rotary, self._config = block, rotary, config
-        self._weights = [linear.dequantize() for linear in block.linears]
+        self._weights = [prepared(linear.dequantize()) for linear in block.linears]
         self._gains = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
         self._gradients: list[Tensor] = []
         self._kept: list[tuple[Tensor, Tensor]] = []  # input and output of each piece whose graph is alive
@@ -96,7 +96,10 @@ class BlockRunner:
         Returns the gradients of the inputs; of everything continuous by name; and of the dequantized weights by the
         linear's name; all but the first summed over the pieces.
         """
-        self._gradients = [torch.zeros_like(weight) for weight in self._weights]
+        self._gradients = [
+            torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for weight in self._weights
+        ]
         arriving = []
         for i, slope in enumerate(slopes):
             leaf, out = self._graph(inputs[i]) if inputs is not None else self._kept[i]

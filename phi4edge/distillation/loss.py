@@ -1,41 +1,35 @@
-"""KLD(P ‖ Q) at the head, and its gradient, a slice of positions at a time.
+"""KLD(P ‖ Q) at the head, and its gradient, a slice of the vocabulary at a time.
 
 P comes from the full-precision model's final hidden states, kept as they are after its last norm: hidden_size numbers a
 position in place of vocab_size. Both sides go through the same full-precision head. ∂KLD/∂logits of Q is Q − P.
+
+A slice of the head is read once for all positions of both models, and its logits are forgotten: a first pass sums
+exp z and exp z_P · (z_P − z_Q) as softmax over a stream does (Milakov and Gimelshein, arXiv 1805.02867), and a second
+one, for the gradient, computes the same logits again. So RAM does not grow with the vocabulary.
 """
 
 from __future__ import annotations
 
 __all__ = ["Head"]
 
+from collections.abc import Callable, Iterator
+
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
-from phi4edge.model.source import WeightSource
-
-_ROWS = 16384  # rows of the head in float32 at a time
-
 
 class Head:
-    """The head's matrix, held in the checkpoint's precision."""
+    """The head's matrix [vocab, hidden]: ``read(start, stop)`` gives rows of it, ``rows`` are multiplied at a time."""
 
-    def __init__(self, source: WeightSource, name: str, dtype: torch.dtype, logit_bytes: int) -> None:
-        config = source.config
-        self._weight = torch.empty(config.vocab_size, config.hidden_size, dtype=dtype)
-        for start in range(0, config.vocab_size, _ROWS):
-            stop = min(start + _ROWS, config.vocab_size)
-            self._weight[start:stop] = source.tensor(name, slice(start, stop)).to(dtype)
-        self._step = max(1, logit_bytes // (config.vocab_size * 4))
+    def __init__(self, read: Callable[[int, int], Tensor], vocabulary: int, rows: int) -> None:
+        self._read, self._vocabulary, self._rows = read, vocabulary, rows
 
-    def _slices(self) -> list[slice]:
-        return [slice(start, start + _ROWS) for start in range(0, self._weight.shape[0], _ROWS)]
-
-    def _log_probabilities(self, hidden: Tensor) -> Tensor:
-        logits = torch.empty(hidden.shape[0], self._weight.shape[0])
-        for rows in self._slices():
-            logits[:, rows] = F.linear(hidden, self._weight[rows].float())
-        return logits.sub_(logits.logsumexp(1, keepdim=True))
+    def _slices(self) -> Iterator[tuple[slice, Tensor]]:
+        """Rows of the matrix and where they stand, float32."""
+        for start in range(0, self._vocabulary, self._rows):
+            stop = min(start + self._rows, self._vocabulary)
+            yield slice(start, stop), self._read(start, stop).float()
 
     @torch.no_grad()
     def divergence(self, hidden: Tensor, reference: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -44,19 +38,22 @@ class Head:
         ``hidden``, ``reference`` [positions, hidden] float32: what the last norm gave in the tuned and in the
         full-precision model. The gradient is that with respect to ``hidden``.
         """
-        values = torch.empty(hidden.shape[0], dtype=torch.float64)
-        slope = torch.empty_like(hidden) if gradient else None
-        for start in range(0, hidden.shape[0], self._step):
-            rows = slice(start, start + self._step)
-            ln_p = self._log_probabilities(reference[rows])
-            ln_q = self._log_probabilities(hidden[rows])
-            p = ln_p.exp()
-            values[rows] = torch.linalg.vecdot(p, ln_p.sub_(ln_q)).double()
-            if slope is not None:
-                difference = ln_q.exp_().sub_(p)
-                slope[rows] = 0
-                for piece in self._slices():
-                    slope[rows].addmm_(difference[:, piece], self._weight[piece].float())
+        n = hidden.shape[0]
+        both = torch.cat((hidden, reference))
+        sums, apart = _Sums(2 * n), torch.zeros(n, dtype=torch.float64)
+        for _, weight in self._slices():
+            z = F.linear(both, weight)
+            difference = z[n:] - z[:n]
+            shrunk, e = sums.add(z)
+            apart.mul_(shrunk[n:]).add_(torch.linalg.vecdot(e[n:], difference))
+        ln_total = sums.ln_total()
+        values = apart / sums.total[n:] - ln_total[n:] + ln_total[:n]
+        if not gradient:
+            return values, None
+        slope, shift = torch.zeros_like(hidden), ln_total.float()[:, None]
+        for _, weight in self._slices():
+            p = F.linear(both, weight).sub_(shift).exp_()
+            slope.addmm_(p[:n].sub_(p[n:]), weight)
         return values, slope
 
     @torch.no_grad()
@@ -66,13 +63,41 @@ class Head:
         The mean of its outer product is the Fisher information, the curvature of KLD at its minimum. Also returns
         Σ P(1 − P) over the positions, [vocab]: the same at the logits.
         """
-        slope, spread = torch.zeros_like(hidden), torch.zeros(self._weight.shape[0])
-        for start in range(0, hidden.shape[0], self._step):
-            rows = slice(start, start + self._step)
-            p = self._log_probabilities(hidden[rows]).exp_()
-            spread += (p - p * p).sum(0)
-            drawn = torch.multinomial(p, 1, generator=generator)
-            p.scatter_add_(1, drawn, torch.full(drawn.shape, -1.0))
-            for piece in self._slices():
-                slope[rows].addmm_(p[:, piece], self._weight[piece].float())
+        sums = _Sums(hidden.shape[0])
+        for _, weight in self._slices():
+            sums.add(F.linear(hidden, weight))
+        shift = sums.ln_total().float()[:, None]
+        slope, spread = torch.zeros_like(hidden), torch.zeros(self._vocabulary)
+        drawn = torch.rand(hidden.shape[0], 1, generator=generator)  # y is where the cumulated P passes it
+        for rows, weight in self._slices():
+            p = F.linear(hidden, weight).sub_(shift).exp_()
+            spread[rows] = (p - p * p).sum(0)
+            reached = p.cumsum(1)
+            last = rows.stop == self._vocabulary
+            here = ((drawn >= 0) & ((reached[:, -1:] > drawn) | last))[:, 0]
+            word = torch.searchsorted(reached[here], drawn[here], right=True).clamp_(max=p.shape[1] - 1)
+            p[here] = p[here].scatter_add_(1, word, torch.full(word.shape, -1.0))
+            drawn = torch.where(here[:, None], -1.0, drawn - reached[:, -1:]).where(drawn >= 0, drawn)
+            slope.addmm_(p, weight)
         return slope, spread
+
+
+class _Sums:
+    """Σ exp(z − max z) over a stream of logits, for each of ``positions``."""
+
+    def __init__(self, positions: int) -> None:
+        self._largest = torch.full((positions,), -torch.inf)
+        self.total = torch.zeros(positions, dtype=torch.float64)
+
+    def add(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """Add logits [positions, some], which become exp(z − max z); what earlier sums are multiplied by, and those."""
+        largest = torch.maximum(self._largest, z.amax(1))
+        shrunk = (self._largest - largest).exp_().double()
+        self._largest = largest
+        e = z.sub_(largest[:, None]).exp_()
+        self.total.mul_(shrunk).add_(e.sum(1))
+        return shrunk, e
+
+    def ln_total(self) -> Tensor:
+        """ln Σ exp z, float64."""
+        return self.total.log().add_(self._largest)

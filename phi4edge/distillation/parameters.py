@@ -25,7 +25,7 @@ from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import run_parallel
 
-_ROWS = 256  # rows of a weight gradient reduced at a time
+_WEIGHTS = 2**19  # of a gradient reduced at a time
 
 
 @dataclass(frozen=True)
@@ -97,14 +97,15 @@ def gradients_of_steps(linear: QuantizedLinear, dW: Tensor) -> dict[str, Tensor]
     """
     rows, n = dW.shape
     groups = linear.scheme.groups(n, linear.name)
+    step = max(1, _WEIGHTS // n)
 
     def reduce(start: int) -> tuple[Tensor, Tensor]:
-        part = dW[start : start + _ROWS]
+        part = dW[start : start + step]
         shape = (part.shape[0], groups, -1)
-        weighed = part * linear.codes[start : start + _ROWS]
+        weighed = part * linear.rows(start, start + step).codes
         return weighed.reshape(shape).sum(-1), part.reshape(shape).sum(-1)
 
-    pieces = run_parallel([partial(reduce, start) for start in range(0, rows, _ROWS)])
+    pieces = run_parallel([partial(reduce, start) for start in range(0, rows, step)])
     da, db = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces])
     fields = grid_for(linear.scheme).tunable
     with torch.enable_grad():

@@ -170,7 +170,6 @@ class Linear:
     name: str
     method: str
     loss: float | None
-    loss_rtn: float | None
     heldout_error: HeldOut | None
     heldout_error_rtn: HeldOut | None
 

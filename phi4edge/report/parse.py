@@ -229,12 +229,11 @@ def _heldout(field: Field | None) -> HeldOut | None:
 
 
 def _linear(field: Field) -> Linear:
-    loss, loss_rtn = field.get("loss"), field.get("loss_rtn")
+    loss = field.get("loss")
     return Linear(
         name=field["name"].text(),
         method=field["method"].text(),
         loss=loss.number() if loss else None,
-        loss_rtn=loss_rtn.number() if loss_rtn else None,
         heldout_error=_heldout(field.get("heldout_error")),
         heldout_error_rtn=_heldout(field.get("heldout_error_rtn")),
     )

@@ -37,6 +37,7 @@ from phi4edge.quant.grid import Grid, grid_for, reciprocal
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._columns import move_columns
 from phi4edge.solvers._loss import layer_loss
 
 _BLOCK = 128  # columns between two products with all errors
@@ -129,28 +130,15 @@ class _Rows:
 
     def _move(self, start: int, unit: slice, G: Tensor, H: Tensor) -> int:
         """Coordinate descent over the codes of a unit; G of the whole block is kept up. Returns how many moved."""
-        low, high, moved = self._grid.low, self._grid.high, 0
+        moved, curvature = 0, H.diagonal()
         # 1 / Hᵢᵢ, and 0 for a column that has no say at all.
-        curvature = H.diagonal()
-        inverse = torch.where(curvature > 0, (1 - _EPSILON) / curvature, torch.zeros_like(curvature)).tolist()
+        inverse = torch.where(curvature > 0, (1 - _EPSILON) / curvature, torch.zeros_like(curvature))
         sub = math.gcd(self._size, _SUB)
         for first in range(unit.start, unit.stop, sub):
             part, there = slice(first, first + sub), slice(start + first, start + first + sub)
-            a = self._a[there.start // self._size]  # [rows]
-            per_step = reciprocal(a)
-            old = self._Q[there].float()
-            new = old.clone()
-            change = torch.empty_like(old)  # of E
-            work = G[part].clone()
-            for i in range(sub):
-                code = (work[i] * per_step).mul_(inverse[first + i]).round_().add_(old[i]).clamp_(low, high)
-                new[i] = code
-                torch.sub(old[i], code, out=change[i]).mul_(a)
-                if i + 1 < sub:
-                    work[i + 1 :].addr_(H[first + i, first + i + 1 : part.stop], change[i])
-            changed = int((new != old).sum())
+            step, codes = self._a[there.start // self._size], self._Q[there]
+            change, changed = move_columns(self._grid, G[part], step, H[part, part], inverse[part], codes)
             if changed:
-                self._Q[there] = new.to(torch.uint8)
                 self._E[there] += change
                 G.addmm_(H[:, part], change)
                 moved += changed

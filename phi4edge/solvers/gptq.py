@@ -46,12 +46,13 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
+from phi4edge.solvers._columns import Steps, round_columns
 from phi4edge.solvers._factor import Factor, factor_matrix
 
 NEEDS_HESSIAN = True
 _FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
 _BLOCK = 128  # columns between two products with those finished since
-_SUB, _GROUPED_SUB = 16, 32  # columns between two products inside a block; where parameters are found on the way
+_SUB = 32  # columns between two products inside a block: a panel
 
 
 def factor(problem: Problem, options: SolverOptions) -> Factor:
@@ -138,24 +139,17 @@ def _loop(
     if static and fixed is None:
         fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1))
     size = n // groups
-    columns = list(range(n)) if order is None else order.tolist()
+    places = torch.arange(n) if order is None else order.cpu()
     original = W.T.contiguous() if order is None else W.T.contiguous()[order]  # [n, rows]
     E = torch.empty_like(original)
     Q = torch.empty(n, rows, dtype=torch.uint8, device=W.device)
     found: dict[int, Params] = {}  # by first column
-    steps: dict[int, tuple[Tensor, Tensor, Tensor]] = {}  # of each group
-    q = torch.empty(rows, device=W.device)
-    lost = torch.zeros((), dtype=torch.float64, device=W.device)
-    rows_of_original, rows_of_E, rows_of_Q = (
-        original.unbind(),
-        E.unbind(),
-        Q.unbind(),
-    )  # an index costs as much as a sum
+    steps, lost = Steps(grid, groups, rows, W.device), 0.0
     if fixed is not None:
         found[0] = fixed
-        steps = dict(enumerate(_steps(grid, fixed)))
+        steps.put(0, fixed)
     block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
-    sub = _SUB if static else math.gcd(size, _GROUPED_SUB)
+    sub = _SUB if static else math.gcd(size, _SUB)
     for start in range(0, n, block):
         stop = min(start + block, n)
         before = start % (_FAR * block)  # columns of the far block that are done
@@ -172,7 +166,7 @@ def _loop(
                 untouched = torch.equal(values, original[group])
                 if order is not None:
                     values = values[order[group].argsort()]  # as the columns stand in the group
-                values, place = values.T.contiguous(), min(columns[group])
+                values, place = values.T.contiguous(), int(places[group].min())
                 block_place = place // unit * unit
                 if first % unit == 0:
                     found[place] = search(
@@ -182,36 +176,25 @@ def _loop(
                     assert isinstance(grid, NestedGrid)
                     index, h = (place - block_place) // size, diagonal[place : place + size]
                     found[block_place] = search_again(grid, found[block_place], index, values, h)
-                steps |= enumerate(_steps(grid, found[block_place]), block_place // size)
-            here, triangle = work[first - start : last - start], M[first:last, first:last].unbind()
-            for i, w in enumerate(here.unbind(), first):
-                a, b, divisor = steps[columns[i] // size]
-                # Grid.encode, in place and with its divisor made once a group: this is where small layers spend time.
-                torch.sub(w, b, out=q).div_(divisor).round_().clamp_(grid.low, grid.high)
-                rows_of_Q[columns[i]].copy_(q)
-                e = torch.sub(rows_of_original[i], q.mul_(a).add_(b), out=rows_of_E[i])
-                if i + 1 < last:
-                    here[i + 1 - first :].addr_(triangle[i - first][i + 1 - first :], e)
-            lost += _lost(here, original[first:last], E[first:last], d[first:last], damp)
+                steps.put(block_place // size, found[block_place])
+            panel = slice(first, last)
+            lost += round_columns(
+                grid,
+                work[first - start : last - start],
+                original[panel],
+                M[panel, panel],
+                steps,
+                places[panel] // size,
+                places[panel],
+                d[panel],
+                damp,
+                E[panel],
+                Q,
+            )
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
-    return _settle(grid, Q.T, params), params, float(lost)
-
-
-def _lost(rounded: Tensor, original: Tensor, E: Tensor, d: Tensor, damp: float) -> Tensor:
-    """What finished columns lose: Σ d·(w̃ − q)² − λ‖E‖², of ``rounded`` w̃ and errors ``E`` [columns, rows]."""
-    off = (rounded - original).add_(E)
-    away, error = (torch.linalg.vector_norm(x, dim=1).double().square_() for x in (off, E))
-    lost: Tensor = away @ d.double() - damp * error.sum()
-    return lost
-
-
-def _steps(grid: Grid, params: Params) -> list[tuple[Tensor, Tensor, Tensor]]:
-    """a, b, and a where it is not 0 but 1 where it is, of each group; all [rows]."""
-    a, b = grid.steps(params)
-    divisor = torch.where(a == 0, torch.ones_like(a), a)
-    return list(zip(a.T.contiguous(), b.T.contiguous(), divisor.T.contiguous(), strict=True))
+    return _settle(grid, Q.T, params), params, lost
 
 
 def _settle(grid: Grid, codes: Tensor, params: Params) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
-from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
+from phi4edge.calibration.budget import TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import Progress
@@ -26,10 +26,10 @@ from phi4edge.core.memory import peak_rss_bytes, release_memory
 from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.block import Observer
 from phi4edge.distillation.fisher import backward_block
-from phi4edge.distillation.loss import Head
 from phi4edge.model.block import forward_block, load_block, rms_norm
 from phi4edge.model.forward import embed
 from phi4edge.model.rope import rotary_table
+from phi4edge.stages.head import open_head
 from phi4edge.stages.job import Job
 
 
@@ -118,8 +118,7 @@ class BackwardPass(ABC):
 
     def _head(self, outputs: ActivationStore, slope: ActivationStore) -> None:
         started, width = time.monotonic(), self._config.hidden_size
-        name = self._job.checkpoint.head_name
-        head = Head(self._job.source, name, self._job.checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
+        head = open_head(self._job, self._work.path / "head.scratch")
         gain = self._job.source.tensor("model.norm.weight")
         generator = torch.Generator().manual_seed(0)
         for piece in self._pieces:

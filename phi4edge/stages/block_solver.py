@@ -219,9 +219,11 @@ class BlockSolver:
         plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
         if plain or task.samples is None or not recipe.guard:
             return solution.linear, record, events, aimed
-        fallback = rtn.solve(problem, self._options)
+        # Of H it takes the diagonal alone; what it loses under all of H would be a product as large as GPTQ's own.
+        alone = replace(problem, hessian=None, mean_square=problem.importance)
+        fallback = rtn.solve(alone, self._options)
         ours, theirs = self._held_out(task, [solution.linear, fallback.linear])
-        record |= {"loss_rtn": fallback.loss, "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
+        record |= {"heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
         if not ours.loses_to(theirs):
             return solution.linear, record, events, aimed
         if aimed is not problem or coupling is not None:  # that may be what lost: the solver alone comes before RTN

@@ -36,12 +36,12 @@ import torch
 from torch import Tensor
 
 import phi4edge
-from phi4edge.calibration.compute import has_bfloat16_units
 from phi4edge.core.errors import InputError, MissingToolError, Phi4EdgeError, UsageError
 from phi4edge.core.events import Event
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.recipe import BFLOAT16
 from phi4edge.measurement.environment import environment
+from phi4edge.model.compute import has_bfloat16_units
 
 INSTALL = 'pip install "phi4edge[ray]"'
 RETRIES = 5  # of a task whose worker or machine is lost; its own errors are never tried again

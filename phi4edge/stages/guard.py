@@ -15,8 +15,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from phi4edge.calibration.compute import prepared, product
 from phi4edge.calibration.streams import Arrival
+from phi4edge.model.compute import prepared, product
 from phi4edge.quant.parallel import row_pieces
 
 CHECKED_WEIGHTS = 1 << 24  # at a time, and as many errors of each candidate

@@ -11,7 +11,6 @@ from pathlib import Path
 import torch
 
 from phi4edge.calibration.budget import MemoryPlan, plan_memory
-from phi4edge.calibration.compute import choose_compute, has_bfloat16_units
 from phi4edge.calibration.corpus import Corpus
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
@@ -21,6 +20,7 @@ from phi4edge.core.jsonfile import read_object
 from phi4edge.core.recipe import BFLOAT16, FLOAT32, Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import RUN_FILE
+from phi4edge.model.compute import choose_compute, has_bfloat16_units
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.stages.inputs import check_tokenizer

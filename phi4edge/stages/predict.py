@@ -23,6 +23,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from phi4edge.calibration.budget import head_bytes
 from phi4edge.calibration.parts import share_of_self
 from phi4edge.calibration.statistics import takes_product
 from phi4edge.checkpoint.config import ModelConfig
@@ -224,13 +225,16 @@ def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
     # Forward, again where it was not kept, and back: once for the inputs and once for the weights.
     block = tuning.batch * (3 if work.keep_graphs else 4) * forward + (1 if work.keep_graphs else 2) * decode
     block += 2 * decode  # the weight's gradient, reduced to that of its scales
+    reading = 0.0  # of the head, once
     if work.spill_tuning:
+        reading = head_bytes(config) / rates.scratch
         codes = weights * _stored_codes(work.scheme) / 8
         state = weights * (work.scheme.bits_per_weight - work.scheme.bits) / 16 * _STATE_BYTES
         block += 2 * (codes + state) / rates.scratch + state / rates.write + rates.sync
     teacher = layers * (weights * work.stored_bytes * (1 / rates.read + 1 / rates.disk) + samples * forward)
-    evaluation = recipe.held_out * (layers * forward + head) + layers * decode
-    return teacher + steps * (layers * block + tuning.batch * head) + _EVALUATIONS * evaluation
+    step = layers * block + tuning.batch * head + 2 * reading
+    evaluation = recipe.held_out * (layers * forward + head) + layers * decode + reading
+    return teacher + steps * step + _EVALUATIONS * evaluation
 
 
 def _left_out(recipe: Recipe, rates: Rates) -> tuple[str, ...]:

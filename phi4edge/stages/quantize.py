@@ -18,7 +18,6 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from phi4edge.calibration.compute import computing
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Progress
@@ -28,6 +27,7 @@ from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS
+from phi4edge.model.compute import computing
 from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget

@@ -18,7 +18,7 @@ import shutil
 import tempfile
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -26,8 +26,7 @@ import torch
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
-from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, MemoryPlan, plan_memory
-from phi4edge.calibration.compute import choose_compute, computing, prepared, product
+from phi4edge.calibration.budget import TUNING_PIECE_TOKENS, MemoryPlan, head_rows, plan_memory
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
@@ -38,6 +37,7 @@ from phi4edge.core.recipe import Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
 from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
+from phi4edge.model.compute import choose_compute, computing, prepared, product
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.parallel import row_pieces
@@ -59,7 +59,6 @@ _TOKENS = 512  # in a product, where no corpus says how many
 _WRITTEN = 2**25  # bytes
 _READS = 3  # tensors
 _PUBLISHED = 2  # bytes a weight, where no checkpoint says: bfloat16
-_VOCABULARY = 8192  # words of a head that is measured
 
 
 def estimate(job: Job, folder: Path, preparing: float = 0.0, clock: Clock = time.perf_counter) -> Prediction:
@@ -98,17 +97,6 @@ def measure_rates(
     """Rates for ``work``; without a checkpoint, reading takes no time."""
     with torch.inference_mode():
         return _Measurement(work, folder, clock).rates(checkpoint, source)
-
-
-@dataclass
-class _Drawn:
-    """The head of an invented model."""
-
-    config: ModelConfig
-
-    def tensor(self, name: str, rows: slice | None = None) -> Tensor:
-        assert rows is not None
-        return torch.full((rows.stop - rows.start, self.config.hidden_size), 0.01)
 
 
 class _Measurement:
@@ -235,13 +223,15 @@ class _Measurement:
         return max(seconds - products, 0.2 * seconds) / count, nearest, decode
 
     def _head(self) -> float:
-        config = replace(self._config, vocab_size=min(self._config.vocab_size, _VOCABULARY))
-        share = config.vocab_size / self._config.vocab_size
-        head = Head(_Drawn(config), "head", torch.bfloat16, int(TUNING_LOGIT_BYTES * share))
-        hidden, other = self._draw(2, self._length, config.hidden_size).unbind()
+        """Seconds a position and word, of a slice of the head and a piece of a batch."""
+        config = self._config
+        rows, positions = min(config.vocab_size, head_rows(config)), max(self._length, TUNING_PIECE_TOKENS)
+        weight = torch.full((rows, config.hidden_size), 0.01, dtype=torch.bfloat16)
+        head = Head(lambda start, stop: weight[start:stop], rows, rows)
+        hidden, other = self._draw(2, positions, config.hidden_size).unbind()
         with computing(self._recipe.compute):
             seconds = self._seconds(lambda: head.divergence(hidden, other, gradient=True))
-        return seconds / (self._length * config.vocab_size)
+        return seconds / (positions * rows)
 
     # --- disks -----------------------------------------------------------------------------------------------
 

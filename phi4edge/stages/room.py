@@ -18,7 +18,7 @@ __all__ = ["check_room", "run_bytes"]
 from collections.abc import Callable
 from pathlib import Path
 
-from phi4edge.calibration.budget import MemoryPlan
+from phi4edge.calibration.budget import MemoryPlan, head_bytes
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.disk import require_space
 from phi4edge.core.recipe import Recipe
@@ -67,6 +67,8 @@ def run_bytes(config: ModelConfig, recipe: Recipe, memory: MemoryPlan, scheme_of
         kept += config.num_layers * 2 * config.hidden_size**2 * 4
         measured_on = max(measured_on, min(recipe.curvature_samples, recipe.kept))
     before = (config.num_layers + 4) * stream * measured_on // corpus.samples
+    if measured_on:
+        before += head_bytes(config)
     return max(kept + max(solving, tuning), before)
 
 
@@ -91,5 +93,5 @@ def _tuning_bytes(config: ModelConfig, recipe: Recipe, memory: MemoryPlan, strea
         states += _STATES * 4 * config.linear_parameters
         result += config.linear_parameters
     between = config.num_layers * recipe.tuning.batch * recipe.corpus.sequence_length * config.hidden_size * 4
-    scratch = 2 * stream + between if memory.spill_tuning else 0
+    scratch = 2 * stream + between + head_bytes(config) if memory.spill_tuning else 0
     return stream + states + result + scratch

@@ -14,10 +14,10 @@ from typing import Protocol
 
 from torch import Tensor
 
-from phi4edge.calibration.compute import computing
 from phi4edge.calibration.statistics import InputMoments, shards
 from phi4edge.calibration.streams import Arrival, Streams
 from phi4edge.core.parts import PartTimes
+from phi4edge.model.compute import computing
 from phi4edge.stages.guard import HeldOut, held_out_errors
 
 

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
-from phi4edge.calibration.compute import computing
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.calibration.streams import Arrival, Streams
 from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.model.compute import computing
 from phi4edge.model.rope import Rotary
 from phi4edge.stages.guard import output_energies
 
@@ -32,7 +32,7 @@ class BlockFacts:
     post_norm: Tensor  # [hidden]
     config: ModelConfig
     rotary: Rotary
-    compute: str  # see phi4edge.calibration.compute
+    compute: str  # see phi4edge.model.compute
 
 
 def advanced(facts: BlockFacts, stage: int, weight: Tensor, hidden: Tensor, scratch: Tensor | None) -> Tensor:

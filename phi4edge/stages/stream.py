@@ -14,13 +14,13 @@ from dataclasses import replace
 from torch import Tensor
 
 from phi4edge.calibration.blockpass import BlockPass, Stores
-from phi4edge.calibration.compute import computing
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.calibration.streams import Streams
 from phi4edge.core.events import Progress
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
 from phi4edge.model.block import LINEARS, Block, forward_block, linear_name, load_norms
+from phi4edge.model.compute import computing
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
 from phi4edge.stages.cluster import Cluster

@@ -23,7 +23,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from phi4edge.calibration.budget import TUNING_LOGIT_BYTES, TUNING_PIECE_TOKENS
+from phi4edge.calibration.budget import TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
@@ -32,12 +32,12 @@ from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
 from phi4edge.distillation.codes import code_step, codes_of, latent_state
-from phi4edge.distillation.loss import Head
 from phi4edge.distillation.parameters import Continuous, QuantizedBlock, continuous_of
 from phi4edge.model.block import forward_block, load_block, rms_norm
 from phi4edge.model.forward import embed
 from phi4edge.model.rope import rotary_table
 from phi4edge.quant.grid import grid_for
+from phi4edge.stages.head import open_head
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import read_block, read_norms, tuned_file
 from phi4edge.stages.tuning_state import TuningStates, best_step, cost, put_tensors, score, total_cost
@@ -300,20 +300,22 @@ class _Tuner:
         return torch.cat([self._embedded.read(i, i + 1) for i in samples])
 
     def _store(self, count: int, name: str) -> ActivationStore:
-        path = self._work.path / f"{name}.scratch" if self._job.memory.spill_tuning else None
-        return ActivationStore(count, self._tokens.shape[1], self._config.hidden_size, path)
+        return ActivationStore(count, self._tokens.shape[1], self._config.hidden_size, self._scratch(name))
+
+    def _scratch(self, name: str) -> Path | None:
+        """Where a store keeps its values, None for RAM."""
+        return self._work.path / f"{name}.scratch" if self._job.memory.spill_tuning else None
 
     def _teach(self) -> None:
         """The full-precision model's final hidden states, after its last norm, computed once; and all embeddings."""
-        source, checkpoint, config = self._job.source, self._job.checkpoint, self._config
+        source, config = self._job.source, self._config
         count = self._tokens.shape[0]
         self._embedded = self._store(count, "embedded")
         for i in range(0, count, self._per_piece):
             self._embedded.write(i, embed(source, self._tokens[i : i + self._per_piece]))
         self._teacher = self._store(count, "teacher")
         self._between = self._store(config.num_layers * self._recipe.batch, "between")
-        name = checkpoint.head_name
-        self._head = Head(source, name, checkpoint.stored_dtype(name), TUNING_LOGIT_BYTES)
+        self._head = open_head(self._job, self._scratch("head"))
         path = self._work.path / _TEACHER
         known = next((r["files"][_TEACHER] for r in self._work.records if _TEACHER in r["files"]), None)
         if known is not None and self._teacher.load(path, known):

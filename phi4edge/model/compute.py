@@ -78,8 +78,8 @@ def prepared(weight: Tensor) -> Tensor:
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:
-    """X Wᵀ [..., out_features] float32, of float32 inputs ``x`` [..., in_features] and a prepared weight."""
-    return F.linear(x.to(weight.dtype), weight).float()
+    """X Wᵀ [..., out_features] in the type of the inputs ``x`` [..., in_features], with a prepared weight."""
+    return F.linear(x.to(weight.dtype), weight).to(x.dtype)
 
 
 def measure_compute() -> Speeds:
