@@ -14,9 +14,7 @@ import hashlib
 import json
 import os
 import shutil
-import subprocess
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property
@@ -25,15 +23,18 @@ from pathlib import Path
 from typing import Any
 
 import gguf
-from environments import TOOLS, environment, requirements
-
-from phi4edge.core.atomic import write_json
-from phi4edge.core.errors import InputError
-from phi4edge.core.hashing import sha256_file, sha256_json
-from phi4edge.core.settings import Table, read_toml
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
+sys.path[:0] = [str(HERE), str(ROOT / "benchmarks")]
+from environments import TOOLS, environment, requirements  # noqa: E402
+from launch import launch  # noqa: E402
+
+from phi4edge.core.atomic import write_json  # noqa: E402
+from phi4edge.core.errors import InputError  # noqa: E402
+from phi4edge.core.hashing import sha256_file, sha256_json  # noqa: E402
+from phi4edge.core.settings import Table, read_toml  # noqa: E402
+
 LLAMA = ROOT / "benchmarks" / "peers" / "llama_quantize.py"
 ARTIFACTS = {"gguf": "model.gguf", "run": "run", "checkpoint": "checkpoint"}
 DECIDES_NOTHING = ("report", "targets", "transports", "measurement", "runtimes")  # layers that make no artifact
@@ -132,22 +133,14 @@ def child(command: Sequence[str | Path], log: Path) -> dict[str, float | int]:
         variables["PYTHONPATH"] = str(ROOT)
     words = [str(word) for word in command]
     log.parent.mkdir(parents=True, exist_ok=True)
-    began = time.perf_counter()
     with log.open("a", encoding="utf-8") as file:
         file.write(f"$ {' '.join(words)}\n")
         file.flush()
-        process = subprocess.Popen(words, cwd=log.parent, env=variables, stdout=file, stderr=subprocess.STDOUT)
-        _, status, usage = os.wait4(process.pid, 0)
-        process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
+        ran = launch(words, env=variables, cwd=log.parent, output=file)
+    if ran.code:
         tail = "\n".join(log.read_text(encoding="utf-8", errors="replace").splitlines()[-12:])
-        sys.exit(f"{' '.join(words[:4])} … ended with {process.returncode}; {log}:\n{tail}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    return {
-        "wall_seconds": time.perf_counter() - began,
-        "cpu_seconds": usage.ru_utime + usage.ru_stime,
-        "peak_rss_bytes": usage.ru_maxrss * unit,
-    }
+        sys.exit(f"{' '.join(words[:4])} … ended with {ran.code}; {log}:\n{tail}")
+    return {"wall_seconds": ran.seconds, "cpu_seconds": ran.cpu_seconds, "peak_rss_bytes": ran.peak_rss_bytes}
 
 
 def added(costs: Sequence[Mapping[str, float | int]]) -> dict[str, float | int]:

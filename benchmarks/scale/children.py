@@ -5,14 +5,15 @@ from __future__ import annotations
 __all__ = ["Cost", "child", "phi4edge"]
 
 import os
-import subprocess
 import sys
-import time
+import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "benchmarks"))
+from launch import launch  # noqa: E402
 
 
 @dataclass(frozen=True)
@@ -37,14 +38,10 @@ def child(command: Sequence[str]) -> Cost:
         SystemExit: it failed; the end of what it said is shown.
     """
     variables = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE", "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT)}
-    began = time.perf_counter()
-    process = subprocess.Popen(command, env=variables, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
-    assert process.stdout is not None
-    output = process.stdout.read()
-    _, status, usage = os.wait4(process.pid, 0)
-    process.returncode = os.waitstatus_to_exitcode(status)
-    if process.returncode:
-        raise SystemExit(f"{' '.join(command[:5])} … ended with {process.returncode}\n{output[-2000:]}")
-    unit = 1 if sys.platform == "darwin" else 1024
-    cpu = usage.ru_utime + usage.ru_stime
-    return Cost(time.perf_counter() - began, cpu, usage.ru_maxrss * unit, output)
+    with tempfile.TemporaryFile("w+", encoding="utf-8", errors="replace") as file:
+        ran = launch(command, env=variables, cwd=None, output=file)
+        file.seek(0)
+        output = file.read()
+    if ran.code:
+        raise SystemExit(f"{' '.join(command[:5])} … ended with {ran.code}\n{output[-2000:]}")
+    return Cost(ran.seconds, ran.cpu_seconds, ran.peak_rss_bytes, output)
