@@ -15,36 +15,26 @@ __all__ = ["main"]
 
 import argparse
 import json
-import multiprocessing
+import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
-from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
+from children import child, phi4edge  # noqa: E402
 from record import record, update_readme  # noqa: E402
 
-from phi4edge.core.memory import parse_bytes, peak_rss_bytes  # noqa: E402
+from phi4edge.core.memory import parse_bytes  # noqa: E402
 from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe  # noqa: E402
 
 RESULTS = HERE / "results"
 STEP = ("read", "forward", "head", "backward", "update", "write")
 WHOLE = {"samples": 64, "length": 512, "passes": 2.0, "evaluations": 4}
-
-
-def child(model: str, recipe: Recipe, out: Path, budget: int, pipe: Connection) -> None:
-    """Quantize and tune; the peak RSS of all of it."""
-    import torch
-
-    from phi4edge.stages.quantize import quantize
-
-    quantize(model, recipe, out, ram_budget=budget, restart=True)
-    pipe.send({"peak_rss_bytes": peak_rss_bytes(), "threads": torch.get_num_threads()})
 
 
 def recipe_of(chunks: Path, samples: int, length: int, steps: int, batch: int, scheme: str) -> Recipe:
@@ -53,6 +43,18 @@ def recipe_of(chunks: Path, samples: int, length: int, steps: int, batch: int, s
     kept = Recipe(method="rtn", scheme=scheme, corpus=corpus, tuning=TuningRecipe(batch=batch)).kept
     tuning = TuningRecipe(passes=steps * batch / kept, batch=batch)
     return Recipe(method="rtn", scheme=scheme, corpus=corpus, tuning=tuning)
+
+
+def words_of(recipe: Recipe) -> list[str]:
+    """The flags that ask for ``recipe``."""
+    assert recipe.corpus is not None
+    assert recipe.tuning is not None
+    corpus, tuning = recipe.corpus, recipe.tuning
+    return [
+        *("--effort", "low", "--method", recipe.method, "--scheme", recipe.scheme, "--corpus", corpus.corpus),
+        *("--samples", str(corpus.samples), "--sequence-length", str(corpus.sequence_length)),
+        *("--tune-passes", repr(tuning.passes), "--tune-batch", str(tuning.batch)),
+    ]
 
 
 def account(run: Path, recipe: Recipe) -> dict[str, Any]:
@@ -119,16 +121,12 @@ def main() -> None:
     chunks = a.chunks or a.model.with_name(f"{a.model.name}-{a.samples}x{a.length}.safetensors")
     recipe = recipe_of(chunks, a.samples, a.length, a.steps, a.batch, a.scheme)
     run, budget = a.out / "distil", parse_bytes(a.ram_budget)
-    context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe()
-    process = context.Process(target=child, args=(str(a.model), recipe, run, budget, there))
-    process.start()
-    there.close()
-    try:
-        found = here.recv()
-    except EOFError:
-        raise SystemExit("the process ended before it was done; see above") from None
-    process.join()
+    cost = child(
+        phi4edge(
+            "quantize", a.model, "--out", run, *words_of(recipe), "--ram-budget", a.ram_budget, "--restart", "--quiet"
+        )
+    )
+    found = {"peak_rss_bytes": cost.peak_rss_bytes, "seconds": cost.seconds, "threads": os.cpu_count()}
     results = {"model": a.model.name, "scheme": a.scheme, "budget_bytes": budget, **found, **account(run, recipe)}
     print(json.dumps(results, indent=1))
     if a.name:

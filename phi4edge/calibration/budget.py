@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["TUNING_PIECE_TOKENS", "MemoryPlan", "head_bytes", "head_rows", "plan_memory"]
+__all__ = ["TUNING_PIECE_TOKENS", "MemoryPlan", "head_bytes", "head_rows", "plan_memory", "tuned_values"]
 
 from dataclasses import dataclass
 
@@ -11,6 +11,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
 from phi4edge.core.recipe import Recipe, TuningRecipe
+from phi4edge.quant.scheme import parse_scheme
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
@@ -80,6 +81,14 @@ def head_bytes(config: ModelConfig) -> int:
     return config.vocab_size * config.hidden_size * 2
 
 
+def tuned_values(config: ModelConfig, recipe: Recipe) -> int:
+    """How many scales and minima tuning moves, at the most: as if all that is stored beside the codes were float16."""
+    names = [recipe.scheme, *(scheme for _, scheme in recipe.types)]
+    schemes = [parse_scheme(name) for name in (names if recipe.mix is None else recipe.mix.candidates)]
+    rows = config.num_layers * sum(out for out, _ in config.linear_shapes.values())  # where a row has but one scale
+    return rows + int(config.linear_parameters * max(s.bits_per_weight - s.bits for s in schemes) / 16)
+
+
 def _kept_by_autograd(config: ModelConfig) -> int:
     """Bytes a token that the graph of a block holds."""
     return (8 * config.hidden_size + 8 * config.q_size + 12 * config.intermediate_size) * 4
@@ -105,8 +114,7 @@ def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int
     """What tuning needs beside ``base`` (a block's weights and their gradients), and what may be in files instead."""
     assert recipe.corpus is not None
     codes = config.linear_parameters  # a byte each while they are in use
-    continuous = codes // 16  # groups of 32 with scale and minimum at the most; three moments of each
-    states = 3 * 4 * continuous + (4 * codes if tuning.code_rate else 0)
+    states = 3 * 4 * tuned_values(config, recipe) + (4 * codes if tuning.code_rate else 0)
     length = recipe.corpus.sequence_length
     block = (codes + states) // config.num_layers
     samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch

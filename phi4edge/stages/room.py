@@ -18,7 +18,7 @@ __all__ = ["check_room", "run_bytes"]
 from collections.abc import Callable
 from pathlib import Path
 
-from phi4edge.calibration.budget import MemoryPlan, head_bytes
+from phi4edge.calibration.budget import MemoryPlan, head_bytes, tuned_values
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.disk import require_space
 from phi4edge.core.recipe import Recipe
@@ -86,9 +86,9 @@ def _linear_bytes(scheme: Scheme, shape: tuple[int, int]) -> int:
 def _tuning_bytes(config: ModelConfig, recipe: Recipe, memory: MemoryPlan, stream: int) -> int:
     assert recipe.tuning is not None
     assert recipe.corpus is not None
-    groups = config.linear_parameters // 16  # as the RAM budget counts them: groups of 32 with scale and minimum
-    states = _STATES * 3 * 4 * groups
-    result = 2 * groups
+    values = tuned_values(config, recipe)
+    states = _STATES * 3 * 4 * values
+    result = 2 * values
     if recipe.tuning.code_rate:
         states += _STATES * 4 * config.linear_parameters
         result += config.linear_parameters
