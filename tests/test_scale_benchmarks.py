@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import sys
 from pathlib import Path
 
 import pytest
@@ -66,3 +68,23 @@ def test_rtn_reads_and_writes_what_it_says(tmp_path: Path) -> None:
     assert script.read_rate([path, path]) > 0
     assert script.write_rate(tmp_path, 3 << 20) > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
+
+
+def test_what_a_command_costs_is_its_own(tmp_path: Path) -> None:
+    """The peak of whoever starts a command is not counted as the command's, and how it ended is handed on."""
+    script = load_script("benchmarks/launch.py")
+    held = bytearray(b"x") * (300 << 20)
+    with (tmp_path / "log.txt").open("w+") as log:
+        ran = script.launch([sys.executable, "-c", "print('here')"], env=dict(os.environ), cwd=tmp_path, output=log)
+        assert (ran.code, 0 < ran.cpu_seconds < 5) == (0, True)
+        assert ran.peak_rss_bytes < len(held) / 3
+        held = bytearray()
+        words = [sys.executable, "-c", "import os; b = bytes(200 << 20); os.kill(os.getpid(), 9)"]
+        ran = script.launch(words, env=dict(os.environ), cwd=tmp_path, output=log)
+        assert ran.code == 128 + 9
+        ran = script.launch(
+            [sys.executable, "-c", "b = b'x' * (200 << 20)"], env=dict(os.environ), cwd=None, output=log
+        )
+        assert ran.peak_rss_bytes > 200 << 20
+        log.seek(0)
+        assert log.read() == "here\n"

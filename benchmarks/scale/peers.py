@@ -52,6 +52,7 @@ def rows(grid: str) -> list[Candidate]:
     budget = ("--ram-budget", LITTLE)
     return [
         Candidate("phi4edge low", "phi4edge", grid, "run", ("--effort", "low")),
+        Candidate("phi4edge low, --no-guard", "phi4edge", grid, "run", ("--effort", "low", "--no-guard")),
         Candidate(f"phi4edge low, --ram-budget {LITTLE}", "phi4edge", grid, "run", ("--effort", "low", *budget)),
         Candidate("phi4edge default", "phi4edge", grid, "run", ("--effort", "default")),
         Candidate("AutoRound iters 0", "autoround", grid, "checkpoint", ("--iters", "0")),

@@ -129,7 +129,7 @@ class BlockSolver:
             out.records.append(record | scaling)
             out.events += events
             del problem, stats, hessian, given  # before the samples go on: the largest arrays of a run
-            if samples is not None:
+            if samples is not None and not self._is_last(layer, stage):
                 samples.advance_exact(stage, weight)
                 del weight
                 samples.advance(stage, linear.dequantize())
@@ -146,6 +146,11 @@ class BlockSolver:
             out.rounding = rounded.record
             out.events += events
         return out
+
+    def _is_last(self, layer: int, stage: int) -> bool:
+        """Whether nobody asks for what comes out of this linear."""
+        ends = (layer, stage) == (self._job.checkpoint.config.num_layers - 1, len(LINEARS) - 1)
+        return ends and self._recipe.rounding is None
 
     def _reached(self, stage: int, committed: Future[None] | None) -> None:
         self._progress.advance()

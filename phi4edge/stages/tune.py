@@ -170,11 +170,13 @@ class _Tuner:
         for layer in range(self._config.num_layers):
             runner = self._runner(layer)
             hidden[:] = [runner.forward(x) for x in hidden]
+            del runner  # its weights go before the next block's come
 
     def _forward_of_a_step(self, hidden: list[Tensor]) -> list[BlockRunner]:
         """The same; each block's graph is kept where the budget allows it, otherwise what goes into the block."""
         runners = []
         for layer in range(self._config.num_layers):
+            runner = None  # the weights of a block go before the next one's come
             with self._parts.part("read"):
                 runner = self._runner(layer)
             if self._job.memory.keep_graphs:
@@ -221,26 +223,36 @@ class _Tuner:
             state = adam_step(self._final_state(), gain_gradient * self._final.unit, step, rate)
             self._states.store(config.num_layers, {_FINAL_NORM: state})
         for layer in reversed(range(config.num_layers)):
-            with parts.part("read"):
-                block, continuous, states = self._block(layer)
-                inputs, at = [], layer * self._recipe.batch
-                for slope in slopes if not runners else ():
-                    inputs.append(self._between.read(at, at + slope.shape[0]))
-                    at += slope.shape[0]
-                runner = runners.pop() if runners else BlockRunner(block, self._rotary, config)
-            with parts.part("backward"):
-                slopes, gradients, of_weights = runner.backward(slopes, inputs) if inputs else runner.backward(slopes)
-                del runner  # its weights go before the next block's come
-            with parts.part("update"):
-                moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
-                if self._recipe.code_rate:
-                    code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
-                    for linear in block.linears:
-                        latent = _latent(linear.name)
-                        moved[latent] = code_step(linear, states[latent], of_weights[linear.name], code_rate)
-            with parts.part("write"):
-                self._states.store(layer, moved)
+            slopes = self._backward_of_a_block(step, layer, slopes, runners.pop() if runners else None)
         return loss
+
+    def _backward_of_a_block(
+        self, step: int, layer: int, slopes: list[Tensor], kept: BlockRunner | None
+    ) -> list[Tensor]:
+        """Move what is tuned of a block; the gradients of its inputs, from those of its outputs, ``slopes``.
+
+        ``kept`` has the block's graph, if that was kept. Nothing of the block is in RAM when this returns.
+        """
+        parts, rate = self._parts, learning_rate(step, self._steps, self._recipe.learning_rate)
+        with parts.part("read"):
+            block, continuous, states = self._block(layer)
+            inputs, at = [], layer * self._recipe.batch
+            for slope in slopes if kept is None else ():
+                inputs.append(self._between.read(at, at + slope.shape[0]))
+                at += slope.shape[0]
+            runner = BlockRunner(block, self._rotary, self._config) if kept is None else kept
+        with parts.part("backward"):
+            arriving, gradients, of_weights = runner.backward(slopes, inputs if kept is None else None)
+        with parts.part("update"):
+            moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
+            if self._recipe.code_rate:
+                code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
+                for linear in block.linears:
+                    latent = _latent(linear.name)
+                    moved[latent] = code_step(linear, states[latent], of_weights[linear.name], code_rate)
+        with parts.part("write"):
+            self._states.store(layer, moved)
+        return arriving
 
     def _head_backward(self, hidden: list[Tensor], pieces: list[list[int]]) -> tuple[float, list[Tensor], Tensor]:
         """Mean KLD, its gradients for the last block's outputs, and for the final norm's gain."""
