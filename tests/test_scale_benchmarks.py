@@ -8,11 +8,14 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import save_file
 from scripts import load_script
 
 from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.cli.commands.quantize import command
 from phi4edge.stages.quantize import quantize
+from phi4edge.stages.run_reader import read_manifest
 
 
 def chunks(path: Path, samples: int, length: int) -> Path:
@@ -25,6 +28,10 @@ def test_distillation_is_split_into_parts_that_make_up_its_steps(phi4_checkpoint
     script = load_script("benchmarks/scale/distil.py")
     recipe = script.recipe_of(chunks(tmp_path / "c.safetensors", 8, 32), 8, 32, 4, 2, "w4g32")
     summary = quantize(phi4_checkpoint, recipe, tmp_path / "run")
+    words = [str(phi4_checkpoint), "--out", str(tmp_path / "asked"), *script.words_of(recipe), "--quiet"]
+    assert CliRunner().invoke(command, words).exit_code == 0
+    digests = [read_manifest(tmp_path / run)["data"]["files"] for run in ("run", "asked")]
+    assert digests[0] == digests[1], "the flags ask for the same recipe"
     found = script.account(tmp_path / "run", recipe)
     assert found["steps"] == 4 == len(found["losses"])
     assert set(found["step_seconds"]) == set(script.STEP)
