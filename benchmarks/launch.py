@@ -26,7 +26,7 @@ from typing import IO, Any
 class Launched:
     """A process that ended, its children included."""
 
-    code: int  # exit status; 128 + the signal that ended it
+    code: int  # exit status; 128 + the signal that ended it; 127 where it could not be started
     seconds: float  # by the wall's clock
     cpu_seconds: float
     peak_rss_bytes: int  # the largest of any of them
@@ -45,7 +45,12 @@ def main() -> int:
     """See the module."""
     note, *command = sys.argv[1:]
     began = time.perf_counter()
-    process = subprocess.Popen(command)
+    try:
+        process = subprocess.Popen(command)
+    except OSError as error:
+        print(error, file=sys.stderr)
+        Path(note).write_text(json.dumps({"code": 127, "seconds": 0.0, "cpu_seconds": 0.0, "peak_rss_bytes": 0}))
+        return 127
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     code = process.returncode if process.returncode >= 0 else 128 - process.returncode

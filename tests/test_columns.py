@@ -9,7 +9,7 @@ from torch import Tensor
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.quant.search import search
-from phi4edge.solvers._columns import Steps, _move_columns, _round_columns, move_columns, round_columns
+from phi4edge.solvers._columns import Panel, Steps, _move_columns, _round_columns, move_columns, round_columns
 
 ROWS, COLUMNS = 700, 32  # rows: no whole number of lanes
 
@@ -42,7 +42,8 @@ def test_columns_are_rounded_as_with_tensors(name: str) -> None:
     found = []
     for walk in (round_columns, _round_columns):
         codes, errors = torch.zeros(2 * COLUMNS, ROWS, dtype=torch.uint8), torch.empty(COLUMNS, ROWS)
-        lost = walk(grid, work.clone(), original, triangle, steps, groups, places, d, 0.01, errors, codes)
+        panel = Panel(work.clone(), original, triangle, d, groups, places)
+        lost = walk(grid, panel, steps, 0.01, errors, codes)
         found.append((codes, errors, lost))
     (codes, errors, lost), (expected_codes, expected_errors, expected_lost) = found
     # A value half way between two codes may fall to the other one where a product was fused with its sum.

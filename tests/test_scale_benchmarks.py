@@ -93,5 +93,7 @@ def test_what_a_command_costs_is_its_own(tmp_path: Path) -> None:
             [sys.executable, "-c", "b = b'x' * (200 << 20)"], env=dict(os.environ), cwd=None, output=log
         )
         assert ran.peak_rss_bytes > 200 << 20
+        assert script.launch([str(tmp_path / "none")], env=dict(os.environ), cwd=None, output=log).code == 127
         log.seek(0)
-        assert log.read() == "here\n"
+        assert log.readline() == "here\n"
+        assert "none" in log.read()

@@ -26,7 +26,7 @@ import gguf
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
-sys.path[:0] = [str(HERE), str(ROOT / "benchmarks")]
+sys.path.insert(0, str(ROOT / "benchmarks"))
 from environments import TOOLS, environment, requirements  # noqa: E402
 from launch import launch  # noqa: E402
 

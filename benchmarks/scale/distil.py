@@ -15,13 +15,14 @@ __all__ = ["main"]
 
 import argparse
 import json
-import os
 import shutil
 import sys
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
+
+import torch
 
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
@@ -126,7 +127,7 @@ def main() -> None:
             "quantize", a.model, "--out", run, *words_of(recipe), "--ram-budget", a.ram_budget, "--restart", "--quiet"
         )
     )
-    found = {"peak_rss_bytes": cost.peak_rss_bytes, "seconds": cost.seconds, "threads": os.cpu_count()}
+    found = {"peak_rss_bytes": cost.peak_rss_bytes, "seconds": cost.seconds, "threads": torch.get_num_threads()}
     results = {"model": a.model.name, "scheme": a.scheme, "budget_bytes": budget, **found, **account(run, recipe)}
     print(json.dumps(results, indent=1))
     if a.name:

@@ -5,7 +5,7 @@ plotted are the seconds of a run's parts (forward, moments, solve, and all of th
 the least-squares fit of log seconds on log size, its slope the exponent. Theory, for n tokens, width d (all widths in
 proportion) and L blocks: forward n·d²·L (attention apart), moments n·d²·L, solve d³·L.
 
-    python benchmarks/scale/growth.py            # some minutes
+    OMP_NUM_THREADS=1 python benchmarks/scale/growth.py            # some minutes
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ __all__ = ["main"]
 import argparse
 import json
 import math
+import os
 import sys
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -155,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--no-record", action="store_true", help="print only")
     a = parser.parse_args()
+    threads = os.environ.get("OMP_NUM_THREADS")
     measured: dict[str, list[dict[str, Any]]] = {}
     for axis, sizes in GRID.items():
         for size in sizes:
@@ -166,7 +168,7 @@ def main() -> None:
     if not a.no_record:
         record(
             HERE / "results" / "growth.json",
-            "python benchmarks/scale/growth.py",
+            f"{f'OMP_NUM_THREADS={threads} ' if threads else ''}python benchmarks/scale/growth.py",
             results,
             ("benchmarks/scale/growth.py",),
         )

@@ -113,8 +113,8 @@ def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:
 def _tuning(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe, base: int) -> tuple[int, int]:
     """What tuning needs beside ``base`` (a block's weights and their gradients), and what may be in files instead."""
     assert recipe.corpus is not None
-    codes = config.linear_parameters  # a byte each while they are in use
-    states = 3 * 4 * tuned_values(config, recipe) + (4 * codes if tuning.code_rate else 0)
+    codes = config.linear_parameters * 3 // 2  # a byte each while they are in use, beside half a byte as stored
+    states = 3 * 4 * tuned_values(config, recipe) + (4 * config.linear_parameters if tuning.code_rate else 0)
     length = recipe.corpus.sequence_length
     block = (codes + states) // config.num_layers
     samples = recipe.corpus.samples * 2 + config.num_layers * tuning.batch

@@ -68,16 +68,16 @@ class Head:
             sums.add(F.linear(hidden, weight))
         shift = sums.ln_total().float()[:, None]
         slope, spread = torch.zeros_like(hidden), torch.zeros(self._vocabulary)
-        drawn = torch.rand(hidden.shape[0], 1, generator=generator)  # y is where the cumulated P passes it
+        ahead = torch.rand(hidden.shape[0], 1, generator=generator)  # probability that y lies beyond; negative: behind
         for rows, weight in self._slices():
             p = F.linear(hidden, weight).sub_(shift).exp_()
             spread[rows] = (p - p * p).sum(0)
             reached = p.cumsum(1)
-            last = rows.stop == self._vocabulary
-            here = ((drawn >= 0) & ((reached[:, -1:] > drawn) | last))[:, 0]
-            word = torch.searchsorted(reached[here], drawn[here], right=True).clamp_(max=p.shape[1] - 1)
+            last = rows.stop == self._vocabulary  # where sums of rounded P stay below one, y is the last word
+            here = ((ahead >= 0) & ((reached[:, -1:] > ahead) | last))[:, 0]
+            word = torch.searchsorted(reached[here], ahead[here], right=True).clamp_(max=p.shape[1] - 1)
             p[here] = p[here].scatter_add_(1, word, torch.full(word.shape, -1.0))
-            drawn = torch.where(here[:, None], -1.0, drawn - reached[:, -1:]).where(drawn >= 0, drawn)
+            ahead = torch.where((ahead < 0) | here[:, None], -1.0, ahead - reached[:, -1:])
             slope.addmm_(p, weight)
         return slope, spread
 

@@ -21,11 +21,12 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from phi4edge.distillation._gradient_kernels import reduce_groups
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import run_parallel
 
-_WEIGHTS = 2**19  # of a gradient reduced at a time
+_WEIGHTS = 2**22  # of a gradient that a core reduces at a time
 
 
 @dataclass(frozen=True)
@@ -96,17 +97,15 @@ def gradients_of_steps(linear: QuantizedLinear, dW: Tensor) -> dict[str, Tensor]
     W = a·q + b a group: ∂a = Σ dW·q and ∂b = Σ dW over the group, and on to what is stored by the grid's own formula.
     """
     rows, n = dW.shape
-    groups = linear.scheme.groups(n, linear.name)
+    da, db = torch.empty(2, rows, linear.scheme.groups(n, linear.name)).unbind()
     step = max(1, _WEIGHTS // n)
 
-    def reduce(start: int) -> tuple[Tensor, Tensor]:
-        part = dW[start : start + step]
-        shape = (part.shape[0], groups, -1)
-        weighed = part * linear.rows(start, start + step).codes
-        return weighed.reshape(shape).sum(-1), part.reshape(shape).sum(-1)
+    def reduce(start: int) -> None:
+        some = slice(start, start + step)
+        codes = linear.rows(start, start + step).codes
+        reduce_groups(dW[some].numpy(), codes.numpy(), da[some].numpy(), db[some].numpy())
 
-    pieces = run_parallel([partial(reduce, start) for start in range(0, rows, step)])
-    da, db = torch.cat([a for a, _ in pieces]), torch.cat([b for _, b in pieces])
+    run_parallel([partial(reduce, start) for start in range(0, rows, step)])
     fields = grid_for(linear.scheme).tunable
     with torch.enable_grad():
         leaves = {field: linear.params[field].float().requires_grad_() for field in fields}

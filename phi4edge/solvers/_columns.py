@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-__all__ = ["Steps", "move_columns", "round_columns"]
+__all__ = ["Panel", "Steps", "move_columns", "round_columns"]
+
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -26,64 +28,50 @@ class Steps:
         self.divisor[there] = torch.where(a == 0, torch.ones_like(a), a)
 
 
-def round_columns(
-    grid: Grid,
-    work: Tensor,
-    original: Tensor,
-    triangle: Tensor,
-    steps: Steps,
-    groups: Tensor,
-    places: Tensor,
-    d: Tensor,
-    damp: float,
-    errors: Tensor,
-    codes: Tensor,
-) -> float:
-    """Round the columns of a panel one after the other; what they lose, Σ d·(w̃ − q)² − damp·e².
+@dataclass(frozen=True)
+class Panel:
+    """Columns that are rounded one after the other, and what is known of them; all [columns, …]."""
 
-    ``work``, ``original`` [columns, rows]: w̃ before this panel's own errors, and w. ``triangle`` [columns, columns]:
-    what an error adds to later columns, above the diagonal. Column i is of group ``groups[i]``; its codes go to row
-    ``places[i]`` of ``codes`` [n, rows] uint8, its errors to row i of ``errors`` [columns, rows]. ``work`` is used up.
+    work: Tensor  # [columns, rows]: w̃ before this panel's own errors; used up
+    original: Tensor  # [columns, rows]: w
+    triangle: Tensor  # [columns, columns]: above the diagonal, what an error adds to later columns
+    d: Tensor  # [columns]: what (w̃ − q)² counts
+    groups: Tensor  # [columns] int64: whose steps are theirs
+    places: Tensor  # [columns] int64: where they stand in the weight
+
+
+def round_columns(grid: Grid, panel: Panel, steps: Steps, damp: float, errors: Tensor, codes: Tensor) -> float:
+    """Round the columns of ``panel``; what they lose, Σ d·(w̃ − q)² − damp·e².
+
+    Codes go to their places in ``codes`` [n, rows] uint8, errors e = w − q to ``errors`` [columns, rows].
     """
-    if work.device.type == "cpu":
+    if panel.work.device.type == "cpu":
         return round_panel(
-            work.numpy(),
-            original.numpy(),
-            triangle.contiguous().numpy(),
+            panel.work.numpy(),
+            panel.original.numpy(),
+            panel.triangle.contiguous().numpy(),
             (steps.a.numpy(), steps.b.numpy(), steps.divisor.numpy()),
-            places.numpy(),
-            groups.numpy(),
-            d.numpy(),
+            panel.places.numpy(),
+            panel.groups.numpy(),
+            panel.d.numpy(),
             damp,
             (grid.low, grid.high),
             errors.numpy(),
             codes.numpy(),
         )
-    return _round_columns(grid, work, original, triangle, steps, groups, places, d, damp, errors, codes)
+    return _round_columns(grid, panel, steps, damp, errors, codes)
 
 
-def _round_columns(
-    grid: Grid,
-    work: Tensor,
-    original: Tensor,
-    triangle: Tensor,
-    steps: Steps,
-    groups: Tensor,
-    places: Tensor,
-    d: Tensor,
-    damp: float,
-    errors: Tensor,
-    codes: Tensor,
-) -> float:
-    lost = torch.zeros((), dtype=torch.float64, device=work.device)
-    for i, (group, place) in enumerate(zip(groups.tolist(), places.tolist(), strict=True)):
+def _round_columns(grid: Grid, panel: Panel, steps: Steps, damp: float, errors: Tensor, codes: Tensor) -> float:
+    work, lost = panel.work, torch.zeros((), dtype=torch.float64, device=panel.work.device)
+    for i, (group, place) in enumerate(zip(panel.groups.tolist(), panel.places.tolist(), strict=True)):
         w, a, b = work[i], steps.a[group], steps.b[group]
         q = ((w - b) / steps.divisor[group]).round_().clamp_(grid.low, grid.high)
         codes[place] = q.to(torch.uint8)
         value = q.mul_(a).add_(b)
-        torch.sub(original[i], value, out=errors[i])
-        lost += (d[i] * (w - value).square() - damp * errors[i].square()).sum(dtype=torch.float64)
-        work[i + 1 :].addr_(triangle[i, i + 1 :], errors[i])
+        torch.sub(panel.original[i], value, out=errors[i])
+        lost += (panel.d[i] * (w - value).square() - damp * errors[i].square()).sum(dtype=torch.float64)
+        work[i + 1 :].addr_(panel.triangle[i, i + 1 :], errors[i])
     return float(lost)
 
 

@@ -46,7 +46,7 @@ from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
-from phi4edge.solvers._columns import Steps, round_columns
+from phi4edge.solvers._columns import Panel, Steps, round_columns
 from phi4edge.solvers._factor import Factor, factor_matrix
 
 NEEDS_HESSIAN = True
@@ -177,20 +177,12 @@ def _loop(
                     index, h = (place - block_place) // size, diagonal[place : place + size]
                     found[block_place] = search_again(grid, found[block_place], index, values, h)
                 steps.put(block_place // size, found[block_place])
-            panel = slice(first, last)
-            lost += round_columns(
-                grid,
-                work[first - start : last - start],
-                original[panel],
-                M[panel, panel],
-                steps,
-                places[panel] // size,
-                places[panel],
-                d[panel],
-                damp,
-                E[panel],
-                Q,
+            here = slice(first, last)
+            there = places[here]
+            panel = Panel(
+                work[first - start : last - start], original[here], M[here, here], d[here], there // size, there
             )
+            lost += round_columns(grid, panel, steps, damp, E[here], Q)
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}

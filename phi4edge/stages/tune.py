@@ -176,7 +176,6 @@ class _Tuner:
         """The same; each block's graph is kept where the budget allows it, otherwise what goes into the block."""
         runners = []
         for layer in range(self._config.num_layers):
-            runner = None  # the weights of a block go before the next one's come
             with self._parts.part("read"):
                 runner = self._runner(layer)
             if self._job.memory.keep_graphs:
@@ -191,6 +190,7 @@ class _Tuner:
                 at += x.shape[0]
                 with self._parts.part("forward"):
                     hidden[i] = runner.forward(x)
+            del runner  # its weights go before the next block's come
         return runners
 
     def _final_state(self) -> Tensor:
