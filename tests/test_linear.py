@@ -29,9 +29,13 @@ def test_what_was_stored_is_read_back_whole_and_in_rows(scheme: str) -> None:
     part = stored.rows(3, 9)
     assert torch.equal(part.codes, linear.codes[3:9])
     assert torch.equal(part.params["scales"], linear.params["scales"][3:9])
+    thinned = stored.every(5)
+    assert torch.equal(thinned.codes, linear.codes[::5])
+    assert torch.equal(thinned.dequantize(), linear.dequantize()[::5])
     assert torch.equal(stored.words(), pack_words(linear.codes, linear.scheme.bits))
     assert torch.equal(stored.dequantize(), linear.dequantize())
     assert torch.equal(stored.rows(3, 9).codes, linear.codes[3:9])  # now that all are unpacked
+    assert torch.equal(stored.every(5).codes, linear.codes[::5])
     assert stored.to_tensors().keys() == linear.to_tensors().keys()
     assert torch.equal(stored.to("cpu").codes, linear.codes)
 

@@ -15,6 +15,7 @@ from killing import killed_at
 from safetensors.torch import load_file, save_file
 from support import write_checkpoint
 
+from phi4edge.calibration import judging
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, Phi4EdgeError, ResumeError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, Recipe
@@ -23,6 +24,7 @@ from phi4edge.model.block import LINEARS, forward_block, load_block
 from phi4edge.model.forward import embed, stream_logits
 from phi4edge.model.rope import rotary_table
 from phi4edge.stages.calibrate import calibrate, corpus_of_run
+from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
@@ -280,17 +282,45 @@ def test_few_calibration_tokens_are_an_event(phi4_checkpoint: Path, tmp_path: Pa
     assert event["values"] == {"tokens": 32, "advised": 256}
 
 
-def test_a_linear_that_loses_to_rtn_on_held_out_rows_takes_rtn(phi4_checkpoint: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("judged", [1024, 16])
+def test_a_linear_that_loses_to_rtn_on_held_out_rows_takes_rtn(
+    judged: int, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Starved of tokens, GPTQ fits the few rows that it sees; the guard takes RTN's codes and says so."""
+    monkeypatch.setattr(judging, "_JUDGED_ROWS", judged)
     recipe = Recipe(corpus=CorpusRecipe(TEXT, samples=2, sequence_length=4), damp_percent=1e-5)
     guarded = quantize(phi4_checkpoint, recipe, tmp_path / "guarded").manifest["data"]
     fallen = [e["where"] for e in guarded["events"] if e["kind"] == "fallback_to_rtn"]
     assert fallen
     assert [linear["name"] for linear in guarded["linears"] if linear["method"] == "rtn"] == fallen
+    run, model = open_run(tmp_path / "guarded"), open_checkpoint(phi4_checkpoint)
     for linear in guarded["linears"]:
         ours, theirs = linear["heldout_error"], linear["heldout_error_rtn"]
         loses = ours["rest"] > theirs["rest"] or ours["first"] > theirs["first"]
         assert loses == (linear["name"] in fallen)
+        rows = model.config.linears[linear["name"]][0]
+        assert linear["heldout_rows"] == len(range(0, rows, max(1, rows // judged)))
+        if loses:  # all of its rows are rounded, whatever was judged by
+            rounded, weight = (tensors(f"{linear['name']}.weight") for tensors in (run.tensor, model.tensor))
+            assert float((rounded - weight).norm(dim=1).div(weight.norm(dim=1)).max()) < 0.5
+
+
+def test_the_guard_judges_by_rows_that_are_spread_evenly() -> None:
+    assert list(judging.judged_rows(1000)) == list(range(1000))
+    for rows in (1024, 2047, 3072, 5120, 35840):
+        judged = judging.judged_rows(rows)
+        assert 1024 <= len(judged) < 2048
+        assert rows - judged[-1] <= judged.step
+
+
+def test_errors_of_some_rows_are_those_of_a_weight_that_has_no_others() -> None:
+    generator = torch.Generator().manual_seed(3)
+    weight, other, x = (torch.randn(*shape, generator=generator) for shape in ((40, 48), (40, 48), (3, 16, 48)))
+    arriving = [(0, x, None)]
+    (some,) = held_out_errors(lambda: arriving, weight[::3], [lambda rows: other[::3][rows]])
+    away, aimed = (x @ (weight - other)[::3].T).square(), (x @ weight[::3].T).square()
+    assert some.rest == pytest.approx(float(away[:, 1:].sum() / aimed[:, 1:].sum()), rel=1e-5)
+    assert some.first == pytest.approx(float(away[:, 0].sum() / aimed[:, 0].sum()), rel=1e-5)
 
 
 def test_calibrate_measures_the_full_precision_model_and_quantize_takes_its_corpus(

@@ -13,6 +13,7 @@ __all__ = ["solving_bytes"]
 import os
 
 from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
+from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
 from phi4edge.calibration.statistics import SHARD, takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
@@ -20,7 +21,7 @@ from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
 
 _EMBEDDED_ROWS, _EMBEDDED_VALUES = 16384, 2**26  # of the embedding in RAM at a time; embedded at a time
-_CHECKED_WEIGHTS, _SHIFT_ROWS = 2**24, 2048  # by the guard, or by the loss, at a time; by targets
+_SHIFT_ROWS = 2048  # at a time, by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
 _ROUNDED_WEIGHTS, _ROUNDED = 2**18, 64  # rounded at a time, as they are read; bytes that each of them takes
 _DEQUANTIZED = 5  # bytes a weight of codes and their values
@@ -57,7 +58,7 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     reading = m * n * (6 if recipe.rotation == "none" else 14)
     pieces = row_pieces(m, n)
     rows = min(os.cpu_count() or 1, len(pieces)) * int(pieces[0].stop)
-    checked = min(m * n, _CHECKED_WEIGHTS)
+    checked = min(m * n, CHECKED_WEIGHTS)
     working = max(rows * n * _IN_WORK + m * n, m * n * 2 + checked * (4 + _DEQUANTIZED))  # searching, and the loss
     if recipe.corpus is None:
         return max(reading, W + working)
@@ -77,7 +78,10 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
         solving += 2 * 4 * m * m + 2 * W
     halves = 2 if recipe.compute == BFLOAT16 else 0  # bytes a weight, rounded for the units
-    errors = checked * (2 * 4 + _DEQUANTIZED + 3 * halves)  # of both candidates
-    checking = W + factors + targets + 2 * m * n + errors + 4 * computed * (3 * n + 6 * checked // n)
+    judged = len(judged_rows(m)) * n
+    compared = min(judged, CHECKED_WEIGHTS)
+    errors = compared * (2 * 4 + _DEQUANTIZED + 3 * halves)  # of both candidates
+    tried = 2 * m * n + judged  # codes: for the shifted target, for the plain one, rounded to nearest
+    checking = W + factors + targets + tried + errors + 4 * computed * (3 * n + 6 * compared // n)
     passing = W + m * n * (_DEQUANTIZED + halves) + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
     return max(reading, gathering, solving, checking, passing)

@@ -19,6 +19,7 @@ from typing import Any
 
 from torch import Tensor
 
+from phi4edge.calibration.judging import judged_rows
 from phi4edge.calibration.statistics import LayerStats
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
@@ -224,16 +225,15 @@ class BlockSolver:
         plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
         if plain or task.samples is None or not recipe.guard:
             return solution.linear, record, events, aimed
-        # Of H it takes the diagonal alone; what it loses under all of H would be a product as large as GPTQ's own.
-        alone = replace(problem, hessian=None, mean_square=problem.importance)
-        fallback = rtn.solve(alone, self._options)
-        ours, theirs = self._held_out(task, [solution.linear, fallback.linear])
-        record |= {"heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
+        judged = judged_rows(len(problem.weight))
+        nearest = self._nearest(problem, judged.step)
+        ours, theirs = self._held_out(task, judged.step, [solution.linear.every(judged.step), nearest])
+        record |= {"heldout_rows": len(judged), "heldout_error": asdict(ours), "heldout_error_rtn": asdict(theirs)}
         if not ours.loses_to(theirs):
             return solution.linear, record, events, aimed
         if aimed is not problem or coupling is not None:  # that may be what lost: the solver alone comes before RTN
             plain_solution = self._solve(problem)
-            (again,) = self._held_out(task, [plain_solution.linear])
+            (again,) = self._held_out(task, judged.step, [plain_solution.linear.every(judged.step)])
             if not again.loses_to(theirs):
                 who, taken = ("the shifted target", "unshifted") if coupling is None else ("coupled rows", "uncoupled")
                 events.append(_fallback(f"fallback_to_{taken}", problem.name, who, taken, ours, theirs))
@@ -241,7 +241,13 @@ class BlockSolver:
                 return plain_solution.linear, record, events, problem
         who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
-        return fallback.linear, record | {"method": "rtn"}, events, problem
+        return nearest if judged.step == 1 else self._nearest(problem), record | {"method": "rtn"}, events, problem
+
+    def _nearest(self, problem: Problem, step: int = 1) -> QuantizedLinear:
+        """Every ``step``-th row of the problem's weight, rounded to nearest."""
+        # Of H it takes the diagonal alone; what it loses under all of H would be a product as large as GPTQ's own.
+        weight, known = problem.weight[::step], problem.importance
+        return rtn.solve(replace(problem, weight=weight, hessian=None, mean_square=known), self._options).linear
 
     def _record(self, name: str, solution: Solution, stats: LayerStats | None = None) -> dict[str, Any]:
         return {
@@ -260,11 +266,14 @@ class BlockSolver:
         """F by which the linear's rows answer for each other's errors, where the recipe asks for it."""
         return None if self._curvatures is None else self._curvatures.of(problem.name, self._job.device)
 
-    def _held_out(self, task: _Task, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
-        """Errors of candidates on the samples kept aside, against what full precision has there if it is aimed at."""
+    def _held_out(self, task: _Task, step: int, candidates: Sequence[QuantizedLinear]) -> list[HeldOut]:
+        """Errors of candidates for every ``step``-th row of the weight, on the samples kept aside.
+
+        They are against what full precision has there, if that is aimed at.
+        """
         assert task.samples is not None
         values = [_values_of(linear) for linear in candidates]
-        return task.samples.held_out(task.stage, task.problem.weight, values, task.factors)
+        return task.samples.held_out(task.stage, task.problem.weight[::step], values, task.factors)
 
     def _aim(self, problem: Problem, stats: LayerStats | None) -> Problem:
         """The problem with its target shifted towards full precision."""

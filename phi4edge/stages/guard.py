@@ -7,7 +7,7 @@ an input (an attention sink: the first position of a chunk), the total hides it.
 
 from __future__ import annotations
 
-__all__ = ["CHECKED_WEIGHTS", "HeldOut", "held_out_errors", "output_energies", "relative_errors"]
+__all__ = ["HeldOut", "held_out_errors", "output_energies", "relative_errors"]
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi4edge.calibration.judging import CHECKED_WEIGHTS
 from phi4edge.calibration.streams import Arrival
 from phi4edge.model.compute import prepared, product
 from phi4edge.quant.parallel import row_pieces
-
-CHECKED_WEIGHTS = 1 << 24  # at a time, and as many errors of each candidate
 
 
 @dataclass(frozen=True)

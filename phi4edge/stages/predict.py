@@ -6,7 +6,8 @@ Nothing is measured or read here. What is counted, for a linear [R, n], T tokens
     moments   T n² for H              half of a product; 2 T n² for D, or 2 T R n twice where W D is gathered
     solve     n³/3 to factor H        R n weights through the loop and the sweeps, which are not products;
               2 R n² a product        the loop's half, target, each sweep, about half for a loss
-    check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside
+    check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside, of the
+              rows that are judged by
 
 A block is written behind the next one, and the next weights are fetched from the disk meanwhile: either costs what it
 takes longer than the computing. What is left of reading is a copy and what the recipe does to weights.
@@ -24,6 +25,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phi4edge.calibration.budget import head_bytes
+from phi4edge.calibration.judging import judged_rows
 from phi4edge.calibration.parts import share_of_self
 from phi4edge.calibration.statistics import takes_product
 from phi4edge.checkpoint.config import ModelConfig
@@ -190,9 +192,9 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
     if gptq or exact:
         solve += n**3 / 3 / rates.factor
     if recipe.guard and (gptq or recipe.whole_hessian):
-        found["check"] = held * (4 if exact else 3) * sample
-        solve += nearest
-        products += _loss(n)
+        judged = len(judged_rows(rows)) / rows
+        found["check"] = held * (4 if exact else 3) * judged * sample
+        solve += nearest * judged
     found["solve"] = solve + products * 2 * rows * n * n / rates.dense
     return found
 

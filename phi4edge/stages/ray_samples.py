@@ -120,7 +120,7 @@ class RaySamples:
     ) -> list[HeldOut]:
         """See :class:`BlockSamples`."""
         with self._parts.part("check"):
-            fixed = (self._facts(), stage, self._reference(weight), self._cluster.put(list(candidates)), factors)
+            fixed = (self._facts(), stage, self._cluster.put(weight), self._cluster.put(list(candidates)), factors)
             task = _Task(self._cluster, shard_energies, fixed)
             by_shard = list(self._in_order(task, range(len(self._learning), self._count)))
             # Of each shard: by rows of the weight, by sample. All samples of the first rows come first.
