@@ -7,7 +7,7 @@ iterations, is estimated from some iterations on one block.
 
     python benchmarks/scale/peers.py build/scale/peers [--samples 64] [--only "phi4edge default"]
 
-What does not depend on the number of blocks is to be seen on more of them: ``--layers 16 --name peers-deep``.
+Whether a peak grows with the number of blocks shows on more of them: ``--layers 16 --no-record``.
 
 The weights are drawn (synthetic_weights.py): KLD compares the tools on this model, and says nothing of Phi-4-mini.
 """
