@@ -717,9 +717,15 @@ def test_tuning_and_mix_of_a_run_are_on_the_page(tmp_path: Path) -> None:
     write(tmp_path / "manifest.json", manifest(2, tuning=tuning, allocation=allocation))
     markdown = render_markdown(build_report([tmp_path / "manifest.json"]).page)
     assert "0.2000 ± 0.0100 | 0.100 ± 0.010 | 0.5000" in markdown
-    assert "norm gains and codes. 40 steps" in markdown
+    assert "norm gains and codes. 40 steps, the state after step 40 was" in markdown
     assert "3.000 MiB of tensors, 4.600 bits a parameter" in markdown
     assert "(estimated)" in markdown
+    halved = {"step": 40, "halvings": 2, "domains": held}
+    tuning |= {"kept_halvings": 2, "heldout": [*tuning["heldout"], halved]}
+    write(tmp_path / "manifest.json", manifest(2, tuning=tuning))
+    markdown = render_markdown(build_report([tmp_path / "manifest.json"]).page)
+    assert "the state after step 40, with its changes divided by 4, was kept" in markdown
+    assert "0.2000 ± 0.0100 | 0.2000 ± 0.0100 | 1.000" in markdown
     tuning["kept_step"] = 13
     write(tmp_path / "manifest.json", manifest(2, tuning=tuning))
     with pytest.raises(InputError, match="no figures of step 13"):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import json
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -30,6 +32,7 @@ from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages import tune as tune_stage
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import block_file, open_run, tuned_file
+from phi4edge.stages.tuning_state import score
 
 CORPUS = CorpusRecipe(samples=96, sequence_length=64)
 TUNING = TuningRecipe(passes=2, learning_rate=3e-3, batch=8)
@@ -180,10 +183,12 @@ def test_tuning_lowers_kld_on_unseen_text_and_keeps_the_codes(tuned: Path, phi4_
     assert after < 0.9 * before
     manifest = json.loads((tuned / "manifest.json").read_text())["data"]
     evaluated = manifest["tuning"]["heldout"]
-    first, last = evaluated[0], evaluated[-1]
+    first, last = evaluated[0], [e for e in evaluated if not e["halvings"]][-1]
     assert first["step"] == 0
     assert len(first["domains"]) >= 3
     assert manifest["tuning"]["kept_step"] == last["step"] == manifest["tuning"]["steps"] == 2 * 84 // 8
+    assert manifest["tuning"]["kept_halvings"] == 0
+    assert [e["halvings"] for e in evaluated if e["halvings"]] == [1]  # tried, and worse
     assert len(manifest["tuning"]["losses"]) == manifest["tuning"]["steps"]
     assert all(last["domains"][d]["kld"] < first["domains"][d]["kld"] for d in first["domains"])
     stored = load_file(tuned / tuned_file(0))
@@ -266,6 +271,39 @@ def test_a_damaged_state_is_done_again(
     (newest / "00001.safetensors").write_bytes(data)
     quantize(phi4_checkpoint, RECIPE, run)
     assert run_digests(run) == run_digests(tuned)
+
+
+def test_changes_that_went_too_far_are_halved(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    """At thirty times the rate the last state is worse than the first; a part of the way is better than both."""
+    recipe = replace(RECIPE, tuning=replace(TUNING, learning_rate=0.06))
+    tuning = quantize(phi4_checkpoint, recipe, tmp_path / "run").manifest["data"]["tuning"]
+    evaluated = {(e["step"], e["halvings"]): score(e["domains"]) for e in tuning["heldout"]}
+    steps, halvings = tuning["steps"], tuning["kept_halvings"]
+    chain = [evaluated[steps, h] for h in range(max(h for _, h in evaluated) + 1)]
+    assert evaluated[tuning["kept_step"], halvings] == min(evaluated.values())
+    assert chain[1] < chain[0]
+    assert all(b < a for a, b in pairwise(chain[:-1]))  # as long as it helps, and three times at the most
+    assert len(chain) == 4 or chain[-1] >= chain[-2]
+
+
+def test_halving_takes_every_value_half_way_back(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(self: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(tune_stage._Tuner, "_write_result", stop)
+    states = []
+    for halvings in (0, 1):
+        monkeypatch.setattr(tune_stage, "_HALVINGS", halvings)
+        with pytest.raises(KeyboardInterrupt):
+            quantize(phi4_checkpoint, RECIPE, tmp_path / "run")
+        newest = max((tmp_path / "run" / "tuning").glob("state-*"))
+        states.append([load_file(path) for path in sorted(newest.iterdir())])
+    for whole, half in zip(*states, strict=True):
+        for name, values in whole.items():
+            assert float(values[0].abs().max()) > 0
+            assert torch.equal(half[name][0], values[0] / 2)
 
 
 def test_tuning_without_held_out_text_is_refused() -> None:

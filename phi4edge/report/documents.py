@@ -189,6 +189,7 @@ class Tuning:
 
     steps: int
     kept_step: int
+    kept_halvings: int  # how often what these steps changed was halved
     codes: bool  # whether codes moved too
     before: dict[str, HeldOutKld]
     after: dict[str, HeldOutKld]  # at the step that was kept

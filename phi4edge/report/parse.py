@@ -267,12 +267,19 @@ def _quantization(data: Field, file: str, run: str, performance: dict[str, Any] 
 
 
 def _tuning(data: Field) -> Tuning:
-    kept = data["kept_step"].integer()
-    evaluated = {item["step"].integer(): _by_domain(item["domains"]) for item in data["heldout"].items()}
-    if kept not in evaluated or 0 not in evaluated:
-        data["heldout"].fail(f"has no figures of step {0 if kept in evaluated else kept}")
+    kept, first = (data["kept_step"].integer(), _halvings(data.get("kept_halvings"))), (0, 0)
+    evaluated = {
+        (item["step"].integer(), _halvings(item.get("halvings"))): _by_domain(item["domains"])
+        for item in data["heldout"].items()
+    }
+    if kept not in evaluated or first not in evaluated:
+        data["heldout"].fail(f"has no figures of step {0 if kept in evaluated else kept[0]}")
     rate = data["recipe"]["code_rate"].number(0.0)
-    return Tuning(data["steps"].integer(), kept, rate > 0, evaluated[0], evaluated[kept])
+    return Tuning(data["steps"].integer(), *kept, rate > 0, evaluated[first], evaluated[kept])
+
+
+def _halvings(field: Field | None) -> int:
+    return 0 if field is None else field.integer()
 
 
 def _by_domain(data: Field) -> dict[str, HeldOutKld]:

@@ -34,7 +34,7 @@ from phi4edge.quant.scheme import Scheme
 from phi4edge.solvers._loss import LOSS_COLUMNS
 
 PARTS = ("read", "forward", "moments", "solve", "check", "write")  # of a block, as the journal has them
-_EVALUATIONS = 4  # of tuning, on held-out samples
+_EVALUATIONS = 6  # of tuning, on held-out samples: four, and one to three of halved changes
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
 

@@ -7,6 +7,10 @@ for it, blocks stay as they were on the way forward. The bytes are the same, and
 with as many threads: matrix products of a few rows may add up in another order on another number of them. The samples
 kept aside by the guard say whether it helps: the state that does best on them is the one that is kept.
 
+What a step knows of a value is mostly noise, and small steps of Adam are as long as certain ones. What they have in
+common grows with the number of steps, what is noise with its root; where that is too far, all changes are halved at
+the end, as long as it lowers KLD on the samples kept aside: the loss from noise falls to a quarter, the gain to a half.
+
     RUN/tuning/          a run directory of its own: teacher, state after the last committed step, result
 """
 
@@ -46,6 +50,7 @@ TUNING = "tuning"
 _COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
 _EVALUATIONS = 3  # on held-out samples after the start
 _LOST = 0.1  # of ln KLD above its start. While the rate is high KLD may rise; most of the gain comes as it falls.
+_HALVINGS = 3  # of what all steps have changed, at the most
 _FINAL_NORM = "model.norm.weight"
 _TEACHER = "teacher.bin"
 
@@ -107,7 +112,7 @@ class _Tuner:
             self._commit(0, record, started)
             committed = time.monotonic()
         marks = {round(self._steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
-        while step < self._steps and not self._exhausted():
+        while step < self._steps and not self._exhausted() and not self._halvings():
             losses.append(self._step(step))
             step += 1
             progress.advance()
@@ -119,6 +124,11 @@ class _Tuner:
                     record["heldout"] = self._evaluate()
                 self._commit(step, record, committed)
                 losses, committed = [], time.monotonic()
+        while self._worth_halving():
+            self._halve()
+            step += 1
+            self._commit(step, {"halvings": self._halvings() + 1, "heldout": self._evaluate()}, committed)
+            committed = time.monotonic()
         self._write_result()
         progress.finish()
 
@@ -306,6 +316,24 @@ class _Tuner:
         scores = [score(r["heldout"]) for r in self._work.records if "heldout" in r]
         return len(scores) > 2 and min(scores[-2:]) > scores[0] + _LOST
 
+    def _halvings(self) -> int:
+        """How often all changes have been halved."""
+        return int(self._work.records[-1].get("halvings", 0)) if self._work.records else 0
+
+    def _worth_halving(self) -> bool:
+        """Whether halving has not been tried, or helped the last time; codes that moved are not moved half the way."""
+        scores = [score(r["heldout"]) for r in self._work.records if "heldout" in r]
+        done = self._halvings()
+        return not self._recipe.code_rate and done < _HALVINGS and (not done or scores[-1] < scores[-2])
+
+    def _halve(self) -> None:
+        """Every value half-way back to where it began."""
+        for layer in range(self._config.num_layers + 1):
+            state = {name: values.clone() for name, values in self._states.load(layer).items()}
+            for values in state.values():
+                values[0] *= 0.5
+            self._states.store(layer, state)
+
     # --- begin and end ---------------------------------------------------------------------------------------
 
     def _inputs(self, samples: list[int]) -> Tensor:
@@ -374,6 +402,12 @@ def _latent(linear: str) -> str:
     return f"{linear}.latent"
 
 
+def _evaluated(record: dict[str, Any]) -> dict[str, Any]:
+    """An evaluation of the journal, where every halving counts as a step, as the manifest has it."""
+    halvings = record.get("halvings", 0)
+    return {"step": record["step"] - halvings, "halvings": halvings, "domains": record["heldout"]}
+
+
 def _mean(values: list[float]) -> dict[str, Any]:
     n = len(values)
     mean = sum(values) / n
@@ -397,10 +431,11 @@ def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
         events.append(Event("tuning_without_gain", "tuning", "held-out KLD did not fall; nothing was tuned"))
     summary = {
         "recipe": asdict(job.recipe.tuning),
-        "steps": max(r.get("step", 0) for r in work.records),
-        "kept_step": last["best"],
+        "steps": max(r.get("step", 0) for r in work.records if "halvings" not in r),
+        "kept_step": last["best"] - best.get("halvings", 0),
+        "kept_halvings": best.get("halvings", 0),
         "losses": [loss for r in work.records for loss in r.get("losses", [])],
-        "heldout": [{"step": r["step"], "domains": r["heldout"]} for r in evaluated],
+        "heldout": [_evaluated(r) for r in evaluated],
     }
     files = {f"{TUNING}/{name}": digest for name, digest in last["files"].items()}
     performance = total_cost([r["performance"] for r in work.records])
