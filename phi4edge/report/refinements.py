@@ -34,8 +34,8 @@ def tuning_block(tuning: Tuning) -> Block:
     what = "scales, minima, norm gains and codes" if tuning.codes else "scales, minima and norm gains; codes stayed"
     halved = f", with its changes divided by {2**tuning.kept_halvings}," if tuning.kept_halvings else ""
     caption = (
-        f"Tuning on KLD to full precision: {what}. {tuning.steps} steps, the state after step {tuning.kept_step}"
-        f"{halved} was kept; mean KLD on calibration samples that no step has seen, all positions, by the torch forward."
+        f"Tuning on KLD to full precision: {what}. {tuning.steps} steps, "
+        f"the state after step {tuning.kept_step}{halved} was kept; mean KLD on calibration samples that no step has seen, all positions, by the torch forward."
     )
     return Table(columns, tuple(rows), caption)
 
