@@ -35,7 +35,8 @@ def tuning_block(tuning: Tuning) -> Block:
     halved = f", with its changes divided by {2**tuning.kept_halvings}," if tuning.kept_halvings else ""
     caption = (
         f"Tuning on KLD to full precision: {what}. {tuning.steps} steps, "
-        f"the state after step {tuning.kept_step}{halved} was kept; mean KLD on calibration samples that no step has seen, all positions, by the torch forward."
+        f"the state after step {tuning.kept_step}{halved} was kept; "
+        "mean KLD on calibration samples that no step has seen, all positions, by the torch forward."
     )
     return Table(columns, tuple(rows), caption)
 
