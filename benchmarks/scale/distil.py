@@ -3,7 +3,8 @@
 The codes come from rounding to nearest, since a step costs the same whatever decided them; a few samples are enough,
 since it costs the same whichever they are. `phi4edge` tunes for so many steps that every part is seen, in a process of
 its own. What 64 samples of 512 tokens and two passes would take is estimated from these: so many steps, the
-full-precision pass for every sample, and four evaluations on those kept aside.
+full-precision pass for every sample, and six evaluations on those kept aside: four, and one to three with what was
+changed halved.
 
     python benchmarks/scale/make_checkpoint.py build/scale/phi-4-mini --model phi-4-mini --chunks 8 --length 512
     python benchmarks/scale/distil.py build/scale/phi-4-mini build/scale/out --ram-budget 3GiB --name phi-4-mini
@@ -35,7 +36,7 @@ from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe  # noqa: E40
 
 RESULTS = HERE / "results"
 STEP = ("read", "forward", "head", "backward", "update", "write")
-WHOLE = {"samples": 64, "length": 512, "passes": 2.0, "evaluations": 4}
+WHOLE = {"samples": 64, "length": 512, "passes": 2.0, "evaluations": 6}
 
 
 def recipe_of(chunks: Path, samples: int, length: int, steps: int, batch: int, scheme: str) -> Recipe:
