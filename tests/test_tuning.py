@@ -24,7 +24,7 @@ from phi4edge.core.workdir import JOURNAL
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
 from phi4edge.distillation.loss import Head
-from phi4edge.distillation.parameters import QuantizedBlock
+from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_theta, values_of
 from phi4edge.model.block import LINEARS, Block, forward_block, rms_norm
 from phi4edge.model.rope import rotary_table
 from phi4edge.quant.grid import grid_for
@@ -45,6 +45,36 @@ def quantized_block(folder: Path, scheme_name: str, layer: int = 0) -> Quantized
     linears = tuple(rounded(prefix + n, checkpoint.tensor(f"{prefix}{n}.weight"), scheme) for n in LINEARS)
     norms = [f"{prefix}input_layernorm.weight", f"{prefix}post_attention_layernorm.weight"]
     return QuantizedBlock(linears, {name: checkpoint.tensor(name) for name in norms}, torch.bfloat16)
+
+
+@pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "q4_k"])
+def test_gradients_of_theta_are_those_of_what_it_makes(scheme: str) -> None:
+    generator = torch.Generator().manual_seed(2)
+    linear = rounded("layer", torch.randn(6, 512, generator=generator), parse_scheme(scheme))
+    block = QuantizedBlock((linear,), {}, torch.float32)
+    # In float32 nothing is rounded, so that autograd sees the formula; and a minimum of zero is one too.
+    continuous = {name: replace(c, dtype=torch.float32) for name, c in block.continuous.items()}
+    theta = {
+        n: (0.01 * torch.randn(c.start.shape, generator=generator)).requires_grad_() for n, c in continuous.items()
+    }
+    values = values_of(continuous, theta)
+    given = {name: torch.randn(value.shape, generator=generator) for name, value in values.items()}
+    expected = torch.autograd.grad(list(values.values()), list(theta.values()), list(given.values()))
+    found = gradients_of_theta(continuous, given)
+    for name, gradient in zip(theta, expected, strict=True):
+        assert torch.allclose(found[name], gradient, rtol=1e-5, atol=1e-6), name
+
+
+@pytest.mark.parametrize("scheme", ["q4_1", "q4_k"])
+def test_a_scale_takes_its_minimum_along(scheme: str) -> None:
+    """A scale a tenth larger makes every weight a tenth larger, and moves none to another place on its grid."""
+    generator = torch.Generator().manual_seed(2)
+    linear = rounded("layer", torch.randn(6, 512, generator=generator), parse_scheme(scheme))
+    block = QuantizedBlock((linear,), {}, torch.float32)
+    continuous = block.continuous
+    theta = {n: torch.full(c.start.shape, 0.1 if n.endswith("scales") else 0.0) for n, c in continuous.items()}
+    after = block.with_values(values_of(continuous, theta), {}).linears[0].dequantize()
+    assert torch.allclose(after, 1.1 * linear.dequantize(), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("scheme", ["q4_0", "q4_1", "w4g32-asym", "w8row"])

@@ -4,7 +4,13 @@ unless rounding is learned as well (:mod:`phi4edge.distillation.codes`).
 Every continuous value v starts at v₀ and is moved by a dimensionless θ, in a unit u that makes one step mean much the
 same everywhere:
 
-    v = round(v₀ + u·θ)      u = |v₀| for scales and gains; for a minimum beside a scale s of b-bit codes, |s|·2^(b−1)
+    v = round(v₀ + u·θ)                 u = |v₀| for scales and gains
+    m = round(m₀ + m₀·θ_s + u·θ)        a minimum beside a scale s of b-bit codes: u = |s|·2^(b−3);
+                                        in super-blocks |m₀|/4
+
+A scale takes its minimum along: a step of θ_s makes all weights of a group larger or smaller, as it does where there is
+no minimum. Alone it would move them all to one side as well, by more than twice as far; and so does a minimum, which
+gets a smaller unit.
 
 ``round`` is the type in which the value is stored (float16, or the checkpoint's dtype for a gain). It is part of the
 forward pass, and the backward pass goes straight through it, so what is tuned is what an artifact will hold.
@@ -12,7 +18,14 @@ forward pass, and the backward pass goes straight through it, so what is tuned i
 
 from __future__ import annotations
 
-__all__ = ["Continuous", "QuantizedBlock", "continuous_of", "gradients_of_steps"]
+__all__ = [
+    "Continuous",
+    "QuantizedBlock",
+    "continuous_of",
+    "gradients_of_steps",
+    "gradients_of_theta",
+    "values_of",
+]
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -36,11 +49,32 @@ class Continuous:
     start: Tensor  # v₀, float32
     unit: Tensor  # u, float32, of the same shape
     dtype: torch.dtype  # in which it is stored
+    lead: str | None = None  # the name of the scale that takes it along
 
-    def value(self, theta: Tensor) -> Tensor:
-        """What is stored for ``theta``, float32; finite, as a step that overflows the type stays at its edge."""
+    def value(self, theta: Tensor, leading: Tensor | None = None) -> Tensor:
+        """What is stored for ``theta``, float32; finite, as a step that overflows the type stays at its edge.
+
+        ``leading`` is the θ of what takes it along.
+        """
         limit = torch.finfo(self.dtype).max
-        return (self.start + self.unit * theta).clamp_(-limit, limit).to(self.dtype).float()
+        moved = self.start + self.unit * theta
+        if leading is not None:
+            moved += self.start * leading
+        return moved.clamp_(-limit, limit).to(self.dtype).float()
+
+
+def values_of(continuous: Mapping[str, Continuous], theta: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What is stored for every ``theta``, by name."""
+    return {n: c.value(theta[n], None if c.lead is None else theta[c.lead]) for n, c in continuous.items()}
+
+
+def gradients_of_theta(continuous: Mapping[str, Continuous], gradients: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Gradients of every θ, from those of the values."""
+    found = {name: gradients[name] * c.unit for name, c in continuous.items()}
+    for name, c in continuous.items():
+        if c.lead is not None:
+            found[c.lead].addcmul_(gradients[name], c.start)
+    return found
 
 
 @dataclass(frozen=True)
@@ -57,8 +91,8 @@ class QuantizedBlock:
         found = {name: continuous_of(gain, self.gain_dtype) for name, gain in self.gains.items()}
         for linear in self.linears:
             for field in grid_for(linear.scheme).tunable:
-                values = linear.params[field]
-                found[f"{linear.name}.{field}"] = Continuous(values.float(), _unit(linear, field), values.dtype)
+                values, lead = linear.params[field], f"{linear.name}.scales" if field == "mins" else None
+                found[f"{linear.name}.{field}"] = Continuous(values.float(), _unit(linear, field), values.dtype, lead)
         return found
 
     def with_values(self, values: Mapping[str, Tensor], codes: Mapping[str, Tensor]) -> QuantizedBlock:
@@ -86,9 +120,9 @@ def continuous_of(gain: Tensor, dtype: torch.dtype) -> Continuous:
 
 def _unit(linear: QuantizedLinear, field: str) -> Tensor:
     own = linear.params[field].float().abs()
-    if field == "mins" and not linear.scheme.nested:
-        return linear.params["scales"].float().abs() * float(2 ** (linear.scheme.bits - 1))
-    return own
+    if field != "mins":
+        return own
+    return own / 4 if linear.scheme.nested else linear.params["scales"].float().abs() * 2.0 ** (linear.scheme.bits - 3)
 
 
 def gradients_of_steps(linear: QuantizedLinear, dW: Tensor) -> dict[str, Tensor]:

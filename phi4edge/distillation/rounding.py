@@ -39,7 +39,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import RoundingRecipe
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
-from phi4edge.distillation.parameters import QuantizedBlock
+from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_theta, values_of
 from phi4edge.model.rope import Rotary
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
@@ -159,7 +159,7 @@ class _Learner:
 
     def current(self) -> QuantizedBlock:
         """The block as it is now."""
-        values = {n: c.value(self._states[n][0]) for n, c in self._continuous.items()}
+        values = values_of(self._continuous, {name: state[0] for name, state in self._states.items()})
         return self._block.with_values(
             values | dict(self._block.gains), {n.name: self._codes(n) for n in self._block.linears}
         )
@@ -183,8 +183,8 @@ class _Learner:
         energy = _energy(aim)
         loss = float((off.square().sum(-1) / energy).mean())
         _, gradients, of_weights = runner.backward([off.mul_(2 / energy.numel() / energy[..., None])])
-        for name, c in self._continuous.items():
-            self._states[name] = adam_step(self._states[name], gradients[name] * c.unit, step, rate)
+        for name, gradient in gradients_of_theta(self._continuous, gradients).items():
+            self._states[name] = adam_step(self._states[name], gradient, step, rate)
         for linear in block.linears:
             self._move(linear, of_weights[linear.name], step, code_rate)
         return loss

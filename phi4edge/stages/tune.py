@@ -36,7 +36,13 @@ from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
 from phi4edge.distillation.codes import code_step, codes_of, latent_state
-from phi4edge.distillation.parameters import Continuous, QuantizedBlock, continuous_of
+from phi4edge.distillation.parameters import (
+    Continuous,
+    QuantizedBlock,
+    continuous_of,
+    gradients_of_theta,
+    values_of,
+)
 from phi4edge.model.block import forward_block, load_block, rms_norm
 from phi4edge.model.forward import embed
 from phi4edge.model.rope import rotary_table
@@ -158,7 +164,7 @@ class _Tuner:
         base = self._base(layer)
         continuous = base.continuous
         state = self._states.load(layer) or self._new_state(base, continuous)
-        values = {name: c.value(state[name][0]) for name, c in continuous.items()}
+        values = values_of(continuous, {name: state[name][0] for name in continuous})
         codes = {}
         if self._recipe.code_rate:
             codes = {linear.name: codes_of(linear, state[_latent(linear.name)]) for linear in base.linears}
@@ -254,7 +260,8 @@ class _Tuner:
         with parts.part("backward"):
             arriving, gradients, of_weights = runner.backward(slopes, inputs if kept is None else None)
         with parts.part("update"):
-            moved = {n: adam_step(states[n], gradients[n] * c.unit, step, rate) for n, c in continuous.items()}
+            found = gradients_of_theta(continuous, gradients)
+            moved = {name: adam_step(states[name], found[name], step, rate) for name in continuous}
             if self._recipe.code_rate:
                 code_rate = learning_rate(step, self._steps, self._recipe.code_rate)
                 for linear in block.linears:
