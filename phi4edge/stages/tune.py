@@ -115,8 +115,7 @@ class _Tuner:
         started = committed = time.monotonic()
         if not self._evaluated(0):
             record: dict[str, Any] = {"heldout": self._evaluate()}
-            self._commit(0, record, started)
-            committed = time.monotonic()
+            committed = self._commit(0, record, started)
         marks = {round(self._steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
         while step < self._steps and not self._exhausted() and not self._halvings():
             losses.append(self._step(step))
@@ -128,21 +127,20 @@ class _Tuner:
                 record = {"losses": losses}
                 if due:
                     record["heldout"] = self._evaluate()
-                self._commit(step, record, committed)
-                losses, committed = [], time.monotonic()
+                losses, committed = [], self._commit(step, record, committed)
         while self._worth_halving():
             self._halve()
             step += 1
-            self._commit(step, {"halvings": self._halvings() + 1, "heldout": self._evaluate()}, committed)
-            committed = time.monotonic()
+            committed = self._commit(step, {"halvings": self._halvings() + 1, "heldout": self._evaluate()}, committed)
         self._write_result()
         progress.finish()
 
-    def _commit(self, step: int, record: dict[str, Any], began: float) -> None:
-        """Keep the state; what the commit itself takes is in the parts of the next one."""
-        parts = self._parts.take()
+    def _commit(self, step: int, record: dict[str, Any], began: float) -> float:
+        """Keep the state; when the commit began, as what it takes itself is in the next one's seconds and parts."""
+        parts, now = self._parts.take(), time.monotonic()
         with self._parts.part("write"):
-            self._states.commit(step, record, cost(time.monotonic() - began) | {"parts": parts})
+            self._states.commit(step, record, cost(now - began) | {"parts": parts})
+        return now
 
     # --- the model -------------------------------------------------------------------------------------------
 
