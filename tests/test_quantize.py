@@ -24,7 +24,6 @@ from phi4edge.model.block import LINEARS, forward_block, load_block
 from phi4edge.model.forward import embed, stream_logits
 from phi4edge.model.rope import rotary_table
 from phi4edge.stages.calibrate import calibrate, corpus_of_run
-from phi4edge.stages.guard import held_out_errors
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
@@ -311,16 +310,6 @@ def test_the_guard_judges_by_rows_that_are_spread_evenly() -> None:
         judged = judging.judged_rows(rows)
         assert 1024 <= len(judged) < 2048
         assert rows - judged[-1] <= judged.step
-
-
-def test_errors_of_some_rows_are_those_of_a_weight_that_has_no_others() -> None:
-    generator = torch.Generator().manual_seed(3)
-    weight, other, x = (torch.randn(*shape, generator=generator) for shape in ((40, 48), (40, 48), (3, 16, 48)))
-    arriving = [(0, x, None)]
-    (some,) = held_out_errors(lambda: arriving, weight[::3], [lambda rows: other[::3][rows]])
-    away, aimed = (x @ (weight - other)[::3].T).square(), (x @ weight[::3].T).square()
-    assert some.rest == pytest.approx(float(away[:, 1:].sum() / aimed[:, 1:].sum()), rel=1e-5)
-    assert some.first == pytest.approx(float(away[:, 0].sum() / aimed[:, 0].sum()), rel=1e-5)
 
 
 def test_calibrate_measures_the_full_precision_model_and_quantize_takes_its_corpus(

@@ -304,14 +304,15 @@ def test_a_damaged_state_is_done_again(
 
 
 def test_changes_that_went_too_far_are_halved(phi4_checkpoint: Path, tmp_path: Path) -> None:
-    """At thirty times the rate the last state is worse than the first; a part of the way is better than both."""
+    """At twenty times the rate, a part of the way is better than all of it, and than none."""
     recipe = replace(RECIPE, tuning=replace(TUNING, learning_rate=0.06))
     tuning = quantize(phi4_checkpoint, recipe, tmp_path / "run").manifest["data"]["tuning"]
     evaluated = {(e["step"], e["halvings"]): score(e["domains"]) for e in tuning["heldout"]}
     steps, halvings = tuning["steps"], tuning["kept_halvings"]
     chain = [evaluated[steps, h] for h in range(max(h for _, h in evaluated) + 1)]
-    assert evaluated[tuning["kept_step"], halvings] == min(evaluated.values())
-    assert chain[1] < chain[0]
+    assert tuning["kept_step"] == steps
+    assert halvings > 0
+    assert evaluated[steps, halvings] == min(evaluated.values()) < min(chain[0], evaluated[0, 0])
     assert all(b < a for a, b in pairwise(chain[:-1]))  # as long as it helps, and three times at the most
     assert len(chain) == 4 or chain[-1] >= chain[-2]
 

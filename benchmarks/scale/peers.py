@@ -144,7 +144,6 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=8, help="to measure KLD on")
     parser.add_argument("--only", action="append", help="only the row of this name; may be repeated")
-    parser.add_argument("--name", default="peers", help="of the result file and of the README's table (default: peers)")
     parser.add_argument("--no-record", action="store_true", help="print only")
     a = parser.parse_args()
     out = a.out.resolve()
@@ -181,11 +180,11 @@ def main() -> None:
     print(table(results))
     if not a.no_record:
         command = f"python benchmarks/scale/peers.py {a.out} --layers {a.layers} --grid {a.grid} --samples {a.samples}"
-        command += f" --length {a.length} --chunks {a.chunks} --name {a.name}"
+        command += f" --length {a.length} --chunks {a.chunks}"
         command += "".join(f' --only "{name}"' for name in a.only or [])
         sources = ("benchmarks/scale/peers.py", "benchmarks/quality")
-        record(HERE / "results" / f"{a.name}.json", command, results, sources)
-        update_readme(HERE / "README.md", a.name, table(results))
+        record(HERE / "results" / "peers.json", command, results, sources)
+        update_readme(HERE / "README.md", "peers", table(results))
 
 
 if __name__ == "__main__":

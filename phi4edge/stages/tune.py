@@ -57,6 +57,7 @@ _COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
 _EVALUATIONS = 3  # on held-out samples after the start
 _LOST = 0.1  # of ln KLD above its start. While the rate is high KLD may rise; most of the gain comes as it falls.
 _HALVINGS = 3  # of what all steps have changed, at the most
+_THETA = 2  # what θ stands for; 1: no scale took its minimum along. States of another are not gone on with.
 _FINAL_NORM = "model.norm.weight"
 _TEACHER = "teacher.bin"
 
@@ -77,7 +78,7 @@ def tune(job: Job, run: Path, key: str, progress: Progress) -> Tuned:
     Raises:
         ResumeError: another process works here.
     """
-    inputs = {"kind": "tune", "run": key}
+    inputs = {"kind": "tune", "run": key, "theta": _THETA}
     with Workdir.open(run / TUNING, inputs) as work:
         if not (work.records and "best" in work.records[-1]):
             _Tuner(job, run, work, progress).run()
@@ -407,7 +408,7 @@ def _latent(linear: str) -> str:
     return f"{linear}.latent"
 
 
-def _evaluated(record: dict[str, Any]) -> dict[str, Any]:
+def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
     """An evaluation of the journal, where every halving counts as a step, as the manifest has it."""
     halvings = record.get("halvings", 0)
     return {"step": record["step"] - halvings, "halvings": halvings, "domains": record["heldout"]}
@@ -440,7 +441,7 @@ def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
         "kept_step": last["best"] - best.get("halvings", 0),
         "kept_halvings": best.get("halvings", 0),
         "losses": [loss for r in work.records for loss in r.get("losses", [])],
-        "heldout": [_evaluated(r) for r in evaluated],
+        "heldout": [_evaluation(r) for r in evaluated],
     }
     files = {f"{TUNING}/{name}": digest for name, digest in last["files"].items()}
     performance = total_cost([r["performance"] for r in work.records])
