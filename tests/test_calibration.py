@@ -18,7 +18,7 @@ from phi4edge.calibration.blockpass import BlockPass, Stores
 from phi4edge.calibration.corpus import load_corpus, load_texts
 from phi4edge.calibration.installed import KINDS, installed_documents
 from phi4edge.calibration.parts import share_of_self
-from phi4edge.calibration.statistics import InputMoments
+from phi4edge.calibration.statistics import InputMoments, summed_values
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, UsageError
@@ -234,6 +234,21 @@ def test_moments_equal_the_plain_product(width: int) -> None:
     assert torch.allclose(stats.hessian.double(), rows.T @ rows / 120, atol=1e-5)
     assert torch.equal(stats.hessian, stats.hessian.T)
     assert torch.allclose(stats.mean_square.double(), rows.pow(2).mean(0), rtol=1e-5)
+
+
+def test_moments_are_summed_in_little_more_than_half_of_their_hessian() -> None:
+    moments = InputMoments(2048, full=True)
+    kept = sum(sums.numel() for sums in moments._sums)
+    assert kept == summed_values(2048) == 2048**2 * 9 // 16
+    assert summed_values(48) == 48**2
+    other = moments.empty()
+    x = torch.randn(2, 5, 2048, generator=torch.Generator().manual_seed(0))
+    moments.add(x[:1])
+    other.add(x[1:])
+    moments.merge(other)
+    rows, H = x.reshape(-1, 2048).double(), moments.result().hessian
+    assert H is not None
+    assert torch.allclose(H.double(), rows.T @ rows / 10, atol=1e-5)
 
 
 def test_first_positions_get_the_share_of_the_trace_that_was_asked_for() -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import Tensor
@@ -191,6 +193,33 @@ def test_scale_search_beats_absmax_in_the_weighted_error() -> None:
         return float((h * (x - (a * grid.encode(x, a, b) + b)) ** 2).sum())
 
     assert error(dict(searched)) < 0.75 * error(absmax)
+
+
+@pytest.mark.parametrize("columns", [128, 1152])  # one block of the factorisation, and three
+@pytest.mark.parametrize("raised", [False, True])
+def test_a_factor_in_the_place_of_its_hessian_is_the_same_and_leaves_the_hessian_below_the_diagonal(
+    columns: int, raised: bool
+) -> None:
+    p = problem("w4g32", columns=columns)
+    assert p.hessian is not None
+    if raised:  # so far from positive definite that the first tries fail, behind blocks that were made by then
+        p.hessian[0, 1] = p.hessian[1, 0] = 1.005 * float(p.hessian[0, 0] * p.hessian[1, 1]) ** 0.5
+    options, used_up = SolverOptions(damp_percent=1e-6), p.hessian.clone()
+    apart = gptq.factor(p, options)
+    within = gptq.factor(replace(p, hessian=used_up), options, in_place=True)
+    assert within.M.data_ptr() == used_up.data_ptr()
+    assert bool(within.events) == raised
+    assert torch.equal(within.M.triu(), apart.M.triu())
+    assert torch.equal(within.d, apart.d)
+    assert torch.equal(within.diagonal, p.hessian.diagonal())
+    assert torch.equal(used_up.tril(-1), p.hessian.tril(-1))
+    R = within.M.triu().double() * within.d.double().sqrt()
+    damped = p.hessian.double() + within.damp * torch.eye(columns, dtype=torch.float64)
+    assert torch.allclose(R @ R.T, damped, atol=1e-4)
+    alone = gptq.solve(replace(p, hessian=None, factor=within), options)
+    whole = gptq.solve(p, options)
+    assert torch.equal(alone.linear.codes, whole.linear.codes)
+    assert alone.loss == whole.loss
 
 
 def test_a_singular_hessian_is_damped_until_it_factors_and_the_event_says_so() -> None:

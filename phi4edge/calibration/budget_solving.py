@@ -14,13 +14,13 @@ import os
 
 from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
 from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
-from phi4edge.calibration.statistics import SHARD, takes_product
+from phi4edge.calibration.statistics import SHARD, summed_values, takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
 
-_EMBEDDED_ROWS, _EMBEDDED_VALUES = 16384, 2**26  # of the embedding in RAM at a time; embedded at a time
+_EMBEDDED_ROWS, _EMBEDDED_VALUES = 4096, 2**26  # of the embedding in RAM at a time; embedded at a time
 _SHIFT_ROWS = 2048  # at a time, by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
 _ROUNDED_WEIGHTS, _ROUNDED = 2**18, 64  # rounded at a time, as they are read; bytes that each of them takes
@@ -71,8 +71,12 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     parts = 2 if recipe.corpus.samples - recipe.held_out > SHARD else 1
     # Inputs without the first positions beside those with; so of the other stream, their difference, its product.
     arriving = 4 * length * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
-    gathering = W + parts * (square + shift) + arriving
-    factors = 2 * square  # H and its factor, or H as the search for scales multiplies with it
+    sums = 4 * summed_values(n) if whole else 0
+    gathering = W + parts * (sums + shift) + arriving
+    gathered = W + square + shift + sums // 4  # H, and what it is still to be filled with: an eighth of it, and less
+    # H and its factor, or H as the search for scales multiplies with it; the factor alone where H is used up.
+    ordered = recipe.act_order or recipe.group_aware
+    factors = square if recipe.hessian_used_up and not (ordered or recipe.scales_inputs) else 2 * square
     targets = shift + W if two else 0
     solving = W + factors + targets + max(working, 3 * 4 * min(m, _SHIFT_ROWS) * n)
     if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
@@ -83,5 +87,6 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     errors = compared * (2 * 4 + _DEQUANTIZED + 3 * halves)  # of both candidates
     tried = 2 * m * n + judged  # codes: for the shifted target, for the plain one, rounded to nearest
     checking = W + factors + targets + tried + errors + 4 * computed * (3 * n + 6 * compared // n)
-    passing = W + m * n * (_DEQUANTIZED + halves) + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
-    return max(reading, gathering, solving, checking, passing)
+    # The weight itself is gone by then, or stands in the place of codes and their values.
+    passing = m * n * (_DEQUANTIZED + halves) + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
+    return max(reading, gathering, gathered, solving, checking, passing)

@@ -1,9 +1,9 @@
 """What a linear's inputs look like: the Hessian H = XᵀX / tokens and its diagonal, the imatrix.
 
-H is symmetric, so only block columns at or right of the diagonal are multiplied (a blocked rank-k update: half the
-work of a full product for wide layers) and mirrored once at the end. Sums are float32. Samples are summed by shards of
-:data:`SHARD`, and the shards' sums are added in their order, so that the bytes of a sum do not depend on how many
-machines made it.
+H is symmetric, so only blocks at or right of the diagonal are multiplied and kept (a blocked rank-k update: half the
+work of a full product for wide layers, and little more than half the memory) and mirrored once at the end. Sums are
+float32. Samples are summed by shards of :data:`SHARD`, and the shards' sums are added in their order, so that the bytes
+of a sum do not depend on how many machines made it.
 
 Beside H there may be D = (X − X̃)ᵀX̃ / tokens: how far the inputs of the full-precision model, X, lie from those that
 H is made of, X̃, and in which directions of them. Weights and shrinkage are those of H, so that X = cX̃ gives (c − 1)H.
@@ -13,7 +13,7 @@ All that is asked of D is W D; for a linear with far fewer outputs than inputs t
 
 from __future__ import annotations
 
-__all__ = ["SHARD", "InputMoments", "LayerStats", "Shift", "shards", "takes_product"]
+__all__ = ["SHARD", "InputMoments", "LayerStats", "Shift", "shards", "summed_values", "takes_product"]
 
 from copy import copy
 from dataclasses import dataclass
@@ -34,6 +34,11 @@ def shards(samples: int) -> list[range]:
 def takes_product(out_features: int, in_features: int) -> bool:
     """Whether W D [out, in] is gathered for such a linear, and not D [in, in]."""
     return 2 * out_features <= in_features
+
+
+def summed_values(width: int) -> int:
+    """Values that the moments of ``width`` inputs are summed in."""
+    return sum((here.stop - here.start) * (width - here.start) for here in _blocks(width))
 
 
 @dataclass(frozen=True)
@@ -73,20 +78,23 @@ class InputMoments:
             self._shift = torch.zeros((exact.shape[0] if self._product else width, width), device=device)
         self._shift_diagonal = torch.zeros(width, device=device) if self._product else None
         self._first_shift: list[Tensor] = []  # [count, width] of each batch, full-precision less own
-        self._sum = torch.zeros((width, width) if full else (width,), device=device)
+        self._width, self._device = width, torch.device(device)
+        # Of H: its rows of a block, from the diagonal on. Or its diagonal alone.
+        self._sums = [
+            torch.zeros((here.stop - here.start, width - here.start) if full else (width,), device=device)
+            for here in (_blocks(width) if full else [slice(0, width)])
+        ]
         self._first: list[Tensor] = []  # [count, width] of each batch
-        self._block = max(_MIN_BLOCK, -(-width // _BLOCKS))
         self._full = full
         self._tokens = 0  # after the first positions
 
     def empty(self) -> InputMoments:
         """Moments of the same linear with nothing added: for the next shard."""
-        width = self._sum.shape[0]
-        return InputMoments(width, full=self._full, exact=self._weight, device=self._sum.device)
+        return InputMoments(self._width, full=self._full, exact=self._weight, device=self._device)
 
     def clear(self) -> None:
         """Forget what was added, and keep the memory."""
-        for sums in (self._sum, self._shift, self._shift_diagonal):
+        for sums in (*self._sums, self._shift, self._shift_diagonal):
             if sums is not None:
                 sums.zero_()
         self._first, self._first_shift, self._tokens = [], [], 0
@@ -100,11 +108,10 @@ class InputMoments:
         self._first.append(x[:, 0].clone())
         self._tokens += rows.shape[0]
         if not self._full:
-            self._sum.add_(rows.pow(2).sum(0))
+            self._sums[0].add_(rows.pow(2).sum(0))
             return
-        for start in range(0, x.shape[-1], self._block):
-            stop = min(start + self._block, x.shape[-1])
-            self._sum[start:stop, start:].addmm_(rows[:, start:stop].T, rows[:, start:])
+        for here, sums in zip(_blocks(self._width), self._sums, strict=True):
+            sums.addmm_(rows[:, here].T, rows[:, here.start :])
 
     def _add_shift(self, shift: Tensor, rows: Tensor) -> None:
         assert self._shift is not None
@@ -131,7 +138,8 @@ class InputMoments:
 
     def merge(self, later: InputMoments) -> None:
         """Add the moments of later samples of the same linear."""
-        self._sum.add_(later._sum)
+        for sums, more in zip(self._sums, later._sums, strict=True):
+            sums.add_(more)
         self._first += later._first
         self._first_shift += later._first_shift
         self._tokens += later._tokens
@@ -151,8 +159,8 @@ class InputMoments:
         """
         first = torch.cat(self._first)
         tokens = self._tokens + first.shape[0]
-        H = self._sum
-        rest_diagonal = (H.diagonal() if self._full else H).clone()
+        blocks = _blocks(self._width)
+        rest_diagonal = torch.cat([sums.diagonal() for sums in self._sums]) if self._full else self._sums[0]
         first_diagonal = first.pow(2).sum(0)
         mean_square = (rest_diagonal + first_diagonal) / max(tokens, 1)
         if not self._full:
@@ -161,11 +169,15 @@ class InputMoments:
         weight = 1.0
         if sink_share is not None and rest_energy > 0 and first_energy > 0:
             weight = sink_share / (1 - sink_share) * rest_energy / first_energy
-        H.addmm_(first.T, first, alpha=weight).div_(max(tokens, 1))
-        for start in range(0, H.shape[0], self._block):
-            stop = min(start + self._block, H.shape[0])
-            H[stop:, start:stop] = H[start:stop, stop:].T
-            square = H[start:stop, start:stop]
+        H = torch.empty(self._width, self._width, device=self._device)
+        for here in blocks:  # each block goes as its place in H is filled: never are both there as a whole
+            sums = self._sums.pop(0)
+            sums.addmm_(first[:, here].T, first[:, here.start :], alpha=weight).div_(max(tokens, 1))
+            H[here, here.start :] = sums
+            del sums
+        for here in blocks:
+            H[here.stop :, here] = H[here, here.stop :].T
+            square = H[here, here]
             square.copy_((square + square.T) / 2)
         _shrink(H, shrinkage)
         return LayerStats(mean_square, H, tokens, self._finished_shift(first, weight, max(tokens, 1), shrinkage))
@@ -183,6 +195,12 @@ class InputMoments:
         if shrinkage > 0:
             self._shift.mul_(1 - shrinkage).addcmul_(self._weight, diagonal, value=shrinkage)
         return Shift(self._shift, product=True)
+
+
+def _blocks(width: int) -> list[slice]:
+    """Rows of H that are multiplied together."""
+    block = max(_MIN_BLOCK, -(-width // _BLOCKS))
+    return [slice(start, min(start + block, width)) for start in range(0, width, block)]
 
 
 def _shrink(moments: Tensor, shrinkage: float) -> None:

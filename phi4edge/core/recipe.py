@@ -240,6 +240,12 @@ class Recipe:
         return self.refined or self.full_precision_targets > 0 or self.output_curvature > 0
 
     @property
+    def hessian_used_up(self) -> bool:
+        """Whether nothing asks for a linear's H once it is factored."""
+        coupled = self.output_curvature > 0
+        return self.method == "gptq" and not (self.refined or coupled or self.rounding is not None)
+
+    @property
     def kept(self) -> int:
         """Samples that Hessians are made of and tuning learns from."""
         return 0 if self.corpus is None else self.corpus.samples - self.held_out

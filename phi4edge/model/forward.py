@@ -15,7 +15,8 @@ from phi4edge.model.block import forward_block, load_block, rms_norm, unrounded
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
 
-_ROWS = 16384  # rows of the embedding or the head that are in RAM at a time
+_ROWS = 16384  # rows of the head that are in RAM at a time
+_EMBEDDED_ROWS = 4096  # of the embedding: nothing is computed on them, so no more are of use
 _LOGIT_BYTES = 512 * 2**20  # logits in RAM at a time
 
 
@@ -24,8 +25,8 @@ def embed(source: WeightSource, tokens: Tensor) -> Tensor:
     config = source.config
     flat = tokens.reshape(-1)
     out = torch.empty(flat.numel(), config.hidden_size)
-    for start in range(0, config.vocab_size, _ROWS):
-        stop = min(start + _ROWS, config.vocab_size)
+    for start in range(0, config.vocab_size, _EMBEDDED_ROWS):
+        stop = min(start + _EMBEDDED_ROWS, config.vocab_size)
         chosen = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
         if chosen.numel():
             rows = source.tensor("model.embed_tokens.weight", slice(start, stop))

@@ -19,7 +19,7 @@ import torch
 T = TypeVar("T")
 # Something that computes pieces: here, or elsewhere. They are functions of their arguments, found by name.
 RunPieces = Callable[[Sequence[partial[Any]]], list[Any]]
-_MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 1024, 2**25  # in a piece
+_MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 1024, 2**23  # in a piece
 
 
 def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:

@@ -4,7 +4,9 @@
     R            upper triangular, H = R Rᵀ
     M, d         R with each column divided by its diagonal entry, and these entries squared: H = M diag(d) Mᵀ
 
-Damping is raised tenfold until H can be factored. One matrix beside H: R is made in place of the damped copy.
+Damping is raised tenfold until H can be factored. Only what lies on and above a diagonal is ever made of H, so that
+what lies below it stays H's: from there it comes back for another try, and where nobody asks for H behind its factor
+and the columns stay as they stand, both are one matrix, not two.
 """
 
 from __future__ import annotations
@@ -35,6 +37,7 @@ class Factor:
     order: Tensor | None  # of the columns; None: as they stand
     damp_percent: float  # that was used
     damp: float  # what was added to the diagonal
+    diagonal: Tensor  # [in_features] float32: what it was before, columns as they stand in the weight
     events: tuple[Event, ...]
 
     def divide(self, B: Tensor) -> Tensor:
@@ -46,33 +49,62 @@ class Factor:
         return X if self.order is None else X[:, self.order.argsort()]
 
 
-def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str) -> Factor:
+def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str, *, in_place: bool = False) -> Factor:
     """The factor of H damped by ``damp`` of its mean diagonal, in the given column order.
+
+    ``in_place``: H may be used up; without an order, its memory becomes M's.
 
     Raises:
         Phi4EdgeError: H cannot be factored even when damped by its whole mean diagonal.
     """
-    mean = float(H.diagonal().mean())
+    diagonal = H.diagonal().clone()
+    mean = float(diagonal.mean())
     events: list[Event] = []
     # A dead column (input always zero) has no say: any diagonal will do.
-    dead = int((H.diagonal() == 0).sum())
+    dead = int((diagonal == 0).sum())
     if dead:
         events.append(Event("dead_columns", name, f"{dead} of {H.shape[0]} inputs were zero on all calibration tokens"))
     asked = damp
+    if order is not None:
+        R, undamped = _ordered(H, order), diagonal[order]
+    else:
+        R, undamped = H if in_place else H.clone(), diagonal
     while True:
-        R = H.clone() if order is None else _ordered(H, order)
         added = damp * mean if mean > 0 else 1.0
-        R.diagonal().add_(added)
+        R.diagonal().copy_(undamped + added)
         if _factor_upper(R):
             break
         damp = max(damp * 10, 1e-4)
         if damp > _MAX_DAMP or not math.isfinite(mean):
             raise Phi4EdgeError(f"{name}: the Hessian cannot be factored even with damping {damp / 10:g}")
+        _mirror_lower(R)
     if damp != asked:
         detail = f"H is not positive definite with damp_percent {asked:g}; raised to {damp:g}"
         events.append(Event("damping_raised", name, detail, {"asked": asked, "used": damp}))
-    diagonal = R.diagonal().clone()
-    return Factor(R.div_(diagonal[None, :]), diagonal.square(), order, damp, added, tuple(events))
+    r = R.diagonal().clone()
+    for start, here in _blocks(R.shape[0]):
+        R[:start, here].div_(r[here])
+        _put_upper(R[here, here], R[here, here] / r[here])
+    return Factor(R, r.square(), order, damp, added, diagonal, tuple(events))
+
+
+def _blocks(n: int) -> list[tuple[int, slice]]:
+    """Where each block of columns starts, and which they are, the last first."""
+    starts = range((n - 1) // _FACTOR_BLOCK * _FACTOR_BLOCK, -1, -_FACTOR_BLOCK)
+    return [(start, slice(start, min(start + _FACTOR_BLOCK, n))) for start in starts]
+
+
+def _put_upper(square: Tensor, values: Tensor) -> None:
+    """``values`` on and above the diagonal of ``square``, which keeps what lies below."""
+    square.tril_(-1).add_(values.triu())
+
+
+def _mirror_lower(H: Tensor) -> None:
+    """Above the diagonal of ``H`` what lies below it."""
+    for start, here in _blocks(H.shape[0]):
+        H[:start, here] = H[here, :start].T
+        square = H[here, here]
+        _put_upper(square, square.T.clone())
 
 
 def _ordered(H: Tensor, order: Tensor) -> Tensor:
@@ -89,21 +121,22 @@ def _ordered(H: Tensor, order: Tensor) -> Tensor:
 def _factor_upper(H: Tensor) -> bool:
     """Put R, H = R Rᵀ, into the upper triangle of ``H``; False where H is not positive definite.
 
-    What lies below the diagonal is left as it was: nothing reads it. Block columns go from the last to the first, with
-    nearly all of the work in matrix products.
+    What lies below the diagonal is left as it was. Block columns go from the last to the first, with nearly all of the
+    work in matrix products.
     """
     n = H.shape[0]
-    for start in range((n - 1) // _FACTOR_BLOCK * _FACTOR_BLOCK, -1, -_FACTOR_BLOCK):
-        stop = min(start + _FACTOR_BLOCK, n)
-        here, block = slice(start, stop), H[:stop, start:stop]
+    for start, here in _blocks(n):
+        stop, square = here.stop, H[here, here]
+        below = square.tril(-1)
         if stop < n:
-            block.addmm_(H[:stop, stop:], H[here, stop:].T, alpha=-1)
+            H[:stop, here].addmm_(H[:stop, stop:], H[here, stop:].T, alpha=-1)
         # The upper factor of a small H is the flipped lower factor of the flipped H.
-        lower, info = torch.linalg.cholesky_ex(H[here, here].flip(0, 1))
+        lower, info = torch.linalg.cholesky_ex(square.flip(0, 1))
         if int(info) != 0 or not bool(torch.isfinite(lower.diagonal()).all()):
+            square.copy_(below)
             return False
         R = lower.flip(0, 1)
-        H[here, here] = R
+        torch.add(R, below, out=square)
         if start:
             H[:start, here] = torch.linalg.solve_triangular(R.T, H[:start, here], upper=False, left=False)
     return True

@@ -55,8 +55,10 @@ _BLOCK = 128  # columns between two products with those finished since
 _SUB = 32  # columns between two products inside a block: a panel
 
 
-def factor(problem: Problem, options: SolverOptions) -> Factor:
+def factor(problem: Problem, options: SolverOptions, *, in_place: bool = False) -> Factor:
     """The factor of the problem's H, of None as of the identity, in the order that columns are visited.
+
+    ``in_place``: H may be used up, and is where columns go as they stand.
 
     Raises:
         InputError: the group size does not divide in_features.
@@ -66,7 +68,7 @@ def factor(problem: Problem, options: SolverOptions) -> Factor:
     groups = problem.scheme.groups(n, problem.name)
     H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
     order = _order(H.diagonal().clone(), n // groups, _unit(problem, groups), options)
-    return factor_matrix(H, order, options.damp_percent, problem.name)
+    return factor_matrix(H, order, options.damp_percent, problem.name, in_place=in_place)
 
 
 def _unit(problem: Problem, groups: int) -> int:
@@ -86,13 +88,11 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     W, n = problem.weight, problem.weight.shape[1]
     groups = problem.scheme.groups(n, problem.name)
     made = problem.factor if problem.factor is not None else factor(problem, options)
-    H = problem.hessian
-    diagonal = H.diagonal().clone() if H is not None else torch.ones(n, device=W.device)
     unit = _unit(problem, groups)
     static = options.act_order or unit == n
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_loop, grid, W[piece], groups, unit, diagonal, made.M, made.d, made.damp, made.order, static)
+        partial(_loop, grid, W[piece], groups, unit, made.diagonal, made.M, made.d, made.damp, made.order, static)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = options.run(pieces)

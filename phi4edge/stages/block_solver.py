@@ -209,7 +209,7 @@ class BlockSolver:
         recipe, problem, events = self._recipe, task.problem, list[Event]()
         aims = task.stats is not None and task.stats.hessian is not None and task.stats.shift is not None
         if self._solver.NEEDS_HESSIAN or aims:
-            problem = replace(problem, factor=gptq.factor(problem, self._options))
+            problem = self._factored(problem)
         if aims and not self._solver.NEEDS_HESSIAN and problem.factor is not None:
             events += problem.factor.events  # else they are the solution's
         aimed = self._aim(problem, task.stats) if aims else problem
@@ -242,6 +242,13 @@ class BlockSolver:
         who = f"rtn and {'refinement' if recipe.refined else 'shift'}" if recipe.method == "rtn" else recipe.method
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
         return nearest if judged.step == 1 else self._nearest(problem), record | {"method": "rtn"}, events, problem
+
+    def _factored(self, problem: Problem) -> Problem:
+        """The problem with the factor of its H, which may lie in H's own memory where nothing asks for H behind it."""
+        made = gptq.factor(problem, self._options, in_place=self._recipe.hessian_used_up)
+        if self._recipe.hessian_used_up:
+            problem = replace(problem, hessian=None, mean_square=made.diagonal)
+        return replace(problem, factor=made)
 
     def _nearest(self, problem: Problem, step: int = 1) -> QuantizedLinear:
         """Every ``step``-th row of the problem's weight, rounded to nearest."""
