@@ -42,6 +42,7 @@ from phi4edge.model.forward import stream_logits  # noqa: E402
 from phi4edge.model.source import WeightSource  # noqa: E402
 from phi4edge.stages.run_reader import open_run  # noqa: E402
 
+RESULTS = HERE / "results"
 MODEL, HELD_OUT_SEED = "phi-4-mini", 1
 ITERATIONS = 200  # AutoRound's default
 LITTLE = "1600MiB"  # about the least that our plan allows
@@ -144,6 +145,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--chunks", type=int, default=8, help="to measure KLD on")
     parser.add_argument("--only", action="append", help="only the row of this name; may be repeated")
+    parser.add_argument("--name", default="peers", help="of the result file: peers, or peers-SOMETHING")
     parser.add_argument("--no-record", action="store_true", help="print only")
     a = parser.parse_args()
     out = a.out.resolve()
@@ -177,14 +179,19 @@ def main() -> None:
         "threads": torch.get_num_threads(),
         "rows": found,
     }
-    print(table(results))
-    if not a.no_record:
+    if a.no_record:
+        print(table(results))
+    else:
         command = f"python benchmarks/scale/peers.py {a.out} --layers {a.layers} --grid {a.grid} --samples {a.samples}"
         command += f" --length {a.length} --chunks {a.chunks}"
         command += "".join(f' --only "{name}"' for name in a.only or [])
         sources = ("benchmarks/scale/peers.py", "benchmarks/quality")
-        record(HERE / "results" / "peers.json", command, results, sources)
-        update_readme(HERE / "README.md", "peers", table(results))
+        command += f" --name {a.name}"
+        record(RESULTS / f"{a.name}.json", command, results, sources)
+        documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("peers*.json"))]
+        tables = "\n\n".join(f"{table(d['results'])} {d['machine']['cpu']['model']}." for d in documents)
+        print(tables)
+        update_readme(HERE / "README.md", "peers", tables)
 
 
 if __name__ == "__main__":
