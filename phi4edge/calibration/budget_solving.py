@@ -86,7 +86,9 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     compared = min(judged, CHECKED_WEIGHTS)
     errors = compared * (2 * 4 + _DEQUANTIZED + 3 * halves)  # of both candidates
     tried = 2 * m * n + judged  # codes: for the shifted target, for the plain one, rounded to nearest
-    checking = W + factors + targets + tried + errors + 4 * computed * (3 * n + 6 * compared // n)
-    # The weight itself is gone by then, or stands in the place of codes and their values.
-    passing = m * n * (_DEQUANTIZED + halves) + 4 * computed * (2 * n + 3 * m + 3 * config.q_size)
+    again = factors if two or recipe.output_curvature or not recipe.hessian_used_up else 0  # to solve it once more
+    checking = W + again + targets + tried + errors + 4 * computed * (3 * n + 6 * compared // n)
+    # The weight itself is gone by then, or stands in the place of codes and their values; rounded, these go as well.
+    sent = m * n * (1 + (halves or 4) if recipe.full_precision_targets == 0 else _DEQUANTIZED + halves)
+    passing = max(m * n * (_DEQUANTIZED + halves), sent + 4 * computed * (2 * n + 3 * m + 3 * config.q_size))
     return max(reading, gathering, gathered, solving, checking, passing)

@@ -19,16 +19,17 @@ import torch
 T = TypeVar("T")
 # Something that computes pieces: here, or elsewhere. They are functions of their arguments, found by name.
 RunPieces = Callable[[Sequence[partial[Any]]], list[Any]]
-_MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 1024, 2**23  # in a piece
+_MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 512, 2**22  # in a piece
+_UNDIVIDED = 1024  # rows that stay one piece
 
 
 def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
     """The rows of a matrix [rows, columns] in one piece, or an even number of about one size, at most ``most`` in each.
 
-    As few as RAM makes bearable, since every piece walks over all columns, and a step of a walk holds Python's lock as
-    long for a thousand rows as for four. They depend on the shape alone, so what is computed does not on the machine.
+    Every piece walks over all columns, and what is in work beside the weight is as large as pieces are: from 512 rows
+    on a walk is as fast as with thousands. They depend on the shape alone, so what is computed does not on the machine.
     """
-    if most is None and rows <= _FEWEST_ROWS:
+    if most is None and rows <= _UNDIVIDED:
         most = rows
     elif most is None:
         most = max(_FEWEST_ROWS, min(_MOST_ROWS, _WEIGHTS // columns))

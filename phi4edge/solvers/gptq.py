@@ -96,10 +96,14 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = options.run(pieces)
-    codes = torch.cat([codes for codes, _, _ in parts])
     params = {field: torch.cat([found[field] for _, found, _ in parts]) for field in grid.fields}
-    linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
     loss = max(0.0, sum(lost for _, _, lost in parts)) / W.shape[0]
+    codes, start = torch.empty_like(W, dtype=torch.uint8), 0
+    while parts:  # each part goes as its rows are filled
+        part, _, _ = parts.pop(0)
+        codes[start : start + len(part)] = part
+        start += len(part)
+    linear = QuantizedLinear(problem.name, problem.scheme, codes, params)
     return Solution(linear, loss, made.damp_percent, made.events)
 
 

@@ -53,9 +53,9 @@ class SolvedBlock:
     rounding: dict[str, Any] | None = None  # what learned rounding did
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Task:
-    """One linear and what is known of its inputs."""
+    """One linear and what is known of its inputs; lets go of the largest arrays once they are used up."""
 
     problem: Problem
     stage: int
@@ -121,20 +121,25 @@ class BlockSolver:
                 (stats.hessian, stats.mean_square) if stats is not None else (None, self._given(name))
             )
             problem = Problem(name, given, hessian, self._job.scheme_of(name), mean_square)
+            task = _Task(problem, stage, stats, samples, factors)
+            del problem, stats, hessian, given
             with self._parts.part("solve"):
-                linear, record, events = self._choose(_Task(problem, stage, stats, samples, factors))
+                linear, record, events = self._choose(task)
             out.tensors |= linear.to("cpu").to_tensors()
-            solved.append(linear)
+            if inputs is not None:
+                solved.append(linear)
             if mean_square is not None:
                 out.tensors[f"{name}.imatrix"] = mean_square.cpu()
             out.records.append(record | scaling)
             out.events += events
-            del problem, stats, hessian, given  # before the samples go on: the largest arrays of a run
+            del task  # before the samples go on: the largest arrays of a run
             if samples is not None and not self._is_last(layer, stage):
                 samples.advance_exact(stage, weight)
                 del weight
-                samples.advance(stage, linear.dequantize())
+                samples.advance(stage, linear)
                 release_memory()  # what a linear leaves in the C library's arenas would add to the next one's peak
+            if not self._recipe.scales_inputs:
+                linear = None  # a byte a code; what is stored of it is packed
             self._reached(stage, committed)
         if inputs is not None and stream is not None:
             self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
@@ -209,7 +214,7 @@ class BlockSolver:
         recipe, problem, events = self._recipe, task.problem, list[Event]()
         aims = task.stats is not None and task.stats.hessian is not None and task.stats.shift is not None
         if self._solver.NEEDS_HESSIAN or aims:
-            problem = self._factored(problem)
+            problem = self._factored(task)
         if aims and not self._solver.NEEDS_HESSIAN and problem.factor is not None:
             events += problem.factor.events  # else they are the solution's
         aimed = self._aim(problem, task.stats) if aims else problem
@@ -225,6 +230,8 @@ class BlockSolver:
         plain = not self._solver.NEEDS_HESSIAN and not recipe.whole_hessian
         if plain or task.samples is None or not recipe.guard:
             return solution.linear, record, events, aimed
+        if aimed is problem and coupling is None:  # nothing is solved again: the factor goes before outputs come
+            aimed = problem = task.problem = replace(problem, factor=None)
         judged = judged_rows(len(problem.weight))
         nearest = self._nearest(problem, judged.step)
         ours, theirs = self._held_out(task, judged.step, [solution.linear.every(judged.step), nearest])
@@ -243,12 +250,14 @@ class BlockSolver:
         events.append(_fallback("fallback_to_rtn", problem.name, who, "rtn's", ours, theirs))
         return nearest if judged.step == 1 else self._nearest(problem), record | {"method": "rtn"}, events, problem
 
-    def _factored(self, problem: Problem) -> Problem:
-        """The problem with the factor of its H, which may lie in H's own memory where nothing asks for H behind it."""
-        made = gptq.factor(problem, self._options, in_place=self._recipe.hessian_used_up)
+    def _factored(self, task: _Task) -> Problem:
+        """The task's problem with the factor of its H, which takes H's memory where nothing asks for H behind it."""
+        made = gptq.factor(task.problem, self._options, in_place=self._recipe.hessian_used_up)
+        task.problem = replace(task.problem, factor=made)
         if self._recipe.hessian_used_up:
-            problem = replace(problem, hessian=None, mean_square=made.diagonal)
-        return replace(problem, factor=made)
+            task.problem = replace(task.problem, hessian=None, mean_square=made.diagonal)
+            task.stats = None if task.stats is None else replace(task.stats, hessian=None)
+        return task.problem
 
     def _nearest(self, problem: Problem, step: int = 1) -> QuantizedLinear:
         """Every ``step``-th row of the problem's weight, rounded to nearest."""

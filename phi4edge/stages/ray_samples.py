@@ -22,6 +22,7 @@ from torch import Tensor
 from phi4edge.calibration.statistics import InputMoments, shards
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.parts import PartTimes
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.guard import HeldOut, relative_errors
 from phi4edge.stages.shard import BlockFacts, advanced, shard_energies, shard_moments
@@ -103,10 +104,10 @@ class RaySamples:
                 total.merge(part)
             return total.belonging_to(weight if self._exact is not None else None)
 
-    def advance(self, stage: int, weight: Tensor) -> None:
+    def advance(self, stage: int, linear: QuantizedLinear) -> None:
         """See :class:`BlockSamples`."""
         with self._parts.part("forward"):
-            self._own.advance(stage, self._cluster.put(weight))
+            self._own.advance(stage, self._cluster.put(linear.dequantize()))
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:
         """See :class:`BlockSamples`."""

@@ -17,7 +17,8 @@ from torch import Tensor
 from phi4edge.calibration.statistics import InputMoments, shards
 from phi4edge.calibration.streams import Arrival, Streams
 from phi4edge.core.parts import PartTimes
-from phi4edge.model.compute import computing
+from phi4edge.model.compute import computing, prepared
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.guard import HeldOut, held_out_errors
 
 
@@ -33,8 +34,8 @@ class BlockSamples(Protocol):
         """Moments of the inputs of the linear of ``stage``, with weight ``weight``, over the samples to learn from."""
         ...
 
-    def advance(self, stage: int, weight: Tensor) -> None:
-        """Send the quantized model's samples through the linear of ``stage`` with ``weight``."""
+    def advance(self, stage: int, linear: QuantizedLinear) -> None:
+        """Send the quantized model's samples through the linear of ``stage``."""
         ...
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:
@@ -79,10 +80,11 @@ class LocalSamples:
                 total.merge(part)
             return total
 
-    def advance(self, stage: int, weight: Tensor) -> None:
+    def advance(self, stage: int, linear: QuantizedLinear) -> None:
         """See :class:`BlockSamples`."""
         with self._parts.part("forward"), computing(self._compute):
-            self._streams.own.advance(stage, weight)
+            # Prepared here, so that nobody holds on to float32 values where products are of bfloat16 ones.
+            self._streams.own.advance(stage, prepared(linear.dequantize()))
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:
         """See :class:`BlockSamples`."""

@@ -75,7 +75,7 @@ def scale_inputs(
             for field, values in producer.params.items()
         }
         divided = replace(producer, params=params)
-        samples.advance(stage - 1, divided.dequantize())
+        samples.advance(stage - 1, divided)
         tensors = divided.to("cpu").to_tensors()
     factors = factors.to(weight.device)
     stats.hessian.div_(factors).div_(factors[:, None])  # the largest arrays of a run: no copy
