@@ -76,7 +76,7 @@ class Server(ABC):
     port: int = field(default_factory=free_port)
 
     def __post_init__(self) -> None:
-        self.folder.mkdir(parents=True)
+        self.folder.mkdir(parents=True, exist_ok=True)  # a server that could not start leaves it
         self.known_hosts = self.keys.known_hosts(self.folder / "known_hosts", self.port)
 
     @property
