@@ -6,8 +6,11 @@ import hashlib
 import json
 import re
 import resource
+import weakref
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from support import write_checkpoint
 
 from phi4edge.calibration import judging
+from phi4edge.calibration.statistics import InputMoments, LayerStats
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, Phi4EdgeError, ResumeError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, Recipe
@@ -24,9 +28,11 @@ from phi4edge.model.block import LINEARS, forward_block, load_block
 from phi4edge.model.forward import embed, stream_logits
 from phi4edge.model.rope import rotary_table
 from phi4edge.stages.calibrate import calibrate, corpus_of_run
+from phi4edge.stages.guard import HeldOut
 from phi4edge.stages.inputs import check_tokenizer
 from phi4edge.stages.quantize import quantize
 from phi4edge.stages.run_reader import open_run
+from phi4edge.stages.samples import LocalSamples
 
 TEXT = str(Path(__file__).with_name("support.py"))  # calibration text of these tests
 OTHER_TEXT = str(Path(__file__))  # and text that they evaluate on
@@ -272,6 +278,42 @@ def test_a_budget_that_cannot_be_kept_is_refused_with_the_least_that_would_do(
     least = re.search(r"--ram-budget (\d+)MiB", caught.value.hint or "")
     assert least is not None
     quantize(phi4_checkpoint, RECIPE, tmp_path / "run", ram_budget=int(least[1]) * 2**20)
+
+
+def test_a_factor_in_the_place_of_its_hessian_gives_the_same_bytes_as_one_beside_it(
+    undisturbed: Path, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert RECIPE.hessian_used_up
+    monkeypatch.setattr(Recipe, "hessian_used_up", False)
+    quantize(phi4_checkpoint, RECIPE, tmp_path / "run")
+    assert digests(tmp_path / "run") == digests(undisturbed)
+
+
+@pytest.mark.parametrize("awq", [False, True])
+def test_nobody_holds_a_hessian_once_it_is_used_up(
+    awq: bool, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[weakref.ref[torch.Tensor]] = []
+    held: list[bool] = []  # at every comparison of outputs
+    result, held_out = InputMoments.result, LocalSamples.held_out
+
+    def watched(self: InputMoments, sink_share: float | None = None, shrinkage: float = 0.0) -> LayerStats:
+        stats = result(self, sink_share, shrinkage)
+        assert stats.hessian is not None
+        made.append(weakref.ref(stats.hessian))
+        return stats
+
+    def looked(self: LocalSamples, *arguments: Any) -> list[HeldOut]:
+        held.append(made[-1]() is not None)
+        return held_out(self, *arguments)
+
+    monkeypatch.setattr(InputMoments, "result", watched)
+    monkeypatch.setattr(LocalSamples, "held_out", looked)
+    quantize(phi4_checkpoint, replace(RECIPE, awq=awq), tmp_path / "run")
+    assert held == [False] * 8
+    held.clear()
+    quantize(phi4_checkpoint, replace(RECIPE, sweeps=1), tmp_path / "other")  # which asks for H until the end
+    assert held == [True] * 8
 
 
 def test_few_calibration_tokens_are_an_event(phi4_checkpoint: Path, tmp_path: Path) -> None:

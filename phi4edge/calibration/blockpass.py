@@ -11,7 +11,7 @@ of the residual stream is cheap enough to be computed again.
 
 from __future__ import annotations
 
-__all__ = ["COMPUTED_TOKENS", "BlockPass", "Stores", "samples_together"]
+__all__ = ["COMPUTED_TOKENS", "EMBEDDED_VALUES", "BlockPass", "Stores", "samples_together"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ from phi4edge.model.rope import Rotary
 from phi4edge.model.source import WeightSource
 
 COMPUTED_TOKENS = 1024  # sent through a linear at a time, or one sample where samples are longer
-_EMBEDDED = 1 << 26  # values embedded at a time
+EMBEDDED_VALUES = 1 << 26  # values embedded at a time
 
 
 def samples_together(length: int, tokens: int) -> int:
@@ -61,7 +61,7 @@ class Stores:
 
     def fill(self, source: WeightSource, tokens: Tensor) -> None:
         """Begin with the embeddings of ``tokens`` [samples, length], a bounded number of samples at a time."""
-        group = max(1, _EMBEDDED // (tokens.shape[1] * source.config.hidden_size))
+        group = max(1, EMBEDDED_VALUES // (tokens.shape[1] * source.config.hidden_size))
         for i in range(0, tokens.shape[0], group):
             self.hidden.write(i, embed(source, tokens[i : i + group]))
 

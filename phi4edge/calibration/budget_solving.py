@@ -12,15 +12,15 @@ __all__ = ["solving_bytes"]
 
 import os
 
-from phi4edge.calibration.blockpass import COMPUTED_TOKENS, samples_together
+from phi4edge.calibration.blockpass import COMPUTED_TOKENS, EMBEDDED_VALUES, samples_together
 from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
 from phi4edge.calibration.statistics import SHARD, summed_values, takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
+from phi4edge.model.forward import EMBEDDED_ROWS
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
 
-_EMBEDDED_ROWS, _EMBEDDED_VALUES = 4096, 2**26  # of the embedding in RAM at a time; embedded at a time
 _SHIFT_ROWS = 2048  # at a time, by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
 _ROUNDED_WEIGHTS, _ROUNDED = 2**18, 64  # rounded at a time, as they are read; bytes that each of them takes
@@ -46,8 +46,8 @@ def solving_bytes(config: ModelConfig, recipe: Recipe, *, by_rows: bool = False)
         return held + int(largest * max(bits, 4.5) / 8) + working
     peak: int = max(_linear_bytes(config, recipe, m, n) for m, n in shapes)
     if recipe.corpus is not None:
-        slices = _EMBEDDED_ROWS * config.hidden_size * 6
-        filling = 4 * min(_EMBEDDED_VALUES, recipe.corpus.tokens * config.hidden_size)
+        slices = EMBEDDED_ROWS * config.hidden_size * 6
+        filling = 4 * min(EMBEDDED_VALUES, recipe.corpus.tokens * config.hidden_size)
         peak = max(peak, slices + filling)
     return held + peak
 
@@ -73,7 +73,7 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     arriving = 4 * length * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
     sums = 4 * summed_values(n) if whole else 0
     gathering = W + parts * (sums + shift) + arriving
-    gathered = W + square + shift + sums // 4  # H, and what it is still to be filled with: an eighth of it, and less
+    gathered = W + square * 9 // 8 + shift  # H, and the block of sums that it is being filled with
     # H and its factor, or H as the search for scales multiplies with it; the factor alone where H is used up.
     ordered = recipe.act_order or recipe.group_aware
     factors = square if recipe.hessian_used_up and not (ordered or recipe.scales_inputs) else 2 * square

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["embed", "head_logits", "stream_logits"]
+__all__ = ["EMBEDDED_ROWS", "embed", "head_logits", "stream_logits"]
 
 from collections.abc import Callable, Iterator
 
@@ -16,7 +16,7 @@ from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
 
 _ROWS = 16384  # rows of the head that are in RAM at a time
-_EMBEDDED_ROWS = 4096  # of the embedding: nothing is computed on them, so no more are of use
+EMBEDDED_ROWS = 4096  # of the embedding in RAM at a time: nothing is computed on them, so no more are of use
 _LOGIT_BYTES = 512 * 2**20  # logits in RAM at a time
 
 
@@ -25,8 +25,8 @@ def embed(source: WeightSource, tokens: Tensor) -> Tensor:
     config = source.config
     flat = tokens.reshape(-1)
     out = torch.empty(flat.numel(), config.hidden_size)
-    for start in range(0, config.vocab_size, _EMBEDDED_ROWS):
-        stop = min(start + _EMBEDDED_ROWS, config.vocab_size)
+    for start in range(0, config.vocab_size, EMBEDDED_ROWS):
+        stop = min(start + EMBEDDED_ROWS, config.vocab_size)
         chosen = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
         if chosen.numel():
             rows = source.tensor("model.embed_tokens.weight", slice(start, stop))

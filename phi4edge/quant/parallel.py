@@ -27,7 +27,8 @@ def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
     """The rows of a matrix [rows, columns] in one piece, or an even number of about one size, at most ``most`` in each.
 
     Every piece walks over all columns, and what is in work beside the weight is as large as pieces are: from 512 rows
-    on a walk is as fast as with thousands. They depend on the shape alone, so what is computed does not on the machine.
+    on a walk takes within a tenth of what it does with thousands. They depend on the shape alone, so what is computed
+    does not on the machine.
     """
     if most is None and rows <= _UNDIVIDED:
         most = rows

@@ -117,6 +117,7 @@ class BlockSolver:
                 given, stats, factors = scaled.weight, scaled.stats, scaled.factors
                 scaling = {"awq": scaled.record}
                 out.tensors |= scaled.tensors
+                del scaled  # it holds H too
             hessian, mean_square = (
                 (stats.hessian, stats.mean_square) if stats is not None else (None, self._given(name))
             )
