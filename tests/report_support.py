@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from phi4edge.report.build import Report, build_report
+
 CHUNKS, SCORED = 20, 255
 NAMES = (  # name, scheme, MiB, level of the KLD, tokens a second
     ("toy-f16.gguf", "f16", 312.4, 2e-4, 30.0),
@@ -219,3 +221,10 @@ def write_results(folder: Path) -> Path:
     write(folder / "run" / "manifest.json", manifest())
     write(folder / "run" / "performance.json", {"seconds": 82.5, "peak_rss_bytes": 612519936})
     return folder
+
+
+def report_of(folder: Path, *documents: Any, **options: Any) -> Report:
+    """The report on ``documents``, each written into ``folder``."""
+    for number, document in enumerate(documents):
+        write(folder / f"{number:02d}.json", document)
+    return build_report([folder], **options)

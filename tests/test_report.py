@@ -15,8 +15,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from report_support import (
     CHUNKS,
     NAMES,
@@ -27,6 +25,7 @@ from report_support import (
     manifest,
     measured,
     positions,
+    report_of,
     sha,
     write,
     write_results,
@@ -36,11 +35,9 @@ from phi4edge.cli.main import main
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.hashing import sha256_file
 from phi4edge.report.build import Report, build_report, write_report
-from phi4edge.report.labels import shorten
 from phi4edge.report.markdown import render_markdown
 from phi4edge.report.numbers import with_error
-from phi4edge.report.plots import SizePlot, SizePoint
-from phi4edge.report.svg import ROLES, place_labels
+from phi4edge.report.svg import ROLES
 
 BASELINE = "toy-q4_0-llamacpp"
 
@@ -80,12 +77,6 @@ class PageReader(HTMLParser):
     @property
     def words(self) -> str:
         return " ".join(" ".join(self.text).split())
-
-
-def report_of(folder: Path, *documents: Any, **options: Any) -> Report:
-    for number, document in enumerate(documents):
-        write(folder / f"{number:02d}.json", document)
-    return build_report([folder], **options)
 
 
 def page_of(report: Report, out: Path) -> PageReader:
@@ -519,62 +510,6 @@ def test_figures_of_the_measuring_code_have_their_columns(tmp_path: Path) -> Non
     assert rows_of(markdown, "## Gates")[0]["Outcome"] == "pass"
 
 
-DAMAGE: dict[str, tuple[Callable[[dict[str, Any]], Any], str]] = {
-    "missing": (lambda d: d["data"]["artifact"].pop("sha256"), "data.artifact.sha256: is missing"),
-    "null": (lambda d: d["data"]["text"].update(context=None), "data.text.context: is null"),
-    "no kld": (lambda d: d["data"]["metrics"].pop("kld"), "data.metrics.kld: is missing"),
-    "word": (lambda d: d["data"]["metrics"]["kld"].update(value="x"), "data.metrics.kld.value: is a string, expected"),
-    "no value": (lambda d: d["data"]["metrics"].update(ppl={"se": 1}), "data.metrics.ppl.value: is missing"),
-    "se": (lambda d: d["data"]["metrics"]["ppl"].update(se=-1), "data.metrics.ppl.se: is -1, expected a number of at"),
-    "list": (lambda d: d["data"].update(per_chunk_kld=[0.1, True]), r"data.per_chunk_kld\[1\]: is true or false"),
-    "data": (lambda d: d.update(data=[1]), "data: is a list, expected an object"),
-    "newer": (lambda d: d.update(schema="phi4edge/drift/2"), "schema: is 'phi4edge/drift/2', this version reads"),
-    "nan": (lambda d: d["data"]["metrics"]["kld"].update(value=math.nan), "holds NaN, which is not a JSON number"),
-}
-
-
-@pytest.mark.parametrize("kind", DAMAGE)
-def test_a_damaged_document_is_named_with_its_key(kind: str, tmp_path: Path) -> None:
-    damage, message = DAMAGE[kind]
-    document = drift("a.gguf")
-    damage(document)
-    write(tmp_path / "good.json", drift("b.gguf", seed=1))
-    path = write(tmp_path / "bad.json", document)
-    with pytest.raises(InputError, match=f"^{re.escape(str(path))}: {message}"):
-        build_report([tmp_path])
-
-
-def test_a_truncated_document_is_an_error_wherever_it_is_found(tmp_path: Path) -> None:
-    write(tmp_path / "good.json", drift("a.gguf"))
-    text = json.dumps(drift("b.gguf"))
-    (tmp_path / "cut.json").write_text(text[: len(text) // 2])
-    with pytest.raises(InputError, match=r"cut\.json: not valid JSON"):
-        build_report([tmp_path])
-
-
-def test_other_json_is_left_out_with_a_note(tmp_path: Path) -> None:
-    write(tmp_path / "tokenizer.json", {"model": {"vocab": {}}})
-    write(tmp_path / "plan.json", {"schema": "phi4edge/plan/1", "ok": True, "data": {}})
-    (tmp_path / "broken.json").write_text("{ not ours")
-    report = report_of(tmp_path, drift("a.gguf"))
-    assert sorted(report.data["ignored"]) == [f"{tmp_path.name}/{n}.json" for n in ("broken", "plan", "tokenizer")]
-    assert "3 JSON files are no results" in report.notes[0]
-
-
-def test_a_report_is_not_made_of_reports(tmp_path: Path) -> None:
-    before = report_of(tmp_path, drift("a.gguf"))
-    first = write_report(before, tmp_path / "out")["json"].read_bytes()
-    assert write_report(build_report([tmp_path]), tmp_path / "out")["json"].read_bytes() == first
-
-
-def test_the_same_file_given_twice_counts_once(tmp_path: Path) -> None:
-    path = write(tmp_path / "x.json", drift("a.gguf"))
-    write(tmp_path / "y.json", drift("a.gguf"))
-    report = build_report([path, tmp_path, path])
-    assert [len(comparison.rows) for comparison in report.comparisons] == [1]
-    assert "y.json has the same content as x.json" in report.notes[0]
-
-
 # The command
 
 
@@ -623,64 +558,7 @@ def test_a_failed_command_leaves_the_old_report_whole(tmp_path: Path) -> None:
     assert {path.suffix[1:]: path.read_bytes() for path in (tmp_path / "out").iterdir()} == old
 
 
-# Small parts
-
-
-@pytest.mark.parametrize(
-    ("value", "se", "text"),
-    [
-        (0.13412, 0.00304, "0.1341 ± 0.0030"),
-        (26.2123, 0.4512, "26.21 ± 0.45"),
-        (80.2, 0.6, "80.20 ± 0.60"),
-        (0.0473, 0.0046, "0.0473 ± 0.0046"),
-        (1234.5, 32.0, "1,234 ± 32"),
-        (104857.2, None, "104,857"),
-        (1.84e-4, 4.4e-6, "1.840e−4 ± 4.4e−6"),
-        (-0.0001, 0.002, "−0.0001 ± 0.0020"),
-        (9.99996, None, "10.00"),
-        (22.98, 0.0004, "22.98 ± 0.0004"),
-        (100.0, 0.0, "100.0 ± 0"),
-        (1.0, 9.9e-9, "1.000 ± 1e−8"),
-        (0.0, None, "0"),
-    ],
-)
-def test_figures_and_their_errors_end_at_one_place(value: float, se: float | None, text: str) -> None:
-    assert with_error(value, se) == text
-
-
-@given(
-    st.lists(st.tuples(st.floats(0, 400), st.floats(0, 300)), max_size=25),
-    st.floats(10, 120),
-)
-def test_labels_never_overlap_each_other_or_the_points(points: list[tuple[float, float]], width: float) -> None:
-    marks = [(x - 4, y - 4, x + 4, y + 4) for x, y in points]
-    inside = (0.0, 0.0, 400.0, 300.0)
-    places = [p for p in place_labels(points, [(width, 9.0)] * len(points), marks, inside) if p is not None]
-    for i, a in enumerate(places):
-        assert inside[0] <= a[0] <= a[2] <= inside[2]
-        assert inside[1] <= a[1] <= a[3] <= inside[3]
-        for b in [*places[:i], *marks]:
-            assert a[2] <= b[0] or b[2] <= a[0] or a[3] <= b[1] or b[3] <= a[1]
-
-
-def test_every_label_of_a_crowded_plot_finds_a_place() -> None:
-    points = tuple(SizePoint(f"q4_0-variant-{i}", 102.7 + i / 20, 0.2 + i / 100, 0.005, "other") for i in range(8))
-    svg = SizePlot(points, 8e-9, ()).draw("p")
-    assert all(f">{point.label}<" in svg for point in points)
-
-
-@pytest.mark.parametrize(
-    ("names", "short"),
-    [
-        (["m-q4_0-gptq.gguf", "m-q4_0-rtn.gguf", "m-q8_0.gguf"], ["q4_0-gptq", "q4_0-rtn", "q8_0"]),
-        (["alone.gguf"], ["alone"]),
-        (["a.gguf", "a.onnx"], ["a.gguf", "a.onnx"]),
-        (["m-a.gguf", "m-.gguf"], ["m-a", "m-"]),
-        (["x" * 40 + ".gguf", "y.gguf"], ["x" * 13 + "…" + "x" * 13, "y"]),
-    ],
-)
-def test_short_labels_stay_unique(names: list[str], short: list[str]) -> None:
-    assert shorten(names) == short
+# What stands beside the tables
 
 
 def test_environment_that_all_share_is_shown_once(page: PageReader) -> None:
