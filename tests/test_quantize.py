@@ -27,6 +27,8 @@ from phi4edge.core.workdir import JOURNAL
 from phi4edge.model.block import LINEARS, forward_block, load_block
 from phi4edge.model.forward import embed, stream_logits
 from phi4edge.model.rope import rotary_table
+from phi4edge.stages import calibrate as calibration
+from phi4edge.stages import job
 from phi4edge.stages.calibrate import calibrate, corpus_of_run
 from phi4edge.stages.guard import HeldOut
 from phi4edge.stages.inputs import check_tokenizer
@@ -314,6 +316,21 @@ def test_nobody_holds_a_hessian_once_it_is_used_up(
     held.clear()
     quantize(phi4_checkpoint, replace(RECIPE, sweeps=1), tmp_path / "other")  # which asks for H until the end
     assert held == [True] * 8
+
+
+def test_who_asks_for_a_budget_gets_freed_memory_given_back(
+    phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+    monkeypatch.setattr(job, "give_large_arrays_back", lambda: asked.append("quantize"))
+    monkeypatch.setattr(calibration, "give_large_arrays_back", lambda: asked.append("calibrate"))
+    quantize(phi4_checkpoint, RECIPE, tmp_path / "free")
+    calibrate(phi4_checkpoint, CORPUS, tmp_path / "free.imatrix")
+    assert not asked
+    quantize(phi4_checkpoint, RECIPE, tmp_path / "kept", ram_budget=8 * 2**30)
+    calibrate(phi4_checkpoint, CORPUS, tmp_path / "kept.imatrix", ram_budget=8 * 2**30)
+    assert asked == ["quantize", "calibrate"]
+    assert digests(tmp_path / "kept") == digests(tmp_path / "free")
 
 
 def test_few_calibration_tokens_are_an_event(phi4_checkpoint: Path, tmp_path: Path) -> None:

@@ -34,7 +34,7 @@ from phi4edge.checkpoint.config import ModelConfig  # noqa: E402
 from phi4edge.checkpoint.reader import open_checkpoint  # noqa: E402
 from phi4edge.core.events import Progress  # noqa: E402
 from phi4edge.core.hugepages import restarted_environment, what_the_system_says  # noqa: E402
-from phi4edge.core.memory import format_bytes, give_large_arrays_back, parse_bytes, peak_rss_bytes  # noqa: E402
+from phi4edge.core.memory import format_bytes, parse_bytes, peak_rss_bytes  # noqa: E402
 from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe  # noqa: E402
 
 RESULTS = HERE / "results"
@@ -62,7 +62,6 @@ def child(model: str, recipe: Recipe, out: Path, budget: int, blocks: int, pipe:
 
     from phi4edge.stages.quantize import quantize
 
-    give_large_arrays_back()  # as the command does
     with suppress(KeyboardInterrupt):
         quantize(model, recipe, out, ram_budget=budget, progress=Until(out / "journal.jsonl", blocks))
     peak = peak_rss_bytes()

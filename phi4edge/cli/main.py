@@ -24,7 +24,6 @@ from phi4edge.cli.render import emit_error
 from phi4edge.core.disk import full_disk, is_full
 from phi4edge.core.errors import Phi4EdgeError, UsageError, closest
 from phi4edge.core.hugepages import use_huge_pages
-from phi4edge.core.memory import give_large_arrays_back
 
 # In the order in which a newcomer meets them; a test holds this table against the files.
 SUMMARIES = {
@@ -131,5 +130,4 @@ def entry() -> None:
     """The console script, and ``python -m phi4edge``."""
     if any(name in sys.argv[1:2] for name in _LARGE):
         use_huge_pages([sys.executable, *sys.orig_argv[1:]])
-        give_large_arrays_back()
     sys.exit(main())

@@ -26,7 +26,7 @@ from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
 from phi4edge.core.atomic import write_bytes, write_json
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_json
-from phi4edge.core.memory import peak_rss_bytes
+from phi4edge.core.memory import give_large_arrays_back, peak_rss_bytes
 from phi4edge.core.recipe import CorpusRecipe, Recipe
 from phi4edge.core.workdir import CALIBRATION, Workdir
 from phi4edge.model.block import LINEARS, load_block
@@ -121,6 +121,8 @@ def _prepare(
     checkpoint = open_checkpoint(model)
     tokenizer = check_tokenizer(checkpoint.index)
     memory = plan_memory(checkpoint.config, Recipe(method="rtn", corpus=recipe, guard=False), ram_budget)
+    if ram_budget is not None:
+        give_large_arrays_back()
     corpus, own = load_corpus_of(checkpoint, tokenizer, recipe, run, ram_budget=ram_budget, progress=progress)
     return checkpoint, corpus, own, memory
 

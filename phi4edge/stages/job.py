@@ -17,6 +17,7 @@ from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.jsonfile import read_object
+from phi4edge.core.memory import give_large_arrays_back
 from phi4edge.core.recipe import BFLOAT16, FLOAT32, Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.core.workdir import RUN_FILE
@@ -85,6 +86,8 @@ def prepare(
     tokenizer = check_tokenizer(checkpoint.index)
     by_rows = recipe.by_rows and device == "cpu" and not spread
     memory = plan_memory(config, recipe, ram_budget, by_rows)
+    if ram_budget is not None:
+        give_large_arrays_back()
     types = _types(config, recipe)
     if run is not None:
         check_room(run, config, recipe, memory, lambda linear: types.get(linear, scheme))
