@@ -98,7 +98,8 @@ def give_large_arrays_back() -> None:
 
     By itself it starts to keep arrays of up to 32 MiB in its arenas, where one small tensor that outlives them is
     enough for the next of the same size not to fit: a sample's activations were found there twenty times over. Every
-    array then comes as fresh pages, a twentieth of the time of a run: it is for those who asked for a budget.
+    array then comes as fresh pages, which took 2 to 12 % of a run's time (benchmarks/scale/README.md): it is for those
+    who asked for a budget.
     """
     try:
         set_option = ctypes.CDLL(None).mallopt
