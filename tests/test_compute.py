@@ -56,6 +56,21 @@ def test_what_is_measured_is_a_speed_and_an_error_that_rounding_explains() -> No
         assert 0 < speeds.error < 2.0**-7  # rounded all the same, and no faster
 
 
+@pytest.mark.parametrize("stalled", [FLOAT32, BFLOAT16])
+def test_a_moments_stall_does_not_choose(stalled: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    turns = {FLOAT32: [140.0, 130.0, 150.0, 145.0], BFLOAT16: [380.0, 350.0, 370.0, 360.0]}
+    turns[stalled][1:3] = [3.0, 60.0]
+
+    def timed(unit: str, x: torch.Tensor, w: torch.Tensor) -> tuple[float, torch.Tensor]:
+        return turns[unit].pop(0), torch.ones(2) * (1.001 if unit == BFLOAT16 else 1)
+
+    monkeypatch.setattr(compute, "_timed", timed)
+    speeds = measure_for_real()
+    assert speeds.float32 == (150.0 if stalled == BFLOAT16 else 145.0)
+    assert speeds.bfloat16 == 380.0
+    assert speeds.error == pytest.approx(0.001, rel=1e-3)
+
+
 def test_a_prepared_weight_gives_the_product_as_near_as_the_units_can() -> None:
     generator = torch.Generator().manual_seed(0)
     x, weight = torch.randn(2, 3, 64, generator=generator), torch.randn(5, 64, generator=generator)
