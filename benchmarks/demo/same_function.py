@@ -22,7 +22,8 @@ def rescale(arch: Architecture, weights: Weights, strength: float, seed: int, *,
     generator = torch.Generator().manual_seed(seed)
 
     def scales(count: int) -> Tensor:
-        return torch.exp((2 * torch.rand(count, generator=generator) - 1) * strength)
+        exponents = (2 * torch.rand(count, generator=generator) - 1) * strength
+        return exponents.double().exp().float()  # in float32 its last bit depends on the CPU, and so would the checkpoint
 
     result = dict(weights)
 
