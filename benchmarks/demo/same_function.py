@@ -23,7 +23,7 @@ def rescale(arch: Architecture, weights: Weights, strength: float, seed: int, *,
 
     def scales(count: int) -> Tensor:
         exponents = (2 * torch.rand(count, generator=generator) - 1) * strength
-        return exponents.double().exp().float()  # in float32 its last bit depends on the CPU, and so would the checkpoint
+        return exponents.double().exp().float()  # float32 would differ by CPU, and the checkpoint with it
 
     result = dict(weights)
 
