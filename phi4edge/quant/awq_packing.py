@@ -26,7 +26,7 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import pack_words, unpack_words
+from phi4edge.quant.packing import groups_refusal, pack_words, unpack_words, words_refusal
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("qweight", "qzeros", "scales")
@@ -44,11 +44,7 @@ def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str 
         return f"{scheme.name} has {scheme.bits} bits; AWQ's kernels know 4"
     if scheme.grid not in GRIDS:
         return f"{scheme.name} stores a floating-point minimum for each block, and an AWQ zero point is a whole number"
-    if out_features % _PER_WORD:
-        return f"out_features {out_features} is not divisible by {_PER_WORD}, the 4-bit codes in an int32 word"
-    if scheme.group_size > 0 and in_features % scheme.group_size:
-        return f"in_features {in_features} is not divisible by group_size {scheme.group_size}"
-    return None
+    return words_refusal(BITS, {"out_features": out_features}) or groups_refusal(scheme.group_size, in_features)
 
 
 def packed_layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:

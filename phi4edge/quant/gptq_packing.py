@@ -28,7 +28,7 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import pack_words, unpack_words
+from phi4edge.quant.packing import groups_refusal, pack_words, unpack_words, words_refusal
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("qweight", "qzeros", "scales", "g_idx")
@@ -43,13 +43,8 @@ def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str 
         return f"{scheme.name} stores a floating-point minimum for each block, and a GPTQ zero point is a whole number"
     if scheme.bits not in (4, 8):
         return f"{scheme.name} has {scheme.bits} bits; 4 and 8 are packed here"
-    per_word = 32 // scheme.bits
-    for axis, size in (("in_features", in_features), ("out_features", out_features)):
-        if size % per_word:
-            return f"{axis} {size} is not divisible by {per_word}, the {scheme.bits}-bit codes in an int32 word"
-    if scheme.group_size > 0 and in_features % scheme.group_size:
-        return f"in_features {in_features} is not divisible by group_size {scheme.group_size}"
-    return None
+    axes = {"in_features": in_features, "out_features": out_features}
+    return words_refusal(scheme.bits, axes) or groups_refusal(scheme.group_size, in_features)
 
 
 def packed_layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:

@@ -28,7 +28,7 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import pack_nibbles, unpack_nibbles
+from phi4edge.quant.packing import groups_refusal, pack_nibbles, unpack_nibbles
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("qweight", "scales", "zeros")
@@ -48,9 +48,7 @@ def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str 
     if block < _SMALLEST or block & (block - 1):
         whole = " (a whole row)" if scheme.group_size < 0 else ""
         return f"group_size {block}{whole} is not a power of two from {_SMALLEST} up, as a MatMulNBits block has to be"
-    if in_features % block:
-        return f"in_features {in_features} is not divisible by group_size {block}"
-    return None
+    return groups_refusal(block, in_features)
 
 
 def packed_layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:

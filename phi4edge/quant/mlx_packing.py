@@ -33,7 +33,7 @@ from torch import Tensor
 from phi4edge.core.errors import InputError
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.packing import unpack_words
+from phi4edge.quant.packing import groups_refusal, unpack_words
 from phi4edge.quant.scheme import Scheme
 
 FIELDS = ("weight", "scales", "biases")
@@ -51,9 +51,7 @@ def packing_refusal(scheme: Scheme, out_features: int, in_features: int) -> str 
     if scheme.group_size not in GROUP_SIZES:
         found = "a scale for a whole row" if scheme.group_size < 0 else f"groups of {scheme.group_size}"
         return f"{scheme.name} has {found}, and MLX groups of {', '.join(map(str, GROUP_SIZES))}"
-    if in_features % scheme.group_size:
-        return f"in_features {in_features} is not divisible by group_size {scheme.group_size}"
-    return None
+    return groups_refusal(scheme.group_size, in_features)
 
 
 def packed_layout(scheme: Scheme, out_features: int, in_features: int) -> dict[str, tuple[str, tuple[int, ...]]]:

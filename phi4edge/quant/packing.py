@@ -2,9 +2,19 @@
 
 from __future__ import annotations
 
-__all__ = ["as_words", "pack_bytes", "pack_nibbles", "pack_words", "unpack_nibbles", "unpack_words"]
+__all__ = [
+    "as_words",
+    "groups_refusal",
+    "pack_bytes",
+    "pack_nibbles",
+    "pack_words",
+    "unpack_nibbles",
+    "unpack_words",
+    "words_refusal",
+]
 
 import sys
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor
@@ -55,6 +65,22 @@ def unpack_words(words: Tensor, bits: int) -> Tensor:
     if bits == 8:
         return packed
     return unpack_nibbles(packed) if bits == 4 else _unpack_stream(packed, bits)
+
+
+def words_refusal(bits: int, axes: Mapping[str, int]) -> str | None:
+    """Why one of ``axes``, name and size, holds no whole number of int32 words of codes, or None."""
+    per_word = 32 // bits
+    for axis, size in axes.items():
+        if size % per_word:
+            return f"{axis} {size} is not divisible by {per_word}, the {bits}-bit codes in an int32 word"
+    return None
+
+
+def groups_refusal(group_size: int, in_features: int) -> str | None:
+    """Why a row has no whole number of groups, or None; ``group_size`` −1 is the whole row."""
+    if group_size > 0 and in_features % group_size:
+        return f"in_features {in_features} is not divisible by group_size {group_size}"
+    return None
 
 
 def _pack_stream(codes: Tensor, bits: int) -> Tensor:
