@@ -48,6 +48,21 @@ def test_every_named_domain_has_its_share_of_what_is_kept_aside(tmp_path: Path, 
             )
 
 
+def test_a_mix_takes_its_share_of_ready_chunks(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    ready = load_corpus("builtin", tokenizer, samples=4, sequence_length=32, seed=3)
+    path = saved(tmp_path / "chunks.safetensors", ready.tokens, domains=json.dumps(["a", "b"] * 2))
+    (tmp_path / "notes.txt").write_text("What a model is given to read, it is judged by. " * 99)
+    mix = load_corpus(f"{path}=0.25,{tmp_path}/notes.txt=0.75", tokenizer, samples=8, sequence_length=32)
+    assert mix.domain_counts() == {d: {"samples": n, "held_out": 0} for d, n in (("a", 1), ("b", 1), ("notes", 6))}
+    taken = {tuple(row) for row, domain in zip(mix.tokens.tolist(), mix.domains, strict=True) if domain in "ab"}
+    assert taken == {tuple(row) for row in ready.tokens[:2].tolist()}
+    # Where there are fewer chunks than their share, the rest of the mix makes up for them.
+    more = load_corpus(f"{path}=0.75,{tmp_path}/notes.txt=0.25", tokenizer, samples=8, sequence_length=32)
+    assert more.domain_counts()["notes"]["samples"] == 4
+    with pytest.raises(InputError, match="has chunks of 32 tokens, the sequence length is 31"):
+        load_corpus(f"{path}=0.5,{tmp_path}/notes.txt=0.5", tokenizer, samples=8, sequence_length=31)
+
+
 @pytest.mark.parametrize(
     ("tokens", "name", "message"),
     [

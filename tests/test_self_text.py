@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from phi4edge.calibration.corpus import load_corpus
 from phi4edge.calibration.seeds import load_seeds, seeds_of
@@ -252,11 +253,16 @@ def test_what_ram_does_not_hold_is_rounded_or_refused(cache: Path, phi4_checkpoi
 
 
 @with_llama
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [("absent.txt", r"absent\.txt: no such file"), ("short.safetensors", "has chunks of 32 tokens")],
+)
 def test_a_bad_part_of_a_mix_is_refused_before_the_model_writes(
-    cache: Path, phi4_checkpoint: Path, tmp_path: Path
+    cache: Path, phi4_checkpoint: Path, tmp_path: Path, name: str, message: str
 ) -> None:
-    recipe = CorpusRecipe(f"self=0.5,{tmp_path / 'absent.txt'}=0.5", samples=8, sequence_length=64)
-    with pytest.raises(InputError, match=r"absent\.txt: no such file"):
+    save_file({"tokens": torch.zeros(4, 32, dtype=torch.int64)}, tmp_path / "short.safetensors")
+    recipe = CorpusRecipe(f"self=0.5,{tmp_path / name}=0.5", samples=8, sequence_length=64)
+    with pytest.raises(InputError, match=message):
         calibrate(phi4_checkpoint, recipe, tmp_path / "run")
     assert not cache.exists()
     assert not (tmp_path / "run").exists()

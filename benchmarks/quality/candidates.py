@@ -36,6 +36,7 @@ from phi4edge.core.hashing import sha256_file, sha256_json  # noqa: E402
 from phi4edge.core.settings import Table, read_toml  # noqa: E402
 
 LLAMA = ROOT / "benchmarks" / "peers" / "llama_quantize.py"
+CHUNKS = "{chunks}"  # in a candidate's arguments: the file of the shared chunks
 ARTIFACTS = {"gguf": "model.gguf", "run": "run", "checkpoint": "checkpoint"}
 DECIDES_NOTHING = ("report", "targets", "transports", "measurement", "runtimes")  # layers that make no artifact
 
@@ -119,10 +120,10 @@ def load_candidates(path: Path) -> list[Candidate]:
     return found
 
 
-def child(command: Sequence[str | Path], log: Path) -> dict[str, float | int]:
+def child(command: Sequence[str | Path], log: Path, cache: Path | None = None) -> dict[str, float | int]:
     """Run ``command`` in ``log``'s folder, its output appended to ``log``; what it and its children cost.
 
-    Wall and processor seconds, and the largest resident set of any of them.
+    Wall and processor seconds, and the largest resident set of any of them. ``cache`` is phi4edge's, if not the user's.
 
     Raises:
         SystemExit: it failed; the end of the log is shown.
@@ -131,6 +132,8 @@ def child(command: Sequence[str | Path], log: Path) -> dict[str, float | int]:
     variables.pop("PYTHONPATH", None)
     if command[0] == sys.executable:  # this clone's phi4edge, whichever is installed; peers see nothing of it
         variables["PYTHONPATH"] = str(ROOT)
+    if cache is not None:
+        variables["PHI4EDGE_CACHE"] = str(cache)
     words = [str(word) for word in command]
     log.parent.mkdir(parents=True, exist_ok=True)
     with log.open("a", encoding="utf-8") as file:
@@ -220,12 +223,13 @@ def make_ours(candidate: Candidate, work: Work, artifact: Path, log: Path) -> tu
     """phi4edge quantize, and export where a file is measured."""
     run = artifact.with_name("run")
     begun = run.exists()  # and ended before it was whole: what it cost until then is not known
-    quantize = phi4edge("quantize", work.model, "--out", run, *candidate.arguments)
+    quantize = phi4edge("quantize", work.model, "--out", run, *corpus(work))
+    quantize += [word.replace(CHUNKS, str(work.chunks)) for word in candidate.arguments]
     if candidate.same_size_as is not None:
         quantize += ["--target-size", str(tensor_bytes(work.folder / candidate.same_size_as / ARTIFACTS["gguf"]))]
     else:
         quantize += ["--scheme", candidate.scheme or candidate.grid]
-    cost = child([*quantize, *corpus(work), "--quiet"], log)
+    cost = child([*quantize, "--quiet"], log, artifact.with_name("cache"))  # an empty one: all it takes is paid for
     if candidate.format == "gguf":
         child(phi4edge("export", run, "--format", "gguf", "--out", artifact, "--force", "--quiet"), log)
     events = json.loads((run / "manifest.json").read_text())["data"]["events"]

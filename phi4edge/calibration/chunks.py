@@ -21,8 +21,10 @@ SUFFIX = ".safetensors"
 _TENSOR = "tokens"
 
 
-def read_chunks(path: Path, *, samples: int, sequence_length: int, vocab_size: int) -> list[tuple[str, list[int]]]:
-    """Domain and token ids of the first ``samples`` chunks in ``path``, in their order.
+def read_chunks(
+    path: Path, *, samples: int | None, sequence_length: int, vocab_size: int
+) -> list[tuple[str, list[int]]]:
+    """Domain and token ids of the first ``samples`` chunks in ``path``, in their order; None takes all.
 
     Raises:
         InputError: no such file, another layout or length, fewer chunks than asked, or ids outside the vocabulary.
@@ -47,6 +49,7 @@ def read_chunks(path: Path, *, samples: int, sequence_length: int, vocab_size: i
             f"{path}: has chunks of {length} tokens, the sequence length is {sequence_length}",
             f"give --sequence-length {length}",
         )
+    samples = have if samples is None else samples
     if have < samples:
         raise InputError(f"{path}: has {have} chunks, {samples} samples are asked for", f"give --samples {have}")
     tokens = tokens[:samples]

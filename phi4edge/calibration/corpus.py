@@ -2,12 +2,13 @@
 
 A corpus is a recipe of parts with shares (``calibration/*.toml``), a text file, or a JSONL file. Samples are
 chunks of equal length, cut from the documents in an order that the seed decides; a sample is of one domain. Samples
-to be kept aside come last, and every domain has its share of them. A ``.safetensors`` file has chunks that are ready.
+to be kept aside come last, and every domain has its share of them. A ``.safetensors`` file has chunks that are ready;
+in a mix or a recipe its share is made of the first of them.
 """
 
 from __future__ import annotations
 
-__all__ = ["Corpus", "load_corpus", "load_texts", "whole_samples"]
+__all__ = ["Corpus", "load_corpus", "load_texts", "look_into", "whole_samples"]
 
 import hashlib
 import random
@@ -184,6 +185,8 @@ def _put_last(chunks: list[Chunk], count: int) -> list[Chunk]:
 
 def _chunks(part: Part, tokenizer: ChatTokenizer, count: int, length: int, seed: int) -> list[Chunk]:
     """At most ``count`` samples of a part; fewer where its text ends."""
+    if count and part.path is not None and part.path.suffix == SUFFIX:
+        return read_chunks(part.path, samples=None, sequence_length=length, vocab_size=tokenizer.vocab_size)[:count]
     head = [tokenizer.bos_id] if tokenizer.add_bos and tokenizer.bos_id is not None else []
     body = length - len(head)
     chunks: list[Chunk] = []
@@ -198,6 +201,18 @@ def _chunks(part: Part, tokenizer: ChatTokenizer, count: int, length: int, seed:
         if len(chunks) >= count:
             break
     return chunks[:count]
+
+
+def look_into(part: Part, tokenizer: ChatTokenizer, sequence_length: int) -> None:
+    """Begin to read a part.
+
+    Raises:
+        InputError: its file is missing, damaged or of another layout.
+    """
+    if part.path is not None and part.path.suffix == SUFFIX:
+        _chunks(part, tokenizer, 1, sequence_length, 0)
+    else:
+        next(documents(part), None)
 
 
 def whole_samples(path: Path, tokenizer: ChatTokenizer, sequence_length: int) -> int:

@@ -3,6 +3,7 @@
 builtin                                   a recipe in calibration/
 builtin:eval                              its evaluation half
 notes.jsonl                               one file
+chunks.safetensors                        tokens that are cut already
 builtin=0.5,notes.jsonl=0.3,self=0.2      samples of each in that proportion
 self                                      text that the model wrote itself (made by phi4edge.stages.selftext)
 """

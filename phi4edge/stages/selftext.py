@@ -26,8 +26,8 @@ from typing import Any
 import psutil
 
 from phi4edge import __version__
-from phi4edge.calibration.corpus import Corpus, load_corpus, whole_samples
-from phi4edge.calibration.parts import SELF, documents, read_parts, share_of_self
+from phi4edge.calibration.corpus import Corpus, load_corpus, look_into, whole_samples
+from phi4edge.calibration.parts import SELF, read_parts, share_of_self
 from phi4edge.calibration.seeds import Seed, SeedDomain, load_seeds, seeds_of
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
@@ -103,7 +103,7 @@ def load_corpus_of(
         unwritten = Path(SELF)
         for part in read_parts(recipe.corpus, recipe.chat_template, unwritten):
             if part.path not in (None, unwritten):
-                next(documents(part), None)  # a file that is missing is refused before the model begins to write
+                look_into(part, tokenizer, recipe.sequence_length)  # what cannot be read is refused before writing
         if run is None:
             _choose_weights(checkpoint.config, recipe.sequence_length, ram_budget)
             return None, None
