@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import hashlib
 import json
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,6 +21,9 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, Phi3Confi
 
 from phi4edge.checkpoint.index import open_index
 from phi4edge.core.errors import InputError
+
+# Of all tensors by name. Figures of one machine stand beside those of another only while this holds.
+WEIGHTS = "e9d24a8ec62e9a4d36a1d9534dc2ca0df7791b1deab74c15d2740ec4ad9c7535"
 
 smollm2 = load_script("benchmarks/demo/smollm2.py")
 same_function = load_script("benchmarks/demo/same_function.py")
@@ -218,6 +222,14 @@ def test_checkpoint_folder_is_a_bf16_phi3_model_that_phi4edge_reads(folder: Path
     assert not config.tie_word_embeddings
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2,), 2)
     assert not list(folder.parent.glob("*.partial"))
+
+
+def test_every_machine_makes_the_same_weights(folder: Path) -> None:
+    digest = hashlib.sha256()
+    with safe_open(folder / "model.safetensors", framework="pt") as file:
+        for name in sorted(file.keys()):
+            digest.update(file.get_tensor(name).view(torch.uint8).numpy().tobytes())
+    assert digest.hexdigest() == WEIGHTS
 
 
 def test_bf16_checkpoint_still_speaks_like_the_original(folder: Path, source: Source) -> None:
