@@ -10,7 +10,8 @@ from phi4edge.calibration.budget_solving import solving_bytes
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
-from phi4edge.core.recipe import Recipe, TuningRecipe
+from phi4edge.core.recipe import BFLOAT16, Recipe, TuningRecipe
+from phi4edge.model.crossed import packed_bytes
 from phi4edge.quant.scheme import parse_scheme
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
@@ -100,7 +101,10 @@ def _backward(config: ModelConfig, recipe: Recipe) -> int:
     piece, rows = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS), head_rows(config)
     # A slice as stored, in float32 and rounded for its products; logits, and what is made of them; hidden states.
     head = rows * config.hidden_size * 8 + 3 * 2 * piece * rows * 4 + 6 * piece * config.hidden_size * 4
-    return max(piece * _kept_by_autograd(config), head)
+    # Gradients of a weight are products over tokens, whose factors are rounded and laid out for the units.
+    shapes = config.linear_shapes.values() if recipe.compute == BFLOAT16 else []
+    packed = max((packed_bytes(piece, m) + packed_bytes(piece, n, left=False) for m, n in shapes), default=0)
+    return max(piece * _kept_by_autograd(config) + packed, head)
 
 
 def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:

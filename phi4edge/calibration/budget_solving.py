@@ -17,6 +17,7 @@ from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
 from phi4edge.calibration.statistics import SHARD, summed_values, takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
+from phi4edge.model.crossed import packed_bytes
 from phi4edge.model.forward import EMBEDDED_ROWS
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
@@ -71,6 +72,9 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     parts = 2 if recipe.corpus.samples - recipe.held_out > SHARD else 1
     # Inputs without the first positions beside those with; so of the other stream, their difference, its product.
     arriving = 4 * length * ((6 if two else 3) * n + (2 * m if takes_product(m, n) else 0))
+    if recipe.compute == BFLOAT16:  # both factors as the units take them, and the weight for the product
+        arriving += packed_bytes(length, n) * (2 if two else 1)
+        arriving += packed_bytes(length, m) + 2 * m * n if two and takes_product(m, n) else 0
     sums = 4 * summed_values(n) if whole else 0
     gathering = W + parts * (sums + shift) + arriving
     gathered = W + square * 9 // 8 + shift  # H, and the block of sums that it is being filled with

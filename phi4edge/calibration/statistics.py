@@ -21,6 +21,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi4edge.model.compute import prepared, product
+from phi4edge.model.crossed import Packed, Part, add_products, over_tokens
+
 SHARD = 8  # consecutive samples whose moments are summed apart
 _MIN_BLOCK = 256
 _BLOCKS = 8
@@ -72,6 +75,7 @@ class InputMoments:
         """``exact`` is W [out_features, width] where samples come with what full precision has in their place."""
         assert full or exact is None
         self._weight = exact
+        self._prepared: Tensor | None = None  # the same for products of what arrives, once there are any
         self._product = exact is not None and takes_product(*exact.shape)
         self._shift: Tensor | None = None
         if exact is not None:
@@ -90,7 +94,9 @@ class InputMoments:
 
     def empty(self) -> InputMoments:
         """Moments of the same linear with nothing added: for the next shard."""
-        return InputMoments(self._width, full=self._full, exact=self._weight, device=self._device)
+        other = InputMoments(self._width, full=self._full, exact=self._weight, device=self._device)
+        other._prepared = self._prepared
+        return other
 
     def clear(self) -> None:
         """Forget what was added, and keep the memory."""
@@ -103,31 +109,34 @@ class InputMoments:
         """Add samples ``x`` [count, length, width] float32; ``exact`` is what full precision has in their place."""
         assert (exact is None) == (self._shift is None)
         rows = x[:, 1:].reshape(-1, x.shape[-1])
-        if exact is not None:
-            self._add_shift(exact - x, rows)
         self._first.append(x[:, 0].clone())
         self._tokens += rows.shape[0]
         if not self._full:
             self._sums[0].add_(rows.pow(2).sum(0))
             return
-        for here, sums in zip(_blocks(self._width), self._sums, strict=True):
-            sums.addmm_(rows[:, here].T, rows[:, here.start :])
+        factor = over_tokens(rows)
+        if exact is not None:
+            self._add_shift(exact - x, rows, factor)
+        parts = [Part(s, here.start, here.start) for here, s in zip(_blocks(self._width), self._sums, strict=True)]
+        add_products(parts, factor, factor, symmetric=True)
 
-    def _add_shift(self, shift: Tensor, rows: Tensor) -> None:
+    def _add_shift(self, shift: Tensor, rows: Tensor, factor: Tensor | Packed) -> None:
         assert self._shift is not None
         self._first_shift.append(shift[:, 0].clone())
         away = shift[:, 1:].reshape(-1, shift.shape[-1])
         if self._shift_diagonal is None:
-            self._shift.addmm_(away.T, rows)
+            add_products([Part(self._shift)], over_tokens(away), factor)
             return
         assert self._weight is not None
         self._shift_diagonal.add_((away * rows).sum(0))
-        self._shift.addmm_((away @ self._weight.T).T, rows)
+        if self._prepared is None:
+            self._prepared = prepared(self._weight)
+        add_products([Part(self._shift)], over_tokens(product(away, self._prepared)), factor)
 
     def apart(self) -> InputMoments:
         """The same sums without the weight: all that :meth:`merge` asks of a shard made elsewhere."""
         light = copy(self)
-        light._weight = None
+        light._weight = light._prepared = None
         return light
 
     def belonging_to(self, weight: Tensor | None) -> InputMoments:
@@ -178,7 +187,7 @@ class InputMoments:
         for here in blocks:
             H[here.stop :, here] = H[here, here.stop :].T
             square = H[here, here]
-            square.copy_((square + square.T) / 2)
+            square.copy_(square.triu() + square.triu(1).T)
         _shrink(H, shrinkage)
         return LayerStats(mean_square, H, tokens, self._finished_shift(first, weight, max(tokens, 1), shrinkage))
 
@@ -199,7 +208,7 @@ class InputMoments:
 
 def _blocks(width: int) -> list[slice]:
     """Rows of H that are multiplied together."""
-    block = max(_MIN_BLOCK, -(-width // _BLOCKS))
+    block = -(-width // (_BLOCKS * _MIN_BLOCK)) * _MIN_BLOCK
     return [slice(start, min(start + block, width)) for start in range(0, width, block)]
 
 

@@ -19,6 +19,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_steps
 from phi4edge.model.block import down_input, o_input, rms_norm
 from phi4edge.model.compute import prepared, product
+from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import Rotary
 
 Observer = Callable[[int, Tensor, Tensor], None]  # (index of the linear, its inputs x, gradient of its outputs)
@@ -121,4 +122,5 @@ class BlockRunner:
             return leaf, run_block(leaf, self._weights, gains, self._rotary, self._config, self._gather)
 
     def _gather(self, index: int, x: Tensor, dy: Tensor) -> None:
-        self._gradients[index].addmm_(dy.reshape(-1, dy.shape[-1]).T, x.reshape(-1, x.shape[-1]))
+        left, right = (values.reshape(-1, values.shape[-1]) for values in (dy, x))
+        add_products([Part(self._gradients[index])], over_tokens(left), over_tokens(right, left=False))

@@ -19,6 +19,7 @@ from torch import Tensor
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.distillation.block import Observer, run_block
 from phi4edge.model.block import Block
+from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import Rotary
 
 _MIN_BLOCK, _BLOCKS = 256, 8
@@ -52,9 +53,10 @@ class OutputMoments:
         """Add gradients of the outputs, [..., out_features] float32."""
         G = gradient.reshape(-1, self._sum.shape[0])
         self._positions += G.shape[0]
-        for start in range(0, G.shape[1], self._step):
-            stop = start + self._step
-            self._sum[start:stop, start:].addmm_(G[:, start:stop].T, G[:, start:])
+        starts = range(0, G.shape[1], self._step)
+        parts = [Part(self._sum[start : start + self._step, start:], start, start) for start in starts]
+        factor = over_tokens(G)
+        add_products(parts, factor, factor, symmetric=True)
 
     def result(self) -> Tensor:
         """F [out_features, out_features] float32, means over all positions; ends the accumulation."""

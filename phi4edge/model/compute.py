@@ -23,6 +23,7 @@ __all__ = [
     "measure_compute",
     "prepared",
     "product",
+    "rounding",
 ]
 
 import time
@@ -71,10 +72,14 @@ def computing(unit: str) -> Iterator[None]:
         settings.fp32_precision = before
 
 
+def rounding() -> bool:
+    """Whether :func:`computing` was asked for bfloat16 units here."""
+    return bool(torch.backends.mkldnn.matmul.fp32_precision == "bf16")  # type: ignore[attr-defined]
+
+
 def prepared(weight: Tensor) -> Tensor:
     """``weight`` [out_features, in_features] float32 as :func:`product` takes it, inside :func:`computing`."""
-    rounded = torch.backends.mkldnn.matmul.fp32_precision == "bf16"  # type: ignore[attr-defined]
-    return weight.bfloat16() if rounded and weight.device.type == "cpu" else weight
+    return weight.bfloat16() if rounding() and weight.device.type == "cpu" else weight
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

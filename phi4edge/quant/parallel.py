@@ -9,9 +9,10 @@ from __future__ import annotations
 
 __all__ = ["RunPieces", "row_pieces", "run_parallel"]
 
+import os
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from concurrent.futures import ThreadPoolExecutor, wait
+from functools import cache, partial
 from typing import Any, TypeVar
 
 import torch
@@ -52,7 +53,18 @@ def run_parallel(pieces: Sequence[Callable[[], T]]) -> list[T]:
         torch.set_num_threads(1)
         if threads == 1 or len(pieces) == 1:
             return [piece() for piece in pieces]
-        with ThreadPoolExecutor(min(threads, len(pieces)), initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(run, pieces))
+        futures = [_pool(os.getpid(), threads).submit(run, piece) for piece in pieces]
+        try:
+            return [future.result() for future in futures]
+        finally:
+            for future in futures:
+                future.cancel()
+            wait(futures)
     finally:
         torch.set_num_threads(threads)
+
+
+@cache
+def _pool(process: int, threads: int) -> ThreadPoolExecutor:
+    """The threads of this process, kept: some pieces take little longer than it takes to start one."""
+    return ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,))

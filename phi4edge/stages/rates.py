@@ -38,6 +38,7 @@ from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
 from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
 from phi4edge.model.compute import choose_compute, computing, prepared, product
+from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
 from phi4edge.quant.parallel import row_pieces
@@ -177,7 +178,8 @@ class _Measurement:
         D = torch.zeros(n, n)
         with computing(self._recipe.compute):
             summed = length * n * n / self._seconds(lambda: moments.add(x))
-            crossed = 2 * length * n * n / self._seconds(lambda: D.addmm_(away.T, x[0]))
+            factor = over_tokens(x[0])
+            crossed = 2 * length * n * n / self._seconds(lambda: add_products([Part(D)], over_tokens(away), factor))
         D.zero_().addmm_(away.T, away).diagonal().add_(float(length))
         problem = Problem("measured", D[:1], D, parse_scheme("w8row"), None)
         options = SolverOptions(self._recipe.damp_percent)
