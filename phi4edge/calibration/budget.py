@@ -103,7 +103,7 @@ def _backward(config: ModelConfig, recipe: Recipe) -> int:
     head = rows * config.hidden_size * 8 + 3 * 2 * piece * rows * 4 + 6 * piece * config.hidden_size * 4
     # Gradients of a weight are products over tokens, whose factors are rounded and laid out for the units.
     shapes = config.linear_shapes.values() if recipe.compute == BFLOAT16 else []
-    packed = max((packed_bytes(piece, m) + packed_bytes(piece, n, left=False) for m, n in shapes), default=0)
+    packed = max((packed_bytes(piece, m) + packed_bytes(piece, n) for m, n in shapes), default=0)
     return max(piece * _kept_by_autograd(config) + packed, head)
 
 

@@ -72,15 +72,16 @@ def over_tokens(rows: Tensor, *, left: bool = True) -> Tensor | Packed:
     rounded[:tokens] = rows
     rounded[tokens:] = 0
     pairs = torch.stack((rounded[0::2], rounded[1::2]), -1)
+    del rounded
     if not left:
         return Packed(None, pairs)
     columns = pairs.view(torch.int32).squeeze(-1).T.reshape(-1)  # a pair at a time: half as many moves
     return Packed(columns.view(torch.bfloat16).view(width, -1), pairs)
 
 
-def packed_bytes(tokens: int, width: int, *, left: bool = True) -> int:
-    """What a packed factor takes while it is made."""
-    return (3 if left else 2) * 2 * (tokens + tokens % 2) * width
+def packed_bytes(tokens: int, width: int) -> int:
+    """What a packed factor takes, and while it is made."""
+    return 2 * 2 * (tokens + tokens % 2) * width
 
 
 def add_products(
