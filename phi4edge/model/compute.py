@@ -4,11 +4,12 @@ Where a CPU has such units (AMX, AVX-512 BF16) a product is several times as fas
 bfloat16 on the way in, sums stay float32; activations of a bfloat16 model hold no more anyway. Solvers always factor
 and round in float32.
 
-The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``), which oneDNN follows where the units are there
-and nowhere else. It rounds both inputs for every product, which for a large weight and few tokens takes longer than
-the product itself: :func:`prepared` rounds a weight once for all of its products, whose outputs are then bfloat16 as
-well, as they are in the model. Which units are used decides bits of the codes, so it is part of what a run was begun
-with.
+The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``). oneDNN follows it on AMX, and rounds both
+inputs for every product, which for a large weight and few tokens takes longer than the product itself; on a CPU with no
+more than AVX-512 BF16 it goes on in float32. So what counts is handed over in bfloat16: :func:`prepared` rounds a
+weight once for all of its products, whose outputs are then bfloat16 as well, as they are in the model, and sums over
+tokens, which stay float32, are :mod:`phi4edge.model.crossed`'s. Which units are used decides bits of the codes, so it
+is part of what a run was begun with.
 """
 
 from __future__ import annotations
