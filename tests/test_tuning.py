@@ -256,18 +256,20 @@ def outer(*arguments):
 import phi4edge.stages.quantize as quantize
 quantize.tune = outer
 from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
-recipe = Recipe(scheme="q4_0", corpus=CorpusRecipe("builtin", 96, 64), tuning=TuningRecipe(2, 3e-3, 8))
+recipe = Recipe(scheme="q4_0", corpus=CorpusRecipe(sys.argv[4], 96, 64), tuning=TuningRecipe(2, 3e-3, 8))
 quantize.quantize(sys.argv[2], recipe, Path(sys.argv[3]))
 """
 
 
 @pytest.mark.slow
-def test_killed_while_tuning_and_resumed_gives_the_same_bytes(
-    tuned: Path, phi4_checkpoint: Path, tmp_path: Path
-) -> None:
+def test_killed_while_tuning_and_resumed_gives_the_same_bytes(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    text = tmp_path / "text.txt"  # a file: nothing has to be gathered at each start
+    text.write_text("".join(path.read_text() for path in sorted(Path(__file__).parent.glob("test_t*.py"))))
+    recipe = replace(RECIPE, corpus=replace(CORPUS, corpus=str(text)))
+    quantize(phi4_checkpoint, recipe, tmp_path / "undisturbed")
     run, kills, steps = tmp_path / "run", 0, 0
     for stop in (2, 5, 17, 31, 22, 43, 60):
-        if not killed_at(stop, KILLER, phi4_checkpoint, run):
+        if not killed_at(stop, KILLER, phi4_checkpoint, run, text):
             break
         kills += 1
         journal = run / "tuning" / JOURNAL
@@ -278,8 +280,8 @@ def test_killed_while_tuning_and_resumed_gives_the_same_bytes(
         assert not (run / "manifest.json").exists()
     assert kills >= 5
     assert steps > 3
-    quantize(phi4_checkpoint, RECIPE, run)
-    assert run_digests(run) == run_digests(tuned)
+    quantize(phi4_checkpoint, recipe, run)
+    assert run_digests(run) == run_digests(tmp_path / "undisturbed")
 
 
 def test_a_damaged_state_is_done_again(

@@ -15,6 +15,7 @@ import importlib.util
 import inspect
 import sysconfig
 import warnings
+from collections import deque
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
@@ -32,6 +33,8 @@ _NOT_MATHEMATICS = {
     *("benchmarks", "codegen", "conftest.py", "external", "interactive", "multipledispatch", "parsing", "plotting"),
     *("printing", "sandbox", "testing", "unify", "utilities", "visualization.py"),
 }
+_MARKS = (">>> ", ".. math")  # of worked examples and formulas
+_TEXTLESS = (ast.Name, ast.expr_context, ast.operator, ast.cmpop, ast.unaryop, ast.boolop)
 _QUESTIONS = (
     "What does `{}` do?",
     "Explain `{}` from Python's standard library.",
@@ -111,9 +114,23 @@ def _parse(source: str) -> ast.Module:
             return ast.Module([], [])
 
 
+def _walk(tree: ast.AST) -> Iterator[ast.AST]:
+    """``ast.walk``, in its order, without the leaves that hold no text: most of the nodes."""
+    todo = deque([tree])
+    while todo:
+        node = todo.popleft()
+        for field in node._fields:
+            value = getattr(node, field, None)
+            if isinstance(value, list):
+                todo.extend(item for item in value if isinstance(item, ast.AST) and not isinstance(item, _TEXTLESS))
+            elif isinstance(value, ast.AST) and not isinstance(value, _TEXTLESS):
+                todo.append(value)
+        yield node
+
+
 def _docstrings(tree: ast.Module) -> Iterator[str]:
     nodes = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
-    found = (ast.get_docstring(node) for node in ast.walk(tree) if isinstance(node, nodes))
+    found = (ast.get_docstring(node) for node in _walk(tree) if isinstance(node, nodes))
     return (text for text in found if text and len(text) > _SHORT)
 
 
@@ -167,13 +184,15 @@ def _mathematics(evaluation: bool) -> Iterator[str]:
             parts = path.relative_to(root).parts
             skipped = (_SKIPPED | _NOT_MATHEMATICS) & set(parts)
             if not skipped and in_evaluation_half(f"module {package}/{parts[0]}") == evaluation:
-                yield "".join(f"{text}\n\n" for text in _worked_texts(_parse(_read(path))))
+                source = _read(path)
+                tree = _parse(source) if any(mark in source for mark in _MARKS) else ast.Module([], [])
+                yield "".join(f"{text}\n\n" for text in _worked_texts(tree))
 
 
 def _worked_texts(tree: ast.Module) -> Iterator[str]:
     """String constants with worked examples or formulas; mpmath keeps many of its docstrings as values of names."""
-    for node in ast.walk(tree):
+    for node in _walk(tree):
         if isinstance(node, ast.Constant) and isinstance(node.value, str) and len(node.value) > _SHORT:
             text = inspect.cleandoc(node.value)
-            if ">>> " in text or ".. math" in text:
+            if any(mark in text for mark in _MARKS):
                 yield text
