@@ -24,7 +24,7 @@ help: ## Say what can be made.
 
 setup: $(DONE) ## Make .venv (once, and again when the versions change).
 
-$(DONE): pyproject.toml constraints.txt benchmarks/setup/build_llama.py
+$(DONE): pyproject.toml constraints.txt benchmarks/setup/build_llama.py benchmarks/setup/libraries_only.cmake
 	@test -n "$(PYTHON)" || { echo "no Python 3.11 or newer found; make PYTHON=/path/to/python3" >&2; exit 1; }
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	@echo "setup: build tools"

@@ -5,6 +5,8 @@ instruction on an older machine, and crashes on quantized weights on some newer 
 built wheels without regard to the flags they were built with, so its wheel cache is not used; ours is
 ``$XDG_CACHE_HOME/phi4edge/wheels/<version, platform and a hash of the flags>/``, shared by all clones.
 
+Only the libraries that llama_cpp loads for text are compiled, which takes half the time of all.
+
 Prints the wheel's path on stdout, the build's log on stderr. ``CMAKE_ARGS`` in the environment replaces
 the flags below, e.g. for a build with a GPU backend; it gets a cache entry of its own.
 
@@ -19,6 +21,7 @@ import hashlib
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -37,6 +40,10 @@ FLAGS = {
     "arm64": "-DGGML_NATIVE=OFF",  # macOS: every Apple chip; Metal is llama.cpp's default there
 }
 
+# No images and sounds, and none of what only they and llama.cpp's programs need; flags that follow may say otherwise.
+LIBRARIES_ONLY = Path(__file__).with_name("libraries_only.cmake")
+LEFT_OUT = f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={shlex.quote(str(LIBRARIES_ONLY))}"
+
 
 def portable_flags(machine: str) -> str:
     """The CMake flags for CPU architecture ``machine``, as ``platform.machine()`` names it."""
@@ -54,7 +61,8 @@ def pinned_version(constraints: str) -> str:
 def wheel_folder(version: str, flags: str, environment: Mapping[str, str]) -> Path:
     """Where the wheel of ``version`` built with ``flags`` for this platform is kept."""
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    digest = hashlib.sha256(flags.encode()).hexdigest()[:12]
+    made_of = f"{flags}\n{LEFT_OUT.split()[0]}\n{LIBRARIES_ONLY.read_text()}"
+    digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     kind = f"{platform.system()}-{platform.machine()}".lower()
     return cache / "phi4edge" / "wheels" / f"{PACKAGE}-{version}-{kind}-{digest}"
 
@@ -67,7 +75,7 @@ def cached_wheel(folder: Path) -> Path | None:
 def build(version: str, flags: str, folder: Path) -> Path:
     """Compile ``version`` with ``flags`` into ``folder``; the wheel appears there only when whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"CMAKE_ARGS": flags}
+    environment = os.environ | {"CMAKE_ARGS": f"{LEFT_OUT} {flags}"}
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", PACKAGE]
