@@ -125,6 +125,13 @@ def test_a_tile_that_is_no_product_is_not_used() -> None:
     assert not crossed._adds_products(wrong, lambda _: None)
 
 
+@needs_tiles
+def test_amx_is_left_to_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert crossed._tiles.__wrapped__() is not None
+    monkeypatch.setattr(crossed, "has_amx", lambda: True)
+    assert crossed._tiles.__wrapped__() is None
+
+
 @pytest.mark.skipif(not has_bfloat16_units(), reason="no bfloat16 units")
 def test_where_onednn_is_told_to_use_less_there_are_no_tiles() -> None:
     """They would end the process, as an error cannot pass through a call by symbol."""

@@ -20,6 +20,7 @@ __all__ = [
     "Speeds",
     "choose_compute",
     "computing",
+    "has_amx",
     "has_bfloat16_units",
     "measure_compute",
     "prepared",
@@ -56,9 +57,17 @@ class Speeds:
 
 def has_bfloat16_units() -> bool:
     """Whether this CPU computes bfloat16 products and torch can ask it to."""
-    cpu = torch.cpu
-    found = (getattr(cpu, name, None) for name in ("_is_amx_tile_supported", "_is_avx512_bf16_supported"))
-    return any(bool(probe()) for probe in found if probe is not None)
+    return has_amx() or _says("_is_avx512_bf16_supported")
+
+
+def has_amx() -> bool:
+    """Whether these units are AMX."""
+    return _says("_is_amx_tile_supported")
+
+
+def _says(name: str) -> bool:
+    probe = getattr(torch.cpu, name, None)
+    return probe is not None and bool(probe())
 
 
 @contextmanager

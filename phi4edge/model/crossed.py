@@ -4,8 +4,9 @@ In float32 that is torch's ``addmm_``. On bfloat16 units both inputs should be r
 in float32, of which torch's operators offer a part only. Given float32 inputs oneDNN uses AMX, but on a CPU with no
 more than AVX-512 BF16 it computes in float32, at less than half the speed; given bfloat16 inputs the sums are rounded
 too. What torch itself uses in attention and in compiled code does all of it, ``at::native::cpublas::brgemm``: one
-tile, on one core. It is no operator, so it is called by its symbol in libtorch_cpu. A build of torch that has no such
-symbol, or whose tiles are not the products they should be, is left with ``addmm_``.
+tile, on one core. It is no operator, so it is called by its symbol in libtorch_cpu, where AMX is not: there ``addmm_``
+uses the units, and tiles were not tried. So it is in a build of torch that has no such symbol, or whose tiles are not
+the products they should be.
 
 The bytes of a sum hang on shapes, kind of CPU and build of torch, not on how many cores there are.
 """
@@ -25,7 +26,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from phi4edge.model.compute import has_bfloat16_units, rounding
+from phi4edge.model.compute import has_amx, has_bfloat16_units, rounding
 from phi4edge.quant.parallel import run_parallel
 
 _TILE = 256  # rows and columns of a sum that one call adds to: what they are made of stays in a core's cache
@@ -56,7 +57,7 @@ class Part:
 
 
 def has_tiles() -> bool:
-    """Whether this CPU and this build of torch have tiles on bfloat16 units with float32 sums."""
+    """Whether tiles on bfloat16 units, with float32 sums, take ``addmm_``'s place here."""
     return _tiles() is not None
 
 
@@ -133,7 +134,7 @@ class _Tiles:
 
 @cache
 def _tiles() -> _Tiles | None:
-    if not has_bfloat16_units() or any(os.environ.get(name) for name in _LIMITS):
+    if not has_bfloat16_units() or has_amx() or any(os.environ.get(name) for name in _LIMITS):
         return None
     try:
         library = ctypes.CDLL(str(Path(torch.__file__).parent / "lib" / _LIBRARY))
