@@ -85,6 +85,31 @@ def test_in_float32_nothing_is_rounded() -> None:
     assert (total.double() - exact).norm() < 1e-6 * exact.norm()
 
 
+@needs_tiles
+def test_what_would_go_beyond_an_arrays_end_is_not_called() -> None:
+    with computing(BFLOAT16):
+        left, right, fewer = over_tokens(drawn(20, 40)), over_tokens(drawn(20, 50)), over_tokens(drawn(18, 50))
+    for part, factor in (
+        (Part(torch.zeros(41, 50)), right),
+        (Part(torch.zeros(40, 50), row=1), right),
+        (Part(torch.zeros(40, 50), column=1), right),
+        (Part(torch.zeros(40, 50, dtype=torch.float64)), right),
+        (Part(torch.zeros(50, 40).T), right),
+        (Part(torch.zeros(40, 50)), fewer),
+    ):
+        with pytest.raises(AssertionError):
+            add_products([part], left, factor)
+
+
+def test_no_tokens_add_nothing() -> None:
+    moments = InputMoments(32, full=True)
+    with computing(BFLOAT16):
+        moments.add(drawn(3, 32)[:, None])  # three samples of a first position each
+    H = moments.result().hessian
+    assert H is not None
+    assert torch.allclose(H, drawn(3, 32).T @ drawn(3, 32) / 3, atol=1e-5)
+
+
 @pytest.mark.usefixtures("without_tiles")
 def test_without_tiles_sums_are_those_of_addmm() -> None:
     x = drawn(70, 300)

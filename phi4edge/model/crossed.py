@@ -66,9 +66,9 @@ def over_tokens(rows: Tensor, *, left: bool = True) -> Tensor | Packed:
 
     ``left``: they may be the left one.
     """
-    if not rounding() or rows.device.type != "cpu" or not has_tiles():
-        return rows
     tokens, width = rows.shape
+    if not rounding() or rows.device.type != "cpu" or tokens == 0 or not has_tiles():
+        return rows
     rounded = torch.empty(tokens + tokens % 2, width, dtype=torch.bfloat16)
     rounded[:tokens] = rows
     rounded[tokens:] = 0
@@ -100,10 +100,17 @@ def add_products(
             part.values.addmm_(left[:, row : row + count].T, right[:, column : column + width])
         return
     assert left.left is not None
+    assert left.left.shape[1] == 2 * right.right.shape[0], "factors of the same tokens"
     strips = []
     for part in parts:
+        (count, width), row, column = part.values.shape, part.row, part.column
+        # What is called takes pointers, and would go beyond an array's end.
+        assert row + count <= left.left.shape[0], "rows of the left factor"
+        assert column + width <= right.right.shape[1], "columns of the right factor"
+        assert part.values.dtype == torch.float32
+        assert part.values.stride(1) == 1
         for start in range(0, part.values.shape[0], _TILE):
-            first = max(0, part.row + start - part.column) if symmetric else 0
+            first = max(0, row + start - column) if symmetric else 0
             strips.append(partial(_add_strip, part, start, first, left.left, right.right))
     run_parallel(strips)
 
@@ -112,7 +119,6 @@ def _add_strip(part: Part, start: int, first: int, left: Tensor, right: Tensor) 
     """Rows of a part from ``start`` on, as many as a tile has, its columns from ``first`` on."""
     tiles, values = _tiles(), part.values
     assert tiles is not None
-    assert values.stride(1) == 1
     tokens, width, pitch = left.shape[1], right.shape[1], values.stride(0)
     rows = min(_TILE, values.shape[0] - start)
     for column in range(first, values.shape[1], _TILE):
