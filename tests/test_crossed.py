@@ -147,7 +147,7 @@ def test_a_tile_that_is_no_product_is_not_used() -> None:
     def wrong(*_: object) -> None:
         """Leaves the sum as it was."""
 
-    assert not crossed._adds_products(wrong, lambda _: None)
+    assert not crossed._adds_products(crossed._Tiles(wrong, lambda _: None))
 
 
 @needs_tiles

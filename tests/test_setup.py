@@ -18,7 +18,8 @@ def ask(cache: Path, **changes: str) -> subprocess.CompletedProcess[str]:
     broken = cache / "broken" / "pip"
     broken.mkdir(parents=True, exist_ok=True)
     (broken / "__init__.py").touch()
-    (broken / "__main__.py").write_text("raise SystemExit('building ' + ' '.join(__import__('sys').argv[1:]))")
+    said = 'import os, sys; raise SystemExit(f\'building {" ".join(sys.argv[1:])}; {os.environ["CMAKE_ARGS"]}\')'
+    (broken / "__main__.py").write_text(said)
     environment = os.environ | {"XDG_CACHE_HOME": str(cache), "PYTHONPATH": str(broken.parent)} | changes
     script = ROOT / "benchmarks" / "setup" / "build_llama.py"
     return subprocess.run([sys.executable, script], env=environment, capture_output=True, text=True, timeout=60)
@@ -41,7 +42,11 @@ def test_wheel_that_was_built_before_is_taken_and_one_of_other_flags_is_not(tmp_
     other = ask(tmp_path, CMAKE_ARGS="-DGGML_CUDA=ON")
     assert other.returncode == 1
     assert "building llama-cpp-python" in other.stderr
-    assert "-DGGML_CUDA=ON" in other.stderr
+    (said,) = (line for line in other.stderr.splitlines() if line.startswith("building wheel"))
+    flags = said.split("; ")[1].split()
+    assert flags.index("-DLLAVA_BUILD=OFF") < flags.index("-DGGML_CUDA=ON")  # a later flag has the last word
+    (included,) = (flag.split("=")[1] for flag in flags if flag.startswith("-DCMAKE_PROJECT_llama.cpp_INCLUDE="))
+    assert "set(LLAMA_BUILD_COMMON OFF)" in Path(included).read_text()
 
 
 def test_build_uses_no_wheel_of_pips_and_a_failed_one_leaves_nothing(tmp_path: Path) -> None:

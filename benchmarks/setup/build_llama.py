@@ -41,8 +41,8 @@ FLAGS = {
 }
 
 # No images and sounds, and none of what only they and llama.cpp's programs need; flags that follow may say otherwise.
+TEXT_ONLY = "-DLLAVA_BUILD=OFF"
 LIBRARIES_ONLY = Path(__file__).with_name("libraries_only.cmake")
-LEFT_OUT = f"-DLLAVA_BUILD=OFF -DCMAKE_PROJECT_llama.cpp_INCLUDE={shlex.quote(str(LIBRARIES_ONLY))}"
 
 
 def portable_flags(machine: str) -> str:
@@ -61,7 +61,7 @@ def pinned_version(constraints: str) -> str:
 def wheel_folder(version: str, flags: str, environment: Mapping[str, str]) -> Path:
     """Where the wheel of ``version`` built with ``flags`` for this platform is kept."""
     cache = Path(environment.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    made_of = f"{flags}\n{LEFT_OUT.split()[0]}\n{LIBRARIES_ONLY.read_text()}"
+    made_of = f"{flags}\n{TEXT_ONLY}\n{LIBRARIES_ONLY.read_text()}"  # not where this clone lies
     digest = hashlib.sha256(made_of.encode()).hexdigest()[:12]
     kind = f"{platform.system()}-{platform.machine()}".lower()
     return cache / "phi4edge" / "wheels" / f"{PACKAGE}-{version}-{kind}-{digest}"
@@ -75,7 +75,8 @@ def cached_wheel(folder: Path) -> Path | None:
 def build(version: str, flags: str, folder: Path) -> Path:
     """Compile ``version`` with ``flags`` into ``folder``; the wheel appears there only when whole."""
     folder.mkdir(parents=True, exist_ok=True)
-    environment = os.environ | {"CMAKE_ARGS": f"{LEFT_OUT} {flags}"}
+    included = f"-DCMAKE_PROJECT_llama.cpp_INCLUDE={shlex.quote(str(LIBRARIES_ONLY))}"
+    environment = os.environ | {"CMAKE_ARGS": f"{TEXT_ONLY} {included} {flags}"}
     environment.setdefault("CMAKE_BUILD_PARALLEL_LEVEL", str(os.cpu_count() or 1))
     with tempfile.TemporaryDirectory(dir=folder, prefix="building-") as scratch:
         command = [sys.executable, "-m", "pip", "wheel", "--no-deps", "--no-cache-dir", "--no-binary", PACKAGE]

@@ -17,7 +17,7 @@ from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
 from phi4edge.calibration.statistics import SHARD, summed_values, takes_product
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import BFLOAT16, Recipe
-from phi4edge.model.crossed import packed_bytes
+from phi4edge.model.crossed import packed_bytes, upper_rows
 from phi4edge.model.forward import EMBEDDED_ROWS
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.quant.scheme import parse_scheme
@@ -77,7 +77,8 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
         arriving += packed_bytes(length, m) + 2 * m * n if two and takes_product(m, n) else 0
     sums = 4 * summed_values(n) if whole else 0
     gathering = W + parts * (sums + shift) + arriving
-    gathered = W + square * 9 // 8 + shift  # H, and the block of sums that it is being filled with
+    filling = 4 * upper_rows(n)[0].stop * n if whole else 0
+    gathered = W + square + filling + shift  # H, and the block of sums that it is being filled with
     # H and its factor, or H as the search for scales multiplies with it; the factor alone where H is used up.
     ordered = recipe.act_order or recipe.group_aware
     factors = square if recipe.hessian_used_up and not (ordered or recipe.scales_inputs) else 2 * square

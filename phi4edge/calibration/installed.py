@@ -185,7 +185,7 @@ def _mathematics(evaluation: bool) -> Iterator[str]:
             skipped = (_SKIPPED | _NOT_MATHEMATICS) & set(parts)
             if not skipped and in_evaluation_half(f"module {package}/{parts[0]}") == evaluation:
                 source = _read(path)
-                tree = _parse(source) if any(mark in source for mark in _MARKS) else ast.Module([], [])
+                tree = _parse(source) if any(mark.strip() in source for mark in _MARKS) else ast.Module([], [])
                 yield "".join(f"{text}\n\n" for text in _worked_texts(tree))
 
 

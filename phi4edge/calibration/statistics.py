@@ -22,11 +22,9 @@ import torch
 from torch import Tensor
 
 from phi4edge.model.compute import prepared, product
-from phi4edge.model.crossed import Packed, Part, add_products, over_tokens
+from phi4edge.model.crossed import Packed, Part, add_products, over_tokens, upper_rows
 
 SHARD = 8  # consecutive samples whose moments are summed apart
-_MIN_BLOCK = 256
-_BLOCKS = 8
 
 
 def shards(samples: int) -> list[range]:
@@ -41,7 +39,7 @@ def takes_product(out_features: int, in_features: int) -> bool:
 
 def summed_values(width: int) -> int:
     """Values that the moments of ``width`` inputs are summed in."""
-    return sum((here.stop - here.start) * (width - here.start) for here in _blocks(width))
+    return sum((here.stop - here.start) * (width - here.start) for here in upper_rows(width))
 
 
 @dataclass(frozen=True)
@@ -86,7 +84,7 @@ class InputMoments:
         # Of H: its rows of a block, from the diagonal on. Or its diagonal alone.
         self._sums = [
             torch.zeros((here.stop - here.start, width - here.start) if full else (width,), device=device)
-            for here in (_blocks(width) if full else [slice(0, width)])
+            for here in (upper_rows(width) if full else [slice(0, width)])
         ]
         self._first: list[Tensor] = []  # [count, width] of each batch
         self._full = full
@@ -117,7 +115,7 @@ class InputMoments:
         factor = over_tokens(rows)
         if exact is not None:
             self._add_shift(exact - x, rows, factor)
-        parts = [Part(s, here.start, here.start) for here, s in zip(_blocks(self._width), self._sums, strict=True)]
+        parts = [Part(s, here.start, here.start) for here, s in zip(upper_rows(self._width), self._sums, strict=True)]
         add_products(parts, factor, factor, symmetric=True)
 
     def _add_shift(self, shift: Tensor, rows: Tensor, factor: Tensor | Packed) -> None:
@@ -168,7 +166,7 @@ class InputMoments:
         """
         first = torch.cat(self._first)
         tokens = self._tokens + first.shape[0]
-        blocks = _blocks(self._width)
+        blocks = upper_rows(self._width)
         rest_diagonal = torch.cat([sums.diagonal() for sums in self._sums]) if self._full else self._sums[0]
         first_diagonal = first.pow(2).sum(0)
         mean_square = (rest_diagonal + first_diagonal) / max(tokens, 1)
@@ -204,12 +202,6 @@ class InputMoments:
         if shrinkage > 0:
             self._shift.mul_(1 - shrinkage).addcmul_(self._weight, diagonal, value=shrinkage)
         return Shift(self._shift, product=True)
-
-
-def _blocks(width: int) -> list[slice]:
-    """Rows of H that are multiplied together."""
-    block = -(-width // (_BLOCKS * _MIN_BLOCK)) * _MIN_BLOCK
-    return [slice(start, min(start + block, width)) for start in range(0, width, block)]
 
 
 def _shrink(moments: Tensor, shrinkage: float) -> None:

@@ -19,10 +19,8 @@ from torch import Tensor
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.distillation.block import Observer, run_block
 from phi4edge.model.block import Block
-from phi4edge.model.crossed import Part, add_products, over_tokens
+from phi4edge.model.crossed import Part, add_products, over_tokens, upper_rows
 from phi4edge.model.rope import Rotary
-
-_MIN_BLOCK, _BLOCKS = 256, 8
 
 
 def backward_block(
@@ -46,15 +44,13 @@ class OutputMoments:
 
     def __init__(self, rows: int) -> None:
         self._sum = torch.zeros(rows, rows)
-        self._step = max(_MIN_BLOCK, -(-rows // _BLOCKS))
         self._positions = 0
 
     def add(self, gradient: Tensor) -> None:
         """Add gradients of the outputs, [..., out_features] float32."""
         G = gradient.reshape(-1, self._sum.shape[0])
         self._positions += G.shape[0]
-        starts = range(0, G.shape[1], self._step)
-        parts = [Part(self._sum[start : start + self._step, start:], start, start) for start in starts]
+        parts = [Part(self._sum[here, here.start :], here.start, here.start) for here in upper_rows(G.shape[1])]
         factor = over_tokens(G)
         add_products(parts, factor, factor, symmetric=True)
 

@@ -4,20 +4,20 @@ In float32 that is torch's ``addmm_``. On bfloat16 units both inputs should be r
 in float32, of which torch's operators offer a part only. Given float32 inputs oneDNN uses AMX, but on a CPU with no
 more than AVX-512 BF16 it computes in float32, at less than half the speed; given bfloat16 inputs the sums are rounded
 too. What torch itself uses in attention and in compiled code does all of it, ``at::native::cpublas::brgemm``: one
-tile, on one core. It is no operator, so it is called by its symbol in libtorch_cpu, where AMX is not: there ``addmm_``
-uses the units, and tiles were not tried. So it is in a build of torch that has no such symbol, or whose tiles are not
-the products they should be.
+tile, on one core. It is no operator, so it is called by its symbol in libtorch_cpu.
+
+``addmm_`` stays where there is AMX, whose units it uses and where tiles were not tried, and in a build of torch that
+has no such symbol or whose tiles are not the products they should be.
 
 The bytes of a sum hang on shapes, kind of CPU and build of torch, not on how many cores there are.
 """
 
 from __future__ import annotations
 
-__all__ = ["Packed", "Part", "add_products", "has_tiles", "over_tokens", "packed_bytes"]
+__all__ = ["Packed", "Part", "add_products", "has_tiles", "over_tokens", "packed_bytes", "upper_rows"]
 
 import ctypes
 import os
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, partial
@@ -31,8 +31,9 @@ from phi4edge.quant.parallel import run_parallel
 
 _TILE = 256  # rows and columns of a sum that one call adds to: what they are made of stays in a core's cache
 _TOKENS = 1024  # of a call
+_UPPER_PARTS = 8  # 9/16 of a whole product is computed
 _ERROR = 1e-5  # relative, beside float32 products of the same rounded inputs: only the order of additions differs
-_LIBRARY = "libtorch_cpu.dylib" if sys.platform == "darwin" else "libtorch_cpu.so"
+_LIBRARY = "libtorch_cpu.so"
 # of at::native::cpublas: void brgemm(M, N, K, lda, ldb, ldc, add_C, A, B, C, is_vnni), void brgemm_release(is_vnni)
 _BRGEMM = "_ZN2at6native7cpublas6brgemmEllllllbPKN3c108BFloat16ES5_Pfb"
 _RELEASE = "_ZN2at6native7cpublas14brgemm_releaseEb"
@@ -66,9 +67,13 @@ def over_tokens(rows: Tensor, *, left: bool = True) -> Tensor | Packed:
 
     ``left``: they may be the left one.
     """
-    tokens, width = rows.shape
-    if not rounding() or rows.device.type != "cpu" or tokens == 0 or not has_tiles():
+    if not rounding() or rows.device.type != "cpu" or rows.shape[0] == 0 or not has_tiles():
         return rows
+    return _packed(rows, left=left)
+
+
+def _packed(rows: Tensor, *, left: bool) -> Packed:
+    tokens, width = rows.shape
     rounded = torch.empty(tokens + tokens % 2, width, dtype=torch.bfloat16)
     rounded[:tokens] = rows
     rounded[tokens:] = 0
@@ -85,6 +90,12 @@ def packed_bytes(tokens: int, width: int) -> int:
     return 2 * 2 * (tokens + tokens % 2) * width
 
 
+def upper_rows(width: int) -> list[slice]:
+    """Rows of a symmetric sum [width, width] in about eight parts, for :func:`add_products` from the diagonal on."""
+    count = -(-width // (_UPPER_PARTS * _TILE)) * _TILE
+    return [slice(start, min(start + count, width)) for start in range(0, width, count)]
+
+
 def add_products(
     parts: Sequence[Part], left: Tensor | Packed, right: Tensor | Packed, *, symmetric: bool = False
 ) -> None:
@@ -99,6 +110,8 @@ def add_products(
             (count, width), row, column = part.values.shape, part.row, part.column
             part.values.addmm_(left[:, row : row + count].T, right[:, column : column + width])
         return
+    tiles = _tiles()
+    assert tiles is not None
     assert left.left is not None
     assert left.left.shape[1] == 2 * right.right.shape[0], "factors of the same tokens"
     strips = []
@@ -109,16 +122,21 @@ def add_products(
         assert column + width <= right.right.shape[1], "columns of the right factor"
         assert part.values.dtype == torch.float32
         assert part.values.stride(1) == 1
-        for start in range(0, part.values.shape[0], _TILE):
+        for start in range(0, count, _TILE):
             first = max(0, row + start - column) if symmetric else 0
-            strips.append(partial(_add_strip, part, start, first, left.left, right.right))
+            strips.append(partial(_add_strip, tiles, part, start, first, left.left, right.right))
     run_parallel(strips)
 
 
-def _add_strip(part: Part, start: int, first: int, left: Tensor, right: Tensor) -> None:
+@dataclass(frozen=True)
+class _Tiles:
+    add: Callable[..., None]  # see _BRGEMM
+    release: Callable[[bool], None]  # of what this thread's unit was set to
+
+
+def _add_strip(tiles: _Tiles, part: Part, start: int, first: int, left: Tensor, right: Tensor) -> None:
     """Rows of a part from ``start`` on, as many as a tile has, its columns from ``first`` on."""
-    tiles, values = _tiles(), part.values
-    assert tiles is not None
+    values = part.values
     tokens, width, pitch = left.shape[1], right.shape[1], values.stride(0)
     rows = min(_TILE, values.shape[0] - start)
     for column in range(first, values.shape[1], _TILE):
@@ -132,12 +150,6 @@ def _add_strip(part: Part, start: int, first: int, left: Tensor, right: Tensor) 
     tiles.release(True)
 
 
-@dataclass(frozen=True)
-class _Tiles:
-    add: Callable[..., None]  # see _BRGEMM
-    release: Callable[[bool], None]  # of what this thread's unit was set to
-
-
 @cache
 def _tiles() -> _Tiles | None:
     if not has_bfloat16_units() or has_amx() or any(os.environ.get(name) for name in _LIMITS):
@@ -147,24 +159,20 @@ def _tiles() -> _Tiles | None:
         add, release = getattr(library, _BRGEMM), getattr(library, _RELEASE)
     except (OSError, AttributeError):
         return None
-    add.argtypes = [*[ctypes.c_long] * 6, ctypes.c_bool, *[ctypes.c_void_p] * 3, ctypes.c_bool]
+    add.argtypes = [*[ctypes.c_int64] * 6, ctypes.c_bool, *[ctypes.c_void_p] * 3, ctypes.c_bool]
     add.restype = None
     release.argtypes, release.restype = [ctypes.c_bool], None
-    return _Tiles(add, release) if _adds_products(add, release) else None
+    tiles = _Tiles(add, release)
+    return tiles if _adds_products(tiles) else None
 
 
-def _adds_products(add: Callable[..., None], release: Callable[[bool], None]) -> bool:
-    """Whether a tile adds what it should, with tokens, rows and columns that fill no vector."""
+def _adds_products(tiles: _Tiles) -> bool:
+    """Whether tiles add what they should, with tokens, rows and columns that fill no vector."""
     generator = torch.Generator().manual_seed(0)
-    tokens, rows, columns = 90, 37, 51
-    left = torch.randn(rows, tokens, generator=generator).bfloat16()
-    right = torch.randn(tokens, columns, generator=generator).bfloat16()
-    pairs = right.view(-1, 2, columns).transpose(1, 2).contiguous()
-    sums = torch.ones(rows, columns)
-    add(
-        *(rows, columns, tokens, tokens, columns, columns, True),
-        *(left.data_ptr(), pairs.data_ptr(), sums.data_ptr(), True),
-    )
-    release(True)
-    exact = left.double() @ right.double() + 1
-    return bool((sums - exact).norm() < _ERROR * exact.norm())
+    A, B = (torch.randn(90, width, generator=generator) for width in (37, 51))
+    left, right = _packed(A, left=True), _packed(B, left=False)
+    assert left.left is not None
+    part = Part(torch.ones(37, 51))
+    _add_strip(tiles, part, 0, 0, left.left, right.right)
+    exact = A.bfloat16().double().T @ B.bfloat16().double() + 1
+    return bool((part.values - exact).norm() < _ERROR * exact.norm())
