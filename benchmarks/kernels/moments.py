@@ -25,7 +25,7 @@ from torch import Tensor
 
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.model import crossed
-from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, prepared, product
+from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, product
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -57,7 +57,7 @@ def measure(width: int) -> dict[str, Any]:
     """Best seconds of each kind and errors of H, relative to that of float64 products on some of its rows."""
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(1, TOKENS, width, generator=generator)
-    weight = prepared_weight(width, generator)
+    weight = torch.randn(width, width, generator=generator).bfloat16()
     best: dict[str, float] = dict.fromkeys((*KINDS, "product"), float("inf"))
     errors: dict[str, float] = {}
     for _ in range(TURNS):
@@ -70,12 +70,6 @@ def measure(width: int) -> dict[str, Any]:
         with computing(BFLOAT16):
             best["product"] = min(best["product"], seconds(lambda: product(x, weight)))
     return {"width": width, "seconds": best, "errors": errors}
-
-
-def prepared_weight(width: int, generator: torch.Generator) -> Tensor:
-    """A square weight as the units take it."""
-    with computing(BFLOAT16):
-        return prepared(torch.randn(width, width, generator=generator))
 
 
 def error(moments: InputMoments, x: Tensor) -> float:
