@@ -2,20 +2,17 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from torch import Tensor
 
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.model import crossed
-from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, has_bfloat16_units
-from phi4edge.model.crossed import Packed, Part, add_products, has_tiles, over_tokens
+from phi4edge.model.compute import BFLOAT16, FLOAT32, computing
+from phi4edge.model.crossed import Packed, Part, add_products, over_tokens
+from phi4edge.model.tiles import tiles
 
-needs_tiles = pytest.mark.skipif(not has_tiles(), reason="no bfloat16 units here, or no tiles on them")
+needs_tiles = pytest.mark.skipif(tiles() is None, reason="no bfloat16 units here, or no tiles on them")
 
 
 def drawn(tokens: int, width: int, seed: int = 0) -> Tensor:
@@ -24,7 +21,7 @@ def drawn(tokens: int, width: int, seed: int = 0) -> Tensor:
 
 @pytest.fixture
 def without_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(crossed, "_tiles", lambda: None)
+    monkeypatch.setattr(crossed, "tiles", lambda: None)
 
 
 @needs_tiles
@@ -141,32 +138,3 @@ def test_moments_on_the_units_are_those_of_inputs_rounded_to_bfloat16(width: int
         assert torch.equal(stats.hessian, stats.hessian.T)
         assert (stats.hessian.double() - H).norm() < shares["H"] * H.norm()
         assert (stats.shift.of_rows(W, slice(0, rows)).double() - WD).norm() < shares["D"] * WD.norm()
-
-
-def test_a_tile_that_is_no_product_is_not_used() -> None:
-    def wrong(*_: object) -> None:
-        """Leaves the sum as it was."""
-
-    assert not crossed._adds_products(crossed._Tiles(wrong, lambda _: None))
-
-
-@needs_tiles
-def test_amx_is_left_to_the_switch(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert crossed._tiles.__wrapped__() is not None
-    monkeypatch.setattr(crossed, "has_amx", lambda: True)
-    assert crossed._tiles.__wrapped__() is None
-
-
-@pytest.mark.skipif(not has_bfloat16_units(), reason="no bfloat16 units")
-def test_where_onednn_is_told_to_use_less_there_are_no_tiles() -> None:
-    """They would end the process, as an error cannot pass through a call by symbol."""
-    code = "from phi4edge.model.crossed import has_tiles; print(has_tiles())"
-    for limit, expected in (("AVX2", "False"), ("", str(has_tiles()))):
-        ran = subprocess.run(
-            [sys.executable, "-c", code],
-            env={**os.environ, "ONEDNN_MAX_CPU_ISA": limit},
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert ran.stdout.strip() == expected

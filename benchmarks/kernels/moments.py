@@ -26,6 +26,7 @@ from torch import Tensor
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.model import crossed
 from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, product
+from phi4edge.model.tiles import tiles
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
@@ -38,12 +39,12 @@ KINDS = {"float32": FLOAT32, "switch": BFLOAT16, "tiles": BFLOAT16}
 @contextmanager
 def without_tiles() -> Iterator[None]:
     """Inside, torch is taken to have none."""
-    found = crossed._tiles
-    crossed._tiles = lambda: None  # type: ignore[assignment]
+    found = crossed.tiles
+    crossed.tiles = lambda: None  # type: ignore[assignment]
     try:
         yield
     finally:
-        crossed._tiles = found
+        crossed.tiles = found
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -104,7 +105,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--widths", default="3072,5120,8192,17920")
     a = parser.parse_args()
-    if not crossed.has_tiles():
+    if tiles() is None:
         raise SystemExit("this CPU, or this build of torch, has no tiles on bfloat16 units")
     with torch.inference_mode():
         rows = [measure(int(width)) for width in a.widths.split(",")]

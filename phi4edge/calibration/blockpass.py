@@ -28,7 +28,7 @@ from phi4edge.model.forward import embed
 from phi4edge.model.rope import Rotary
 from phi4edge.model.source import WeightSource
 
-COMPUTED_TOKENS = 1024  # sent through a linear at a time, or one sample where samples are longer
+COMPUTED_TOKENS = 512  # sent through a linear at a time, or one sample where samples are longer
 EMBEDDED_VALUES = 1 << 26  # values embedded at a time
 
 

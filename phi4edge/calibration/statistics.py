@@ -17,12 +17,14 @@ __all__ = ["SHARD", "InputMoments", "LayerStats", "Shift", "shards", "summed_val
 
 from copy import copy
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from phi4edge.model.compute import prepared, product
 from phi4edge.model.crossed import Packed, Part, add_products, over_tokens, upper_rows
+from phi4edge.quant.parallel import run_parallel
 
 SHARD = 8  # consecutive samples whose moments are summed apart
 
@@ -182,10 +184,7 @@ class InputMoments:
             sums.addmm_(first[:, here].T, first[:, here.start :], alpha=weight).div_(max(tokens, 1))
             H[here, here.start :] = sums
             del sums
-        for here in blocks:
-            H[here.stop :, here] = H[here, here.stop :].T
-            square = H[here, here]
-            square.copy_(square.triu() + square.triu(1).T)
+        run_parallel([partial(_mirror, H, here) for here in blocks])
         _shrink(H, shrinkage)
         return LayerStats(mean_square, H, tokens, self._finished_shift(first, weight, max(tokens, 1), shrinkage))
 
@@ -202,6 +201,13 @@ class InputMoments:
         if shrinkage > 0:
             self._shift.mul_(1 - shrinkage).addcmul_(self._weight, diagonal, value=shrinkage)
         return Shift(self._shift, product=True)
+
+
+def _mirror(H: Tensor, here: slice) -> None:
+    """Below the diagonal, in columns ``here`` of H, what lies above it."""
+    H[here.stop :, here] = H[here, here.stop :].T
+    square = H[here, here]
+    square.copy_(square.triu() + square.triu(1).T)
 
 
 def _shrink(moments: Tensor, shrinkage: float) -> None:

@@ -70,7 +70,8 @@ def load_block(source: WeightSource, layer: int) -> Block:
 
 def rms_norm(x: Tensor, gain: Tensor, eps: float) -> Tensor:
     """x · gain / √(mean x² + eps) over the last axis."""
-    return gain * (x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps))
+    normed = x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + eps)
+    return gain * normed if torch.is_grad_enabled() else normed.mul_(gain)
 
 
 def o_input(qkv: Tensor, rotary: Rotary, config: ModelConfig) -> Tensor:
@@ -97,7 +98,7 @@ def o_input(qkv: Tensor, rotary: Rotary, config: ModelConfig) -> Tensor:
 def down_input(gate_up: Tensor) -> Tensor:
     """silu(gate) · up: gate_up_proj's output [..., 2·intermediate] to down_proj's input [..., intermediate]."""
     gate, up = gate_up.chunk(2, dim=-1)
-    return F.silu(gate) * up
+    return F.silu(gate) * up if torch.is_grad_enabled() else F.silu(gate).mul_(up)
 
 
 def unrounded(x: Tensor) -> Tensor:

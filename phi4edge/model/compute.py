@@ -1,15 +1,15 @@
 """How matrix products of the forward passes and of the Hessians are computed: float32, or the CPU's bfloat16 units.
 
 Where a CPU has such units (AMX, AVX-512 BF16) a product is several times as fast on them. Its inputs are rounded to
-bfloat16 on the way in, sums stay float32; activations of a bfloat16 model hold no more anyway. Solvers always factor
-and round in float32.
+bfloat16 on the way in, sums stay float32; activations of a bfloat16 model hold no more anyway. Solvers factor and round
+in float32; what they may leave to the units are sums of errors over many columns, where there are tiles.
 
 The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``). oneDNN follows it on AMX, and rounds both
 inputs for every product, which for a large weight and few tokens takes longer than the product itself; on a CPU with no
 more than AVX-512 BF16 it goes on in float32. So what counts is handed over in bfloat16: :func:`prepared` rounds a
 weight once for all of its products, whose outputs are then bfloat16 as well, as they are in the model, and sums over
-tokens, which stay float32, are :mod:`phi4edge.model.crossed`'s. Which units are used decides bits of the codes, so it
-is part of what a run was begun with.
+tokens, which stay float32, are :mod:`phi4edge.model.crossed`'s, on :mod:`phi4edge.model.tiles`. Which units are used
+decides bits of the codes, so it is part of what a run was begun with.
 """
 
 from __future__ import annotations

@@ -46,6 +46,7 @@ class SolverOptions:
     refit: bool = False  # least squares for the steps, given the codes
     sweeps: int = 0  # passes of coordinate descent over the codes, at most
     group_aware: bool = False  # most excited groups first, and columns inside each; not with act_order
+    on_units: bool = False  # errors are handed on by bfloat16 units where they have tiles (phi4edge.model.tiles)
     run: RunPieces = run_parallel  # computes pieces of rows; codes do not depend on it
 
 

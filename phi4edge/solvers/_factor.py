@@ -39,6 +39,7 @@ class Factor:
     damp: float  # what was added to the diagonal
     diagonal: Tensor  # [in_features] float32: what it was before, columns as they stand in the weight
     events: tuple[Event, ...]
+    on_tiles: bool = False  # whether the lower triangle of M holds what phi4edge.solvers._finished puts there
 
     def divide(self, B: Tensor) -> Tensor:
         """B H⁻¹ for ``B`` [rows, in_features] float32, columns as they stand in the weight."""
@@ -68,7 +69,7 @@ def factor_matrix(H: Tensor, order: Tensor | None, damp: float, name: str, *, in
     if order is not None:
         R, undamped = _ordered(H, order), diagonal[order]
     else:
-        R, undamped = H if in_place else H.clone(), diagonal
+        R, undamped = H if in_place else H.clone(memory_format=torch.contiguous_format), diagonal
     while True:
         added = damp * mean if mean > 0 else 1.0
         R.diagonal().copy_(undamped + added)

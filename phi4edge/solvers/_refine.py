@@ -16,7 +16,8 @@ rounded (``Grid.store``) before it is judged, groups that share a stored paramet
 if its objective falls.
 
 Both go through the columns once a pass, a block at a time, with g computed anew from E at each block: one matrix
-product, n² a row, as much as GPTQ's own. The refit is therefore Gauss–Seidel over groups: each answers for the
+product, n² a row, as much as GPTQ's own; on tiles of bfloat16 units (:mod:`phi4edge.model.tiles`) its factors are
+rounded. The refit is therefore Gauss–Seidel over groups: each answers for the
 roundings before it. Two passes come to within 0.1 % of the joint optimum of all groups of a row before that is rounded,
 and (measured on real layers, q4_1) below it after; the joint system would take as long to build, and be solved beside.
 Passes end when one moves fewer than 1 code in 10,000.
@@ -33,6 +34,7 @@ from functools import partial
 import torch
 from torch import Tensor
 
+from phi4edge.model.tiles import in_pairs, needed_tiles, tiles
 from phi4edge.quant.grid import Grid, grid_for, reciprocal
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
@@ -51,8 +53,8 @@ _HALF_MAX = 65504.0  # float16's largest
 def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solution:
     """``solution`` after at most ``options.sweeps`` sweeps over its codes, its steps refitted if ``options.refit``.
 
-    No row's objective rises. Without a Hessian there is nothing that rounding did not see: the solution comes back
-    as it is.
+    No row's objective rises; on bfloat16 units that is so of the objective with what those make of H. Without a
+    Hessian there is nothing that rounding did not see: the solution comes back as it is.
     """
     H = problem.hessian
     if H is None or not (options.refit or options.sweeps):
@@ -70,6 +72,7 @@ def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solu
             damp,
             options.refit,
             options.sweeps,
+            options.on_units and H.device.type == "cpu" and tiles() is not None,
         )
         for piece in row_pieces(linear.out_features, linear.in_features, options.rows)
     ]
@@ -82,9 +85,9 @@ def refine(problem: Problem, solution: Solution, options: SolverOptions) -> Solu
 
 
 def _refine_rows(
-    grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float, refit: bool, sweeps: int
+    grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float, refit: bool, sweeps: int, on_tiles: bool
 ) -> QuantizedLinear:
-    rows = _Rows(grid, W, linear, H, damp)
+    rows = _Rows(grid, W, linear, H, damp, on_tiles)
     for _ in range(sweeps or _REFITS):
         moved = rows.go_through(move=sweeps > 0, refit=refit)
         if sweeps and moved < _SETTLED:
@@ -95,7 +98,7 @@ def _refine_rows(
 class _Rows:
     """Some rows on their way through passes. Works on transposes, where a column is contiguous."""
 
-    def __init__(self, grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float) -> None:
+    def __init__(self, grid: Grid, W: Tensor, linear: QuantizedLinear, H: Tensor, damp: float, on_tiles: bool) -> None:
         self._grid, self._H, self._damp = grid, H, damp
         self._E = (W - linear.dequantize()).T.contiguous()  # [n, rows]
         self._Q = linear.codes.T.contiguous()  # [n, rows] uint8
@@ -106,6 +109,8 @@ class _Rows:
         self._size = n // groups  # columns that share a and b
         self._units = min(values.shape[1] for values in self._params.values())
         self._unit = n // self._units  # columns that share a stored parameter
+        self._tiles = needed_tiles() if on_tiles else None
+        self._pairs = in_pairs(self._E) if on_tiles else None  # E as it stands, for products with it
 
     def result(self, linear: QuantizedLinear) -> QuantizedLinear:
         """What became of ``linear``."""
@@ -117,7 +122,7 @@ class _Rows:
         block = self._unit * math.ceil(_BLOCK / self._unit)
         for start in range(0, n, block):
             part = slice(start, min(start + block, n))
-            G = (self._H[part] @ self._E).add_(self._E[part], alpha=self._damp)  # [block, rows]
+            G = self._product(part).add_(self._E[part], alpha=self._damp)  # [block, rows]
             square = self._H[part, part].clone()
             square.diagonal().add_(self._damp)
             for first in range(0, G.shape[0], self._unit):
@@ -126,7 +131,17 @@ class _Rows:
                     moved += self._move(start, unit, G, square)
                 if refit:
                     self._refit(start, unit, G, square)
+            if self._pairs is not None:
+                self._pairs[part.start // 2 : part.stop // 2] = in_pairs(self._E[part])
         return moved / max(self._Q.numel(), 1)
+
+    def _product(self, part: slice) -> Tensor:
+        """Rows of H E, [block, rows] float32."""
+        if self._tiles is None or self._pairs is None:
+            return self._H[part] @ self._E
+        out = torch.zeros(part.stop - part.start, self._E.shape[1])
+        self._tiles.add(out, self._H[part].bfloat16(), self._pairs)
+        return out
 
     def _move(self, start: int, unit: slice, G: Tensor, H: Tensor) -> int:
         """Coordinate descent over the codes of a unit; G of the whole block is kept up. Returns how many moved."""

@@ -14,8 +14,9 @@ column i is Rᵢᵢ (eᵢ + Σ_{j<i} eⱼ Mⱼᵢ), so the choice that the paper
     w̃ᵢ = wᵢ + Σ_{j<i} (wⱼ − qⱼ) Mⱼᵢ.
 
 One Cholesky factorisation (n³/3) takes the place of Cholesky, inverse and Cholesky (4n³/3), W is read only, and the
-sum over finished columns is one matrix product a block. R takes the place of the one copy of H that is made. What the
-codes lose is Σᵢ Rᵢᵢ² (w̃ᵢ − qᵢ)², less the damping's share λ‖E‖², and costs no product with H.
+sum over finished columns is one matrix product a block (:mod:`phi4edge.solvers._finished`). R takes the place of the
+one copy of H that is made. What the codes lose is Σᵢ Rᵢᵢ² (w̃ᵢ − qᵢ)², less the damping's share λ‖E‖², and costs no
+product with H.
 
 Scales: searched at the start of each group (of a super-block, where several groups share something), weighted by
 diag H, on what the paper's updates have made of it by then, w_G + S M_GG⁻¹ with S the sum above over finished
@@ -36,11 +37,13 @@ from __future__ import annotations
 __all__ = ["NEEDS_HESSIAN", "factor", "solve"]
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import torch
 from torch import Tensor
 
+from phi4edge.model.tiles import tiles
 from phi4edge.quant.grid import Grid, NestedGrid, Params, grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces
@@ -48,10 +51,9 @@ from phi4edge.quant.search import search, search_again
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._columns import Panel, Steps, round_columns
 from phi4edge.solvers._factor import Factor, factor_matrix
+from phi4edge.solvers._finished import Finished, put_transpose, span
 
 NEEDS_HESSIAN = True
-_FAR = 4  # blocks between two products with all finished columns: the wider, the nearer to what a core can do
-_BLOCK = 128  # columns between two products with those finished since
 _SUB = 32  # columns between two products inside a block: a panel
 
 
@@ -67,8 +69,14 @@ def factor(problem: Problem, options: SolverOptions, *, in_place: bool = False) 
     W, n = problem.weight, problem.weight.shape[1]
     groups = problem.scheme.groups(n, problem.name)
     H = problem.hessian if problem.hessian is not None else torch.eye(n, device=W.device)
-    order = _order(H.diagonal().clone(), n // groups, _unit(problem, groups), options)
-    return factor_matrix(H, order, options.damp_percent, problem.name, in_place=in_place)
+    unit = _unit(problem, groups)
+    order = _order(H.diagonal().clone(), n // groups, unit, options)
+    made = factor_matrix(H, order, options.damp_percent, problem.name, in_place=in_place)
+    far = span(n if options.act_order else unit, n, on_tiles=True).far
+    if not options.on_units or made.M.device.type != "cpu" or tiles() is None:
+        return made
+    put_transpose(made.M, far)
+    return replace(made, on_tiles=True)
 
 
 def _unit(problem: Problem, groups: int) -> int:
@@ -92,7 +100,7 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     static = options.act_order or unit == n
     grid = grid_for(problem.scheme)
     pieces = [
-        partial(_loop, grid, W[piece], groups, unit, made.diagonal, made.M, made.d, made.damp, made.order, static)
+        partial(_loop, grid, W[piece], groups, n if static else unit, made)
         for piece in row_pieces(W.shape[0], n, options.rows)
     ]
     parts = options.run(pieces)
@@ -121,47 +129,34 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
     return columns[outside.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _loop(
-    grid: Grid,
-    W: Tensor,
-    groups: int,
-    unit: int,
-    diagonal: Tensor,
-    M: Tensor,
-    d: Tensor,
-    damp: float,
-    order: Tensor | None,
-    static: bool,
-    fixed: Params | None = None,
-) -> tuple[Tensor, Params, float]:
+def _loop(grid: Grid, W: Tensor, groups: int, unit: int, factor: Factor) -> tuple[Tensor, Params, float]:
     """Codes [rows, n] and parameters of some rows, and tr(E H Eᵀ).
 
-    Parameters are found as the loop comes to each unit; ``static``, on W beforehand, or ``fixed`` ones are given. Works
-    on transposes, where a column is contiguous.
+    Parameters are found as the loop comes to each ``unit`` of columns; all of them beforehand, on W, where that is n.
+    Works on transposes, where a column is contiguous.
     """
-    rows, n = W.shape
-    if static and fixed is None:
-        fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1))
+    (rows, n), (diagonal, M, order) = W.shape, (factor.diagonal, factor.M, factor.order)
+    static = unit == n
+    fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1)) if static else None
     size = n // groups
     places = torch.arange(n) if order is None else order.cpu()
     original = W.T.contiguous() if order is None else W.T.contiguous()[order]  # [n, rows]
-    E = torch.empty_like(original)
     Q = torch.empty(n, rows, dtype=torch.uint8, device=W.device)
     found: dict[int, Params] = {}  # by first column
     steps, lost = Steps(grid, groups, rows, W.device), 0.0
     if fixed is not None:
         found[0] = fixed
         steps.put(0, fixed)
-    block = _BLOCK if static else unit * math.ceil(_BLOCK / unit)
+    wide = span(unit, n, on_tiles=factor.on_tiles)
+    done = Finished(M, rows, wide.far, on_tiles=factor.on_tiles)
     sub = _SUB if static else math.gcd(size, _SUB)
-    for start in range(0, n, block):
-        stop = min(start + block, n)
-        before = start % (_FAR * block)  # columns of the far block that are done
+    for start in range(0, n, wide.block):
+        stop = min(start + wide.block, n)
+        before = start % wide.far  # columns of the far block that are done
         far = start - before
         if before == 0:
-            ahead = slice(far, min(far + _FAR * block, n))
-            sums = torch.addmm(original[ahead], M[:far, ahead].T, E[:far])
-        work = torch.addmm(sums[before : before + block], M[far:start, start:stop].T, E[far:start])
+            sums = done.begin(far, original[far : far + wide.far])
+        work = torch.addmm(sums[before : before + wide.block], M[far:start, start:stop].T, done.errors(far, start))
         for first in range(start, stop, sub):
             last = min(first + sub, stop)
             if not static and first % size == 0:
@@ -184,11 +179,12 @@ def _loop(
             here = slice(first, last)
             there = places[here]
             panel = Panel(
-                work[first - start : last - start], original[here], M[here, here], d[here], there // size, there
+                work[first - start : last - start], original[here], M[here, here], factor.d[here], there // size, there
             )
-            lost += round_columns(grid, panel, steps, damp, E[here], Q)
+            errors = done.errors(first, last)
+            lost += round_columns(grid, panel, steps, factor.damp, errors, Q)
             if last < stop:
-                work[last - start :].addmm_(M[first:last, last:stop].T, E[first:last])
+                work[last - start :].addmm_(M[first:last, last:stop].T, errors)
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
     return _settle(grid, Q.T, params), params, lost
 

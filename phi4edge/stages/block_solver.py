@@ -24,6 +24,7 @@ from phi4edge.calibration.statistics import LayerStats
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
 from phi4edge.core.parts import PartTimes
+from phi4edge.core.recipe import BFLOAT16
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
 from phi4edge.model.block import LINEARS, linear_name, load_block, load_norms
@@ -87,6 +88,7 @@ class BlockSolver:
             refit=self._recipe.refit,
             sweeps=self._recipe.sweeps,
             group_aware=self._recipe.group_aware,
+            on_units=self._recipe.compute == BFLOAT16,
             run=run,
         )
 

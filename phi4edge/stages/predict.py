@@ -43,7 +43,8 @@ class LinearRates:
     """What this machine does for one of a block's linears."""
 
     forward: float  # FLOP/s of x Wᵀ, so many samples at a time and as the recipe computes
-    dense: float  # FLOP/s of the solver's products, [rows, n] [n, n], float32
+    dense: float  # FLOP/s of products [rows, n] [n, n] in float32
+    errors: float  # the same of errors [rows, n] handed on by the solver and the refinement, which may be on tiles
     moments: float  # FLOP/s of H's sum, n² counted a token
     product: float  # FLOP/s of a product [n, tokens] [tokens, n] that is added up
     factor: float  # FLOP/s of H's factorisation, n³/3 counted
@@ -176,10 +177,10 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
     whole = gptq or recipe.whole_hessian or recipe.scales_inputs
     sample = 2 * length * rows * n / rates.forward  # seconds of one through the linear
     found = {"forward": (2 if exact else 1) * recipe.corpus.samples * sample}
-    products = 0.0  # of [rows, n] with [n, n], 2 R n² each
+    errors, products = 0.0, 0.0  # of [rows, n] with [n, n], 2 R n² each
     if whole:
         found["moments"] = kept * length * n * n / rates.moments
-        products += solver_products(recipe, n)
+        errors, products = solver_products(recipe, n)
     if exact and takes_product(rows, n):
         found["moments"] += kept * sample * (1 + rates.forward / rates.product)
     elif exact:
@@ -195,15 +196,15 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
         judged = len(judged_rows(rows)) / rows
         found["check"] = held * (4 if exact else 3) * judged * sample
         solve += nearest * judged
-    found["solve"] = solve + products * 2 * rows * n * n / rates.dense
+    found["solve"] = solve + 2 * rows * n * n * (errors / rates.errors + products / rates.dense)
     return found
 
 
-def solver_products(recipe: Recipe, n: int) -> float:
-    """Products [rows, n] [n, n] of the solver and the refinement, their losses with them; GPTQ's own costs none."""
-    solver = 0.5 if recipe.method == "gptq" else _loss(n)
-    passes = (recipe.sweeps or 2) + _loss(n) if recipe.refined else 0.0
-    return solver + passes
+def solver_products(recipe: Recipe, n: int) -> tuple[float, float]:
+    """Products [rows, n] [n, n] of the solver and the refinement: with errors, and of losses; GPTQ's own costs none."""
+    gptq, refined = recipe.method == "gptq", recipe.refined
+    errors = (0.5 if gptq else 0.0) + ((recipe.sweeps or 2) if refined else 0.0)
+    return errors, _loss(n) * ((0 if gptq else 1) + (1 if refined else 0))
 
 
 def _loss(n: int) -> float:

@@ -33,7 +33,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import InputError
-from phi4edge.core.recipe import Recipe
+from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
 from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
@@ -41,7 +41,8 @@ from phi4edge.model.compute import choose_compute, computing, prepared, product
 from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
-from phi4edge.quant.parallel import row_pieces
+from phi4edge.model.tiles import TILE, in_pairs, tiles
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
@@ -122,8 +123,9 @@ class _Measurement:
             with computing(self._recipe.compute):
                 forward = self._forward(rows, n)
             dense = self._dense(rows, n)
-            solve, nearest, decode = self._solver(rows, n, dense)
-            linears[name] = LinearRates(forward, dense, moments, crossed, factor, solve, nearest, decode)
+            errors = self._errors(n, dense)
+            solve, nearest, decode = self._solver(rows, n, dense, errors)
+            linears[name] = LinearRates(forward, dense, errors, moments, crossed, factor, solve, nearest, decode)
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
             hidden = self._draw(1, length, config.hidden_size)
@@ -170,6 +172,15 @@ class _Measurement:
         W, H = self._draw(min(rows, _PRODUCT), n), self._draw(n, min(n, _PRODUCT))
         return 2 * W.numel() * H.shape[1] / self._seconds(lambda: W @ H)
 
+    def _errors(self, n: int, dense: float) -> float:
+        units = tiles() if self._recipe.compute == BFLOAT16 else None
+        if units is None:
+            return dense
+        left, right = self._draw(TILE, n).bfloat16(), in_pairs(self._draw(n, TILE))
+        threads = torch.get_num_threads()
+        pieces = [partial(units.add, torch.zeros(TILE, TILE), left, right) for _ in range(threads)]
+        return 2 * threads * left.numel() * TILE / self._seconds(lambda: run_parallel(pieces))
+
     def _squares(self, n: int) -> tuple[float, float, float]:
         """Rates of H's sum, of D's and of the factorisation."""
         n, length = min(n, _WIDEST), self._length
@@ -185,7 +196,7 @@ class _Measurement:
         options = SolverOptions(self._recipe.damp_percent)
         return summed, crossed, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
-    def _solver(self, rows: int, n: int, dense: float) -> tuple[float, float, float]:
+    def _solver(self, rows: int, n: int, dense: float, errors: float) -> tuple[float, float, float]:
         """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""
         scheme = self._work.scheme
         piece = row_pieces(rows, n)[0].stop
@@ -203,6 +214,7 @@ class _Measurement:
             refit=recipe.refit,
             sweeps=recipe.sweeps,
             group_aware=recipe.group_aware,
+            on_units=recipe.compute == BFLOAT16,
         )
         known = None if recipe.corpus is None and recipe.imatrix_sha256 is None else mean_square
         rounding = Problem("measured", W, None, scheme, known)
@@ -220,7 +232,8 @@ class _Measurement:
             return refine(problem, solver.solve(problem, options), options)
 
         # Products are counted apart, as they grow with n².
-        products = 2 * together * columns**2 * solver_products(recipe, columns) / dense
+        handed_on, others = solver_products(recipe, columns)
+        products = 2 * together * columns**2 * (handed_on / errors + others / dense)
         seconds = self._seconds(solve)
         return max(seconds - products, 0.2 * seconds) / count, nearest, decode
 
