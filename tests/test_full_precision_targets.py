@@ -52,7 +52,7 @@ def shifted(weight: Tensor, stats: LayerStats, strength: float, damp: float = 0.
     assert shift is not None
     base = Problem("layer", weight, stats.hessian, parse_scheme("w4g16"))
     factor = gptq.factor(base, SolverOptions(damp_percent=damp, **options))  # type: ignore[arg-type]
-    return shifted_target(weight, factor, lambda rows: shift.of_rows(weight, rows), strength)
+    return shifted_target(weight, factor, shift.values.clone(), strength, multiplied=shift.product)
 
 
 def weights(rows: int = 20, width: int = 48) -> Tensor:
@@ -248,7 +248,7 @@ def test_a_shift_that_loses_gives_way_to_the_solver_without_it(
 ) -> None:
     """The guard tries the weights as they are before it takes rounding to nearest."""
     quantize(phi4_checkpoint, Recipe(corpus=CORPUS), tmp_path / "plain")
-    monkeypatch.setattr(block_solver, "shifted_target", lambda weight, *_: weight * 1.5)
+    monkeypatch.setattr(block_solver, "shifted_target", lambda weight, *_, **__: weight * 1.5)
     summary = quantize(phi4_checkpoint, Recipe(corpus=CORPUS, full_precision_targets=0.5), tmp_path / "run")
     data = summary.manifest["data"]
     assert {event["kind"] for event in data["events"]} & {"fallback_to_unshifted", "fallback_to_rtn"}

@@ -20,6 +20,7 @@ from phi4edge.solvers import _refine, gptq
 from phi4edge.solvers._api import Problem, SolverOptions
 from phi4edge.solvers._finished import put_transpose, transpose_of
 from phi4edge.solvers._loss import layer_loss
+from phi4edge.solvers._targets import shifted_target
 
 needs_tiles = pytest.mark.skipif(tiles() is None, reason="no bfloat16 units here, or no tiles on them")
 ON_UNITS = SolverOptions(on_units=True)
@@ -133,6 +134,21 @@ def test_refinement_gains_as_much_on_tiles(scheme: str) -> None:
     assert not torch.equal(exact.linear.codes, ours.linear.codes)
     assert exact.loss < 0.98 * start.loss
     assert ours.loss == pytest.approx(exact.loss, rel=0.01)
+
+
+@needs_tiles
+@pytest.mark.parametrize("rows", [7, 300])
+def test_a_target_is_shifted_on_tiles(rows: int) -> None:
+    whole = problem("w4g64", rows=rows, columns=512)
+    factor, D = gptq.factor(whole, SolverOptions()), 0.1 * drawn(512, 512, 7)
+    exact = whole.weight + 0.5 * factor.divide(whole.weight @ D)
+    ours = shifted_target(whole.weight, factor, D.clone(), 0.5, multiplied=False, on_units=True)
+    plain = shifted_target(whole.weight, factor, D.clone(), 0.5, multiplied=False)
+    given = shifted_target(whole.weight, factor, whole.weight @ D, 0.5, multiplied=True, on_units=True)
+    moved = (exact - whole.weight).norm()
+    assert (plain - exact).norm() < 1e-4 * moved
+    assert (given - exact).norm() < 1e-4 * moved
+    assert 1e-4 * moved < (ours - exact).norm() < 5e-3 * moved
 
 
 @needs_tiles

@@ -120,24 +120,11 @@ def our_factor(H: Tensor, order: Tensor) -> Factor:
     return factor_matrix(H, order, DAMP, "layer")
 
 
-def our_loop(W: Tensor, H: Tensor, made: Factor, order: Tensor, params: Params) -> Tensor:
-    """Codes [rows, n] by the solver's own loop."""
+def our_loop(W: Tensor, made: Factor, params: Params) -> Tensor:
+    """Codes [rows, n] by the solver's own loop, in float32."""
     grid, n, groups = grid_for(SCHEME), W.shape[1], SCHEME.groups(W.shape[1])
     pieces = [
-        partial(
-            gptq._loop,
-            grid,
-            W[piece],
-            groups,
-            n // groups,
-            H.diagonal().clone(),
-            made.M,
-            made.d,
-            made.damp,
-            order,
-            True,
-            {field: values[piece] for field, values in params.items()},
-        )
+        partial(gptq._loop, grid, W[piece], groups, n, made, {field: of[piece] for field, of in params.items()})
         for piece in row_pieces(*W.shape)
     ]
     return torch.cat([codes for codes, _, _ in run_parallel(pieces)])
@@ -164,9 +151,9 @@ def compare(rows: int, n: int) -> dict[str, Any]:
         return result, {"wall_s": time.perf_counter() - wall, "cpu_s": time.process_time() - cpu}
 
     small, square = layer(64, 256)
-    our_loop(small, square, our_factor(square, order[order < 256]), order[order < 256], scales(small))  # compiles it
+    our_loop(small, our_factor(square, order[order < 256]), scales(small))  # compiles it
     made, our_factoring = timed(our_factor, H, order)
-    ours, our_looping = timed(our_loop, W, H, made, order, params)
+    ours, our_looping = timed(our_loop, W, made, params)
     del made
     U, reference_factoring = timed(reference_factor, H, order)
     theirs, reference_looping = timed(reference_loop, W, U, order, a, b)
@@ -191,7 +178,7 @@ def peak(side: str, rows: int, n: int) -> dict[str, int]:
         file.write("5")
     before = peak_rss_bytes()
     if side == "ours":
-        our_loop(W, H, our_factor(H, order), order, params)
+        our_loop(W, our_factor(H, order), params)
     else:
         reference_loop(W, reference_factor(H, order), order, a, b)
     return {"before_bytes": before, "peak_rss_bytes": peak_rss_bytes()}

@@ -51,10 +51,6 @@ class Shift:
     values: Tensor
     product: bool
 
-    def of_rows(self, weight: Tensor, rows: slice) -> Tensor:
-        """Rows of W D; ``weight`` is the whole of W."""
-        return self.values[rows] if self.product else weight[rows] @ self.values
-
 
 @dataclass(frozen=True)
 class LayerStats:

@@ -184,7 +184,8 @@ class _Rows:
             held = values[:, index * width : (index + 1) * width]
             held.copy_(torch.where(better[:, None], stored[field], held))
         self._E[there] += change
-        G.addmm_(H[:, unit], change)
+        if unit.stop < G.shape[0]:  # nobody asks for G behind the block's last unit
+            G.addmm_(H[:, unit], change)
 
     def _values(self, q: Tensor, a: Tensor, b: Tensor) -> Tensor:
         """a·q + b of some groups; q [groups · size, rows], a and b [groups, rows]."""

@@ -19,23 +19,38 @@ from __future__ import annotations
 
 __all__ = ["shifted_target"]
 
-from collections.abc import Callable
+from functools import partial
 
-import torch
 from torch import Tensor
 
+from phi4edge.model.tiles import in_pairs, tiles
+from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.solvers._factor import Factor
 
 _ROWS = 2048
 
 
-def shifted_target(weight: Tensor, factor: Factor, cross: Callable[[slice], Tensor], strength: float) -> Tensor:
+def shifted_target(
+    weight: Tensor, factor: Factor, moments: Tensor, strength: float, *, multiplied: bool, on_units: bool = False
+) -> Tensor:
     """W + α W D H⁻¹, H as ``factor`` has it (damped).
 
-    ``weight`` [out_features, in_features] float32; ``cross`` gives rows of W D; ``strength`` is α.
+    ``weight`` [out_features, in_features] float32; ``moments`` are used up: D [in_features, in_features], or
+    (``multiplied``) W D [out_features, in_features]. ``strength`` is α. ``on_units``: a product with the whole of D H⁻¹
+    is bfloat16 units', where they have tiles.
     """
-    target = torch.empty_like(weight)
-    for start in range(0, weight.shape[0], _ROWS):
-        rows = slice(start, min(start + _ROWS, weight.shape[0]))
-        torch.add(weight[rows], factor.divide(cross(rows)), alpha=strength, out=target[rows])
+    for start in range(0, moments.shape[0], _ROWS):
+        rows = slice(start, min(start + _ROWS, moments.shape[0]))
+        moments[rows] = factor.divide(moments[rows]).mul_(strength)
+    if multiplied:
+        return moments.add_(weight)
+    target = weight.clone()
+    units = tiles() if on_units and weight.device.type == "cpu" else None
+    if units is None:
+        for start in range(0, weight.shape[0], _ROWS):
+            target[start : start + _ROWS].addmm_(weight[start : start + _ROWS], moments)
+        return target
+    right = in_pairs(moments)
+    pieces = row_pieces(weight.shape[0], weight.shape[1], _ROWS)
+    run_parallel([partial(units.add, target[rows], weight[rows].bfloat16(), right) for rows in pieces])
     return target

@@ -129,15 +129,18 @@ def _order(diagonal: Tensor, size: int, unit: int, options: SolverOptions) -> Te
     return columns[outside.amax(1).argsort(descending=True, stable=True)].reshape(-1)
 
 
-def _loop(grid: Grid, W: Tensor, groups: int, unit: int, factor: Factor) -> tuple[Tensor, Params, float]:
+def _loop(
+    grid: Grid, W: Tensor, groups: int, unit: int, factor: Factor, fixed: Params | None = None
+) -> tuple[Tensor, Params, float]:
     """Codes [rows, n] and parameters of some rows, and tr(E H Eᵀ).
 
-    Parameters are found as the loop comes to each ``unit`` of columns; all of them beforehand, on W, where that is n.
-    Works on transposes, where a column is contiguous.
+    Parameters are found as the loop comes to each ``unit`` of columns; where that is n all of them beforehand, on W,
+    unless they are given (``fixed``). Works on transposes, where a column is contiguous.
     """
     (rows, n), (diagonal, M, order) = W.shape, (factor.diagonal, factor.M, factor.order)
     static = unit == n
-    fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1)) if static else None
+    if static and fixed is None:
+        fixed = search(grid, W.reshape(rows, groups, -1), diagonal.reshape(groups, -1))
     size = n // groups
     places = torch.arange(n) if order is None else order.cpu()
     original = W.T.contiguous() if order is None else W.T.contiguous()[order]  # [n, rows]

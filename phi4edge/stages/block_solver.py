@@ -220,7 +220,7 @@ class BlockSolver:
             problem = self._factored(task)
         if aims and not self._solver.NEEDS_HESSIAN and problem.factor is not None:
             events += problem.factor.events  # else they are the solution's
-        aimed = self._aim(problem, task.stats) if aims else problem
+        aimed = self._aim(problem, task) if aims else problem
         coupling = self._coupling(problem)
         solution = self._solve(aimed) if coupling is None else solve_coupled(aimed, coupling, self._options)
         record = self._record(problem.name, solution, task.stats)
@@ -294,14 +294,20 @@ class BlockSolver:
         values = [_values_of(linear) for linear in candidates]
         return task.samples.held_out(task.stage, task.problem.weight[::step], values, task.factors)
 
-    def _aim(self, problem: Problem, stats: LayerStats | None) -> Problem:
-        """The problem with its target shifted towards full precision."""
-        assert stats is not None
-        assert stats.shift is not None
+    def _aim(self, problem: Problem, task: _Task) -> Problem:
+        """The problem with its target shifted towards full precision; the task's shift is used up."""
+        assert task.stats is not None
+        assert task.stats.shift is not None
         assert problem.factor is not None
-        weight, shift = problem.weight, stats.shift
-        strength = self._recipe.full_precision_targets
-        target = shifted_target(weight, problem.factor, lambda rows: shift.of_rows(weight, rows), strength)
+        shift, task.stats = task.stats.shift, replace(task.stats, shift=None)
+        target = shifted_target(
+            problem.weight,
+            problem.factor,
+            shift.values,
+            self._recipe.full_precision_targets,
+            multiplied=shift.product,
+            on_units=self._options.on_units,
+        )
         return replace(problem, weight=target)
 
 

@@ -183,10 +183,11 @@ def _linear(recipe: Recipe, shape: tuple[int, int], rates: LinearRates, threads:
         errors, products = solver_products(recipe, n)
     if exact and takes_product(rows, n):
         found["moments"] += kept * sample * (1 + rates.forward / rates.product)
+        products += 1  # dividing W D by H
     elif exact:
         found["moments"] += kept * 2 * length * n * n / rates.product
-        products += 1
-    products += 1 if exact else 0  # dividing the target's shift by H
+        products += n / rows  # dividing D by H
+        errors += 1  # the weight with what comes of it
     solve = 0.0 if gptq else nearest
     if gptq or recipe.refined:
         solve += rows * n * rates.solve
