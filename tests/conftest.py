@@ -54,3 +54,9 @@ def phi4_gguf(phi4_checkpoint: Path, tmp_path_factory: pytest.TempPathFactory) -
 def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small model of Phi-4-mini's kind: longrope, partial rotary, tied head. Do not write into it."""
     return write_checkpoint(tmp_path_factory.mktemp("mini"), "mini")
+
+
+@pytest.fixture(scope="session")
+def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A model whose rows suit blocks of 256."""
+    return write_checkpoint(tmp_path_factory.mktemp("wide"), "phi4", hidden_size=256, num_hidden_layers=1)
