@@ -5,9 +5,13 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from support import write_checkpoint
+
+if TYPE_CHECKING:
+    from phi4edge.report.build import Report
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -60,3 +64,29 @@ def mini_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def wide_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A model whose rows suit blocks of 256."""
     return write_checkpoint(tmp_path_factory.mktemp("wide"), "phi4", hidden_size=256, num_hidden_layers=1)
+
+
+@pytest.fixture(scope="session")
+def toy_results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Results of six artifacts, as they are measured."""
+    from report_support import write_results
+
+    return write_results(tmp_path_factory.mktemp("results") / "in")
+
+
+@pytest.fixture(scope="session")
+def toy_report(toy_results: Path) -> Report:
+    """The report on them."""
+    from report_support import BASELINE
+
+    from phi4edge.report.build import build_report
+
+    return build_report([toy_results], baseline=BASELINE)
+
+
+@pytest.fixture(scope="session")
+def toy_files(toy_report: Report, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
+    """Its files by kind."""
+    from phi4edge.report.build import write_report
+
+    return write_report(toy_report, tmp_path_factory.mktemp("out"))

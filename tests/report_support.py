@@ -5,14 +5,18 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import re
+from collections import Counter
+from html.parser import HTMLParser
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from phi4edge.report.build import Report, build_report
+from phi4edge.report.build import Report, build_report, write_report
 
 CHUNKS, SCORED = 20, 255
+BASELINE = "toy-q4_0-llamacpp"
 NAMES = (  # name, scheme, MiB, level of the KLD, tokens a second
     ("toy-f16.gguf", "f16", 312.4, 2e-4, 30.0),
     ("toy-q8_0.gguf", "q8_0", 166.8, 0.004, 55.0),
@@ -228,3 +232,57 @@ def report_of(folder: Path, *documents: Any, **options: Any) -> Report:
     for number, document in enumerate(documents):
         write(folder / f"{number:02d}.json", document)
     return build_report([folder], **options)
+
+
+class PageReader(HTMLParser):
+    """Text, attributes and tags of a page."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.tags: Counter[str] = Counter()
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.svg_text: list[str] = []
+        self.open: list[str] = []
+        self.feed(page)
+        self.close()
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        if tag not in ("meta", "link", "br"):
+            self.open.append(tag)
+
+    def handle_startendtag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags[tag] += 1
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self.open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if "style" not in self.open:
+            self.text.append(data.replace("\u00a0", " "))
+        if "text" in self.open:
+            self.svg_text.append(data)
+
+    @property
+    def words(self) -> str:
+        return " ".join(" ".join(self.text).split())
+
+
+def page_of(report: Report, out: Path) -> PageReader:
+    return PageReader(write_report(report, out)["html"].read_text())
+
+
+def rows_of(markdown: str, title: str) -> list[dict[str, str]]:
+    """The first table after ``title``, a dict a row."""
+    lines = markdown[markdown.index(title) :].splitlines()
+    table = []
+    for line in lines:
+        if line.startswith("|"):
+            table.append([cell.strip() for cell in re.split(r"(?<!\\)\|", line)[1:-1]])
+        elif table:
+            break
+    head, _, *rows = table
+    return [dict(zip(head, row, strict=True)) for row in rows]

@@ -27,6 +27,7 @@ from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.memory import parse_bytes
 from phi4edge.core.recipe import CorpusRecipe, Recipe, solving_recipe
 from phi4edge.core.workdir import JOURNAL
+from phi4edge.model.compute import has_bfloat16_units
 from phi4edge.pipeline import Order, _solve
 from phi4edge.quant.parallel import row_pieces
 from phi4edge.stages import cluster as module
@@ -91,10 +92,15 @@ class Interrupted(Progress):
             raise KeyboardInterrupt
 
 
+UNITS = pytest.param(
+    {"compute": "bfloat16"}, marks=pytest.mark.skipif(not has_bfloat16_units(), reason="no bfloat16 units")
+)
+
+
 @pytest.mark.parametrize(
     "changes",
-    [{}, {"effort": "low", "scheme": "q4_0"}, {"awq": True}, {"method": "rtn"}, {"round_passes": 0.5}],
-    ids=["default", "low", "awq", "rtn", "rounding"],
+    [{}, {"effort": "low", "scheme": "q4_0"}, {"awq": True}, {"method": "rtn"}, {"round_passes": 0.5}, UNITS],
+    ids=["default", "low", "awq", "rtn", "rounding", "bfloat16"],
 )
 def test_workers_give_the_same_bytes_as_one_process(
     changes: dict[str, object], model: Path, here: Path, workers: Cluster, tmp_path: Path
