@@ -8,7 +8,7 @@ its columns in one product, which is most of the walk's work. In float32 that is
 tiles of bfloat16 units (:mod:`phi4edge.model.tiles`) both factors are rounded for it: E as columns are finished, Mᵀ by
 the factorisation, into that half of its own matrix which nobody reads. Inside a far block everything is float32.
 
-One code in some seventy comes out otherwise for it, and the loss is what it is in float32 to some hundredths of a per
+Some per cent of the codes come out otherwise for it, and the loss is what it is in float32 to some hundredths of a per
 cent (``benchmarks/kernels/on_tiles.py``).
 """
 
