@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from scripts import load_script
 from torch import Tensor
 
+from phi4edge.model.source import WeightSource
 from phi4edge.quant.ggml import BlockType
 
 peer = load_script("benchmarks/peers/libggml.py")
@@ -130,3 +131,25 @@ class Llama:
         count = llama_cpp.llama_tokenize(self.vocab, data, len(data), ids, len(ids), False, parse_special)
         assert count >= 0
         return list(ids[:count])
+
+
+def transformers_logits(source: WeightSource, tokens: Tensor) -> Tensor:
+    """transformers' Phi3ForCausalLM on ``source``'s weights, float32."""
+    from transformers import Phi3Config, Phi3ForCausalLM
+
+    config = Phi3Config(**{k: v for k, v in source.config.raw.items() if k != "torch_dtype"})
+    config._attn_implementation = "eager"
+    model = Phi3ForCausalLM(config).eval()
+    state = {name: source.tensor(name) for name in source.config.tensor_shapes()}
+    missing = model.load_state_dict(state, strict=False).missing_keys
+    assert missing == (["lm_head.weight"] if source.config.tie_word_embeddings else [])
+    with torch.inference_mode():
+        return model(tokens[None]).logits[0]
+
+
+def relative_error(ours: Tensor, theirs: Tensor) -> float:
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+def tokens_of(length: int) -> Tensor:
+    return torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(3))

@@ -7,35 +7,14 @@ from pathlib import Path
 import llama_cpp
 import pytest
 import torch
-from gguf_support import Llama
+from gguf_support import Llama, relative_error, tokens_of, transformers_logits
 from rounded import quantized_model
 from support import write_checkpoint
-from torch import Tensor
-from transformers import Phi3ForCausalLM
 
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.model.source import WeightSource
 from phi4edge.writers import gguf
 from phi4edge.writers._api import WriteOptions
 from phi4edge.writers._gguf_file import read_gguf
-
-
-def transformers_logits(source: WeightSource, tokens: Tensor) -> Tensor:
-    """transformers' Phi3ForCausalLM on ``source``'s weights, float32."""
-    from transformers import Phi3Config
-
-    config = Phi3Config(**{k: v for k, v in source.config.raw.items() if k != "torch_dtype"})
-    config._attn_implementation = "eager"
-    model = Phi3ForCausalLM(config).eval()
-    state = {name: source.tensor(name) for name in source.config.tensor_shapes()}
-    missing = model.load_state_dict(state, strict=False).missing_keys
-    assert missing == (["lm_head.weight"] if source.config.tie_word_embeddings else [])
-    with torch.inference_mode():
-        return model(tokens[None]).logits[0]
-
-
-def relative_error(ours: Tensor, theirs: Tensor) -> float:
-    return float((ours - theirs).norm() / theirs.norm())
 
 
 @pytest.fixture(scope="module")
@@ -50,10 +29,6 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 # Kind, tokens, context: mini on both sides of its original context of 256.
 RUNS = (("phi4", 200, 256), ("mini", 200, 256), ("mini", 300, 512))
-
-
-def tokens_of(length: int) -> Tensor:
-    return torch.randint(0, 512, (length,), generator=torch.Generator().manual_seed(3))
 
 
 @pytest.mark.parametrize(("kind", "length", "context"), RUNS)

@@ -7,12 +7,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from gguf_support import Llama, libggml_dequantize, libggml_quantize
+from gguf_support import Llama, libggml_dequantize, libggml_quantize, relative_error, tokens_of, transformers_logits
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 from support import write_checkpoint
-from test_gguf import relative_error, tokens_of, transformers_logits
 from torch import Tensor
 
 from phi4edge.checkpoint.reader import open_checkpoint
