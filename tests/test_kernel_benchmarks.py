@@ -31,7 +31,7 @@ def test_solving_on_tiles_is_held_against_float32() -> None:
 
 
 @needs_tiles
-def test_moments_on_tiles_are_nearer_to_bfloat16_than_to_nothing() -> None:
+def test_moments_on_tiles_have_the_error_of_inputs_rounded_to_bfloat16() -> None:
     found = load_script("benchmarks/kernels/moments.py").measure(512)
     assert found["errors"]["float32"] < 1e-5
     assert 1e-4 < found["errors"]["tiles"] < 1e-2

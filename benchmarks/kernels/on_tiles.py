@@ -15,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -52,14 +53,12 @@ def measure(name: str, rows: int, n: int, scheme: str) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for _ in range(TURNS):
         for kind, options in KINDS.items():
-            spent, made = timed(lambda options=options: gptq.factor(problem, options))
+            spent, made = timed(partial(gptq.factor, problem, options))
             best[kind]["factor"] = min(best[kind]["factor"], spent)
             factored = replace(problem, factor=made)
-            spent, solution = timed(lambda task=factored, options=options: gptq.solve(task, options))
+            spent, solution = timed(partial(gptq.solve, factored, options))
             best[kind]["solve"] = min(best[kind]["solve"], spent)
-            spent, refined = timed(
-                lambda task=factored, start=solution, options=options: refine(task, start, options),
-            )
+            spent, refined = timed(partial(refine, factored, solution, options))
             best[kind]["refine"] = min(best[kind]["refine"], spent)
             found[kind] = solution.linear.codes, layer_loss(problem, solution.linear), refined.loss
     (codes, loss, refined_loss), (other, other_loss, other_refined) = found["float32"], found["tiles"]

@@ -83,7 +83,10 @@ def _linear_bytes(config: ModelConfig, recipe: Recipe, m: int, n: int) -> int:
     ordered = recipe.act_order or recipe.group_aware
     factors = square if recipe.hessian_used_up and not (ordered or recipe.scales_inputs) else 2 * square
     targets = shift + W if two else 0
-    solving = W + factors + targets + max(working, 3 * 4 * min(m, _SHIFT_ROWS) * n)
+    shifting = 3 * 4 * min(max(m, n), _SHIFT_ROWS) * n  # dividing by H
+    if two and not takes_product(m, n) and recipe.compute == BFLOAT16:  # what is left of D, and rows, for the units
+        shifting = max(shifting, 2 * n * (2 * n + (os.cpu_count() or 1) * min(m, _SHIFT_ROWS)))
+    solving = W + factors + targets + max(working, shifting)
     if recipe.output_curvature:  # F and its factor; targets and errors of such a linear's rows
         solving += 2 * 4 * m * m + 2 * W
     halves = 2 if recipe.compute == BFLOAT16 else 0  # bytes a weight, rounded for the units

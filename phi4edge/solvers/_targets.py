@@ -11,7 +11,8 @@ Source: Li et al., "GPTAQ", arXiv 2504.02692 (asymmetric calibration). The objec
 
 What differs from the reference on purpose: GPTAQ carries a second term through GPTQ's loop. Completing the square,
 ‖W X − Q X̃‖² = tr((W′ − Q) H (W′ − Q)ᵀ) + const with W′ = W + W D H⁻¹, so it is a shift of the weights that any
-solver can take instead of W, and the loop stays as it is; H is factored once for both. A strength α takes a part of the
+solver can take instead of W, and the loop stays as it is; H is factored once for both, and it is D that is divided
+by it, which has fewer rows than W D wherever that is not gathered in D's place. A strength α takes a part of the
 shift, W + α W D H⁻¹: how X − X̃ hangs on X̃ is learnt from the same tokens as H, and does not carry over whole to others.
 """
 
@@ -23,7 +24,7 @@ from functools import partial
 
 from torch import Tensor
 
-from phi4edge.model.tiles import in_pairs, tiles
+from phi4edge.model.tiles import Tiles, in_pairs, tiles
 from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.solvers._factor import Factor
 
@@ -52,5 +53,10 @@ def shifted_target(
         return target
     right = in_pairs(moments)
     pieces = row_pieces(weight.shape[0], weight.shape[1], _ROWS)
-    run_parallel([partial(units.add, target[rows], weight[rows].bfloat16(), right) for rows in pieces])
+    run_parallel([partial(_shift, units, target[rows], weight[rows], right) for rows in pieces])
     return target
+
+
+def _shift(units: Tiles, target: Tensor, weight: Tensor, right: Tensor) -> None:
+    """Add W · ``right`` to some rows; they are rounded here, so that no more of them are than are in work."""
+    units.add(target, weight.bfloat16(), right)
