@@ -99,7 +99,7 @@ def _backward(config: ModelConfig, recipe: Recipe) -> int:
     """Widest moment of a backward pass beside a block's weights: a piece's graph, or logits of both models."""
     assert recipe.corpus is not None
     piece, rows = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS), head_rows(config)
-    # A slice as stored, in float32 and rounded for its products; logits, and what is made of them; hidden states.
+    # A slice as stored, in float32, or laid out for the units; logits, and what is made of them; hidden states.
     head = rows * config.hidden_size * 8 + 3 * 2 * piece * rows * 4 + 6 * piece * config.hidden_size * 4
     # Gradients of a weight are products over tokens, whose factors are rounded and laid out for the units.
     shapes = config.linear_shapes.values() if recipe.compute == BFLOAT16 else []

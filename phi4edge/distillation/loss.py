@@ -15,8 +15,9 @@ __all__ = ["Head"]
 from collections.abc import Callable, Iterator
 
 import torch
-import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
+
+from phi4edge.model.summed import add_times, times_transposed
 
 
 class Head:
@@ -26,10 +27,10 @@ class Head:
         self._read, self._vocabulary, self._rows = read, vocabulary, rows
 
     def _slices(self) -> Iterator[tuple[slice, Tensor]]:
-        """Rows of the matrix and where they stand, float32."""
+        """Rows of the matrix as they are stored, and where they stand."""
         for start in range(0, self._vocabulary, self._rows):
             stop = min(start + self._rows, self._vocabulary)
-            yield slice(start, stop), self._read(start, stop).float()
+            yield slice(start, stop), self._read(start, stop)
 
     @torch.no_grad()
     def divergence(self, hidden: Tensor, reference: Tensor, *, gradient: bool) -> tuple[Tensor, Tensor | None]:
@@ -42,7 +43,7 @@ class Head:
         both = torch.cat((hidden, reference))
         sums, apart = _Sums(2 * n), torch.zeros(n, dtype=torch.float64)
         for _, weight in self._slices():
-            z = F.linear(both, weight)
+            z = times_transposed(both, weight)
             difference = z[n:] - z[:n]
             shrunk, e = sums.add(z)
             apart.mul_(shrunk[n:]).add_(torch.linalg.vecdot(e[n:], difference))
@@ -52,8 +53,8 @@ class Head:
             return values, None
         slope, shift = torch.zeros_like(hidden), ln_total.float()[:, None]
         for _, weight in self._slices():
-            p = F.linear(both, weight).sub_(shift).exp_()
-            slope.addmm_(p[:n].sub_(p[n:]), weight)
+            p = times_transposed(both, weight).sub_(shift).exp_()
+            add_times(slope, p[:n].sub_(p[n:]), weight)
         return values, slope
 
     @torch.no_grad()
@@ -65,12 +66,12 @@ class Head:
         """
         sums = _Sums(hidden.shape[0])
         for _, weight in self._slices():
-            sums.add(F.linear(hidden, weight))
+            sums.add(times_transposed(hidden, weight))
         shift = sums.ln_total().float()[:, None]
         slope, spread = torch.zeros_like(hidden), torch.zeros(self._vocabulary)
         ahead = torch.rand(hidden.shape[0], 1, generator=generator)  # probability that y lies beyond; negative: behind
         for rows, weight in self._slices():
-            p = F.linear(hidden, weight).sub_(shift).exp_()
+            p = times_transposed(hidden, weight).sub_(shift).exp_()
             spread[rows] = (p - p * p).sum(0)
             reached = p.cumsum(1)
             last = rows.stop == self._vocabulary  # where sums of rounded P stay below one, y is the last word
@@ -78,7 +79,7 @@ class Head:
             word = torch.searchsorted(reached[here], ahead[here], right=True).clamp_(max=p.shape[1] - 1)
             p[here] = p[here].scatter_add_(1, word, torch.full(word.shape, -1.0))
             ahead = torch.where((ahead < 0) | here[:, None], -1.0, ahead - reached[:, -1:])
-            slope.addmm_(p, weight)
+            add_times(slope, p, weight)
         return slope, spread
 
 
