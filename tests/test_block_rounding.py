@@ -10,7 +10,7 @@ import pytest
 import torch
 from killing import killed_at
 from rounded import rounded
-from support import tiny_config
+from support import tiny_config, write_checkpoint
 from test_quantize import TEXT, digests
 from test_solvers import problem
 from torch import Tensor
@@ -61,9 +61,12 @@ class Example:
         linears = tuple(rounded(n, w, parse_scheme(scheme)) for n, w in zip(names, weights, strict=True))
         gains = {"input_norm.weight": block.input_norm, "post_norm.weight": block.post_norm}
         self.block = QuantizedBlock(linears, gains, torch.bfloat16)
-        self.places = {n.name: torch.zeros(n.codes.shape, dtype=torch.float16) for n in linears}
         self.inputs = torch.randn(96, 32, self.config.hidden_size, generator=torch.Generator().manual_seed(0))
         self.aims = run_block(self.inputs, weights, list(gains.values()), self.rotary, self.config)
+
+    @property
+    def places(self) -> dict[str, Tensor]:
+        return {n.name: torch.zeros(n.codes.shape, dtype=torch.float16) for n in self.block.linears}
 
     def learn(self, recipe: RoundingRecipe = LEARN, aims: Tensor | None = None) -> rounding.Rounded:
         outputs = self.aims if aims is None else aims
@@ -77,12 +80,18 @@ class Example:
         return float(((out - aim).square().sum(-1) / aim.square().sum(-1)).mean())
 
 
-@pytest.mark.parametrize("scheme", ["w4g32", "q4_0", "q4_1", "w4g32-asym", "q5_0"])
-def test_it_lowers_the_error_of_the_block_and_stays_on_the_grid(phi4_checkpoint: Path, scheme: str) -> None:
+@pytest.mark.parametrize("scheme", ["w4g32", "q4_0", "q4_1", "w4g32-asym", "q5_0", "q8_0", "q4_k"])
+def test_it_lowers_the_error_of_the_block_and_stays_on_the_grid(
+    phi4_checkpoint: Path, tmp_path: Path, scheme: str
+) -> None:
+    at_most = 0.9
+    if parse_scheme(scheme).nested:  # a wider block, which 80 samples of noise teach less
+        at_most = 0.98
+        phi4_checkpoint = write_checkpoint(tmp_path, "phi4", hidden_size=256, intermediate_size=256)
     example = Example(phi4_checkpoint, scheme)
     found = example.learn(replace(LEARN, passes=8))
     before, after = (example.error(block, slice(80, 96)) for block in (example.block, found.block))
-    assert after < 0.9 * before
+    assert after < at_most * before
     assert found.record["heldout"][0]["error"] == pytest.approx(before, rel=1e-4)
     assert min(h["error"] for h in found.record["heldout"]) == pytest.approx(after, rel=1e-4)
     assert 0 < found.record["codes_moved"] < 0.5
@@ -96,17 +105,22 @@ def test_it_lowers_the_error_of_the_block_and_stays_on_the_grid(phi4_checkpoint:
     assert all(torch.equal(found.block.gains[name], gain) for name, gain in example.block.gains.items())
 
 
-def test_the_loss_moves_codes_as_finite_differences_say(phi4_checkpoint: Path) -> None:
+def test_the_loss_moves_codes_as_finite_differences_say(phi4_checkpoint: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One step of every code against its slope, taken on unrounded positions, lowers the loss by what it predicts."""
     example = Example(phi4_checkpoint, "w4g32")
     seen: dict[str, Tensor] = {}
 
-    class Spy(rounding._Learner):
-        def _move(self, linear, dW, step, rate):  # type: ignore[no-untyped-def]
-            seen[linear.name] = dW.clone()
+    class Spy(rounding.Latent):
+        def __init__(self, linear, places):  # type: ignore[no-untyped-def]
+            super().__init__(linear, places)
+            self.name = linear.name
 
+        def move(self, steps, dW, step, rate):  # type: ignore[no-untyped-def]
+            seen[self.name] = dW.clone()
+
+    monkeypatch.setattr(rounding, "Latent", Spy)
     samples = BlockSamples(lambda i: example.inputs[i], lambda i: example.aims[i], 80, 96)
-    learner = Spy(example.block, example.places, samples, example.rotary, example.config)
+    learner = rounding._Learner(example.block, example.places, samples, example.rotary, example.config)
     batch = [3, 7]
     learner.step(0, batch, 0.01, 1e-3)
     generator = torch.Generator().manual_seed(1)
@@ -267,10 +281,15 @@ def test_what_cannot_be_done_is_refused(given: dict[str, object]) -> None:
         solving_recipe(given, CorpusRecipe(samples=64))
 
 
-def test_learning_is_asked_for_and_never_assumed() -> None:
+def test_an_effort_learns_where_it_can_and_where_nothing_else_is_said() -> None:
     corpus = CorpusRecipe(samples=64)
-    assert solving_recipe({"effort": "high"}, corpus).rounding is None
-    assert solving_recipe({"round_passes": 0.0}, corpus).rounding is None
+    assert solving_recipe({"effort": "high"}, corpus).rounding == RoundingRecipe()
+    assert solving_recipe({"effort": "high", "round_rate": 0.01}, corpus).rounding == RoundingRecipe(code_rate=0.01)
+    for cannot in ({"awq": True}, {"guard": False}, {"full_precision_targets": 0.0}, {"method": "rtn"}):
+        assert solving_recipe({"effort": "high", **cannot}, corpus).rounding is None
+    assert solving_recipe({"effort": "high"}, CorpusRecipe(samples=8)).rounding is None
+    assert solving_recipe({"effort": "high", "round_passes": 0.0}, corpus).rounding is None
+    assert solving_recipe({}, corpus).rounding is None
     assert solving_recipe({"round_passes": 3.0}, corpus).rounding == RoundingRecipe(passes=3.0)
 
 

@@ -24,7 +24,8 @@ def test_default_refines_and_aims_at_full_precision_and_high_tunes_too() -> None
     assert low.full_precision_targets == 0 < default.full_precision_targets == high.full_precision_targets
     assert not low.refined
     assert (default.refit, default.sweeps) == (high.refit, high.sweeps) == (True, 3)
-    assert low.tuning is default.tuning is None
+    assert low.tuning is default.tuning is low.rounding is default.rounding is None
+    assert high.rounding is not None
     assert high.tuning is not None
     assert high.tuning.code_rate == 0
     assert (low.rotation, default.rotation, high.rotation) == ("none", "auto", "auto")

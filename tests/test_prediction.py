@@ -14,7 +14,7 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.cli.progress import TerminalProgress
 from phi4edge.cli.render import duration
 from phi4edge.core.events import Progress
-from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import CorpusRecipe, Recipe, RoundingRecipe, TuningRecipe
 from phi4edge.model.block import LINEARS
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.job import prepare
@@ -24,7 +24,7 @@ from phi4edge.stages.quantize import plan, quantize
 from phi4edge.stages.rates import estimate, estimate_shapes
 
 NEVER = 1e30  # a rate so high that its part takes no time
-FREE = LinearRates(NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, 0.0, 0.0, 0.0)
+FREE = LinearRates(NEVER, NEVER, NEVER, NEVER, NEVER, NEVER, 0.0, 0.0, 0.0, 0.0)
 CONFIG = parse_config(tiny_config(num_hidden_layers=3))
 SHAPES = CONFIG.linear_shapes
 WEIGHTS = sum(rows * n for rows, n in SHAPES.values())
@@ -101,6 +101,22 @@ def test_tuning_grows_with_passes_and_is_apart() -> None:
     assert thrice - twice == pytest.approx(twice - once)
     assert twice > once > 0
     assert tuned(1.0).seconds == pytest.approx(3 * tuned(1.0).block_seconds + once)
+
+
+def test_learned_rounding_goes_back_and_forth_so_often_over_the_samples() -> None:
+    def learned(passes: float, linear: LinearRates) -> dict[str, float]:
+        rounding = RoundingRecipe(passes=passes, batch=2)
+        return dict(predict(work(replace(PLAIN, rounding=rounding, full_precision_targets=0.5)), rates(linear)).block)
+
+    sample = 32 * 2 * WEIGHTS / 1e6
+    once, twice = (learned(passes, replace(FREE, forward=1e6)) for passes in (1, 2))
+    assert twice["round"] - once["round"] == pytest.approx(14 * 3 * sample)
+    assert once["round"] == pytest.approx((2 * 16 + 3 * 2 + 14 * 3) * sample)
+    assert {part: twice[part] - once[part] for part in twice} == pytest.approx(
+        {**dict.fromkeys(twice, 0.0), "round": 14 * 3 * sample}
+    )
+    assert learned(2, replace(FREE, learn=1e-3))["round"] == pytest.approx(14 * WEIGHTS * 1e-3)
+    assert predict(work(), rates(replace(FREE, learn=1.0))).block["round"] == 0
 
 
 def test_what_has_no_estimate_is_named_and_nothing_is_called_measured() -> None:

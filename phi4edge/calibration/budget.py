@@ -53,10 +53,11 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     if recipe.rounding is not None:
         stores += 2 * recipe.corpus.tokens * config.hidden_size * 4  # what went into the block, and should come out
         batch = recipe.rounding.batch * recipe.corpus.sequence_length
-        # Beside the block: codes, places and state of it, its weights and gradients, and a batch's graph.
-        least = max(
-            least, base + block + (block // 4) * (2 + 2 + 4 + 4 + 4 + 4 + 2) + batch * _kept_by_autograd(config)
-        )
+        # Codes that it began with, has and keeps, places and moments, gradients; its weights, one of them in float32
+        # too where products are of bfloat16, and a batch's graph. Before that, full precision's beside the first two.
+        weights, widest = block // 4, max(out * columns for out, columns in config.linear_shapes.values())
+        learning = weights * (3 + 2 + 4 + 4) + (2 * weights + 4 * widest if recipe.compute == BFLOAT16 else block)
+        least = max(least, base + learning + batch * _kept_by_autograd(config) + _packed(config, recipe, batch))
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))
@@ -101,10 +102,13 @@ def _backward(config: ModelConfig, recipe: Recipe) -> int:
     piece, rows = max(recipe.corpus.sequence_length, TUNING_PIECE_TOKENS), head_rows(config)
     # A slice as stored, in float32, or laid out for the units; logits, and what is made of them; hidden states.
     head = rows * config.hidden_size * 8 + 3 * 2 * piece * rows * 4 + 6 * piece * config.hidden_size * 4
-    # Gradients of a weight are products over tokens, whose factors are rounded and laid out for the units.
+    return max(piece * _kept_by_autograd(config) + _packed(config, recipe, piece), head)
+
+
+def _packed(config: ModelConfig, recipe: Recipe, tokens: int) -> int:
+    """What the gradient of a weight is made of, a product over tokens, rounded and laid out for the units."""
     shapes = config.linear_shapes.values() if recipe.compute == BFLOAT16 else []
-    packed = max((packed_bytes(piece, m) + packed_bytes(piece, n) for m, n in shapes), default=0)
-    return max(piece * _kept_by_autograd(config) + packed, head)
+    return max((packed_bytes(tokens, m) + packed_bytes(tokens, n) for m, n in shapes), default=0)
 
 
 def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:

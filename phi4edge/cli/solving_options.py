@@ -55,7 +55,8 @@ _OPTIONS = (
         default="default",
         show_default=True,
         envvar="PHI4EDGE_EFFORT",
-        help="How much time drift is worth: low solves, default refines and aims at full precision, high tunes too.",
+        help="How much time drift is worth: low solves, default refines and aims at full precision, high learns its "
+        "rounding and tunes too.",
     ),
     click.option("--bits", type=int, help="4 or 8.  [default: 4]"),
     click.option(
@@ -158,7 +159,7 @@ _OPTIONS = (
         "--round-passes",
         type=float,
         help="Learn the rounding of each block on what full precision puts out of it, so often over the samples; 0: "
-        "the solver's codes stay.  [default: 0]",
+        "the solver's codes stay.  " + _preset("round_passes"),
     ),
     click.option(
         "--round-rate",

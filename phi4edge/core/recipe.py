@@ -257,11 +257,14 @@ class Recipe:
 
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
 EFFORTS: dict[str, dict[str, Any]] = {
-    "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0, "tune_passes": 0.0},
-    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 0.0},
-    "high": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto", "tune_passes": 2.0},
+    "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0},
+    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto"},
+    "high": {
+        **{"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto"},
+        **{"round_passes": 2.0, "tune_passes": 2.0},
+    },
 }
-_FEWEST_TO_TUNE = 32  # samples; with fewer, what is tuned fits them and little else
+_FEWEST_TO_LEARN = 32  # samples; with fewer, what is learned fits them and little else
 _ROUNDING = {"round_passes": "passes", "round_rate": "code_rate"}
 _TUNING = {"tune_passes": "passes", "tune_rate": "learning_rate", "tune_batch": "batch", "tune_codes": "code_rate"}
 
@@ -270,9 +273,9 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
     """A recipe from flat settings as the command line and a recipe's [quantize] have them; None is not given.
 
     Keys are those of :class:`Recipe`, ``effort`` (one of EFFORTS), ``round_passes`` and ``round_rate``, and
-    ``tune_passes``, ``tune_rate``, ``tune_batch`` and ``tune_codes``. An effort asks for tuning only where there is
-    calibration text of which some is kept aside, and for rotation only where awq does not scale channels, which a
-    rotation leaves no outliers in.
+    ``tune_passes``, ``tune_rate``, ``tune_batch`` and ``tune_codes``. An effort asks for tuning and learned rounding
+    only where there is calibration text of which some is kept aside, for the latter only from gptq's codes of unscaled
+    weights, and for rotation only where awq does not scale channels, which a rotation leaves no outliers in.
 
     Raises:
         UsageError: an unknown effort, or values that contradict each other.
@@ -281,21 +284,24 @@ def solving_recipe(given: Mapping[str, Any], corpus: CorpusRecipe | None) -> Rec
     effort = settings.pop("effort", "default")
     if effort not in EFFORTS:
         raise UsageError(f"unknown effort {effort!r}", f"one of {', '.join(EFFORTS)}")
-    learned = {_ROUNDING[key]: settings.pop(key) for key in _ROUNDING if key in settings}
-    if learned.get("passes", 0) > 0:
-        settings["rounding"] = RoundingRecipe(**learned)
-    elif learned.keys() - {"passes"}:
-        raise UsageError("learned rounding is set up but not asked for", "give --round-passes")
+    learned = {key: settings.pop(key) for key in _ROUNDING if key in settings}
     asked = {key: settings.pop(key) for key in _TUNING if key in settings}
     preset = dict(EFFORTS[effort])
-    tuned = {"tune_passes": preset.pop("tune_passes")}
-    if settings.get("awq") or settings.get("method") == "awq":
+    rounded, tuned = ({key: preset.pop(key) for key in keys if key in preset} for keys in (_ROUNDING, _TUNING))
+    scaled = settings.get("awq") or settings.get("method") == "awq"
+    if scaled:
         preset.pop("rotation", None)
     if corpus is not None and settings.get("method") != "rtn":
         settings = {**preset, **settings}
-    can_tune = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_TUNE
-    if can_tune or asked:
-        tuning = {**(tuned if can_tune else {}), **asked}
+    can_learn = corpus is not None and settings.get("guard", True) and corpus.samples >= _FEWEST_TO_LEARN
+    aims = settings.get("method", "gptq") == "gptq" and not scaled and settings.get("full_precision_targets", 0) > 0
+    rounding = {**(rounded if can_learn and aims else {}), **learned}
+    if rounding.get("round_passes", 0) > 0:
+        settings["rounding"] = RoundingRecipe(**{_ROUNDING[key]: value for key, value in rounding.items()})
+    elif learned.keys() - {"round_passes"}:
+        raise UsageError("learned rounding is set up but not asked for", "give --round-passes, or --effort high")
+    if can_learn or asked:
+        tuning = {**(tuned if can_learn else {}), **asked}
         if tuning.get("tune_passes", 0) > 0:
             settings["tuning"] = TuningRecipe(**{_TUNING[key]: value for key, value in tuning.items()})
         elif asked.keys() - {"tune_passes"}:

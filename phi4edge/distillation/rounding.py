@@ -24,7 +24,7 @@ Group scales and minima move beside the codes, as in tuning. Norm gains stay: th
 
 from __future__ import annotations
 
-__all__ = ["BlockSamples", "Rounded", "learn_rounding", "resting_places"]
+__all__ = ["BlockSamples", "Latent", "Rounded", "learn_rounding", "resting_places"]
 
 import math
 from collections.abc import Callable, Mapping
@@ -96,8 +96,8 @@ def learn_rounding(
 ) -> Rounded:
     """``block`` after ``recipe.passes`` over the samples that are learned from.
 
-    ``places`` by the linear's name, as :func:`resting_places` gives them. RAM beside the block: its weights and their
-    gradients in float32, eight bytes a weight of state, and the graph of a batch.
+    ``places`` by the linear's name, as :func:`resting_places` gives them; they are used up. RAM beside the block: its
+    weights as products take them and their gradients in float32, six bytes a weight of state, and a batch's graph.
     """
     learner = _Learner(block, places, samples, rotary, config)
     steps = max(1, math.ceil(recipe.passes * samples.kept / recipe.batch))
@@ -140,6 +140,41 @@ def _batch(step: int, kept: int, recipe: RoundingRecipe) -> list[int]:
     return found
 
 
+class Latent:
+    """Latent positions c of a linear's codes, as c − q from the codes it begins with, and the moments of their Adam."""
+
+    def __init__(self, linear: QuantizedLinear, places: Tensor) -> None:
+        """``places`` [out_features, in_features] float16 are moved in place."""
+        self._linear, self._grid, self._places = linear, grid_for(linear.scheme), places
+        self._moments = torch.zeros(2, *places.shape, dtype=torch.float16)
+
+    def codes(self) -> Tensor:
+        """What the positions round to, [out_features, in_features] uint8."""
+
+        def piece(start: int) -> Tensor:
+            rows = slice(start, start + _ROWS)
+            moved = self._linear.codes[rows] + self._places[rows].float().round_()
+            return moved.clamp_(self._grid.low, self._grid.high).to(torch.uint8)
+
+        return torch.cat(run_parallel([partial(piece, start) for start in range(0, len(self._places), _ROWS)]))
+
+    def move(self, steps: Tensor, dW: Tensor, step: int, rate: float) -> None:
+        """Step ``step`` (from 0), against ``dW``, the gradient of the weight; ``steps`` a [out_features, groups]."""
+
+        def piece(start: int) -> None:
+            rows = slice(start, start + _ROWS)
+            g = (dW[rows].reshape(*steps[rows].shape, -1) * steps[rows, :, None]).reshape(-1, dW.shape[1])
+            g.div_(g.square().mean(1, keepdim=True).sqrt_().clamp_min_(1e-30)).clamp_(-200, 200)
+            first = torch.lerp(g, self._moments[0, rows].float(), _BETA1)
+            second = torch.lerp(g.square_(), self._moments[1, rows].float(), _BETA2)
+            self._moments[0, rows], self._moments[1, rows] = first, second
+            second.div_(1 - _BETA2 ** (step + 1)).sqrt_().add_(1e-4)
+            place = self._places[rows].float()
+            self._places[rows] = place.addcdiv_(first, second, value=-rate / (1 - _BETA1 ** (step + 1)))
+
+        run_parallel([partial(piece, start) for start in range(0, len(self._places), _ROWS)])
+
+
 class _Learner:
     """Latent positions and steps of a block, and the optimizer's state of both."""
 
@@ -152,17 +187,15 @@ class _Learner:
         config: ModelConfig,
     ) -> None:
         self._block, self._samples, self._rotary, self._config = block, samples, rotary, config
-        self._latent = {n.name: places[n.name].float() for n in block.linears}  # c − q, [out, in]
-        self._moments = {n.name: torch.zeros(2, *n.codes.shape, dtype=torch.float16) for n in block.linears}
+        self._latent = {n.name: Latent(n, places[n.name]) for n in block.linears}
         self._continuous = {n: c for n, c in block.continuous.items() if n not in block.gains}
         self._states = {n: new_state(c.start) for n, c in self._continuous.items()}
 
     def current(self) -> QuantizedBlock:
         """The block as it is now."""
         values = values_of(self._continuous, {name: state[0] for name, state in self._states.items()})
-        return self._block.with_values(
-            values | dict(self._block.gains), {n.name: self._codes(n) for n in self._block.linears}
-        )
+        codes = {name: latent.codes() for name, latent in self._latent.items()}
+        return self._block.with_values(values | dict(self._block.gains), codes)
 
     def held_out(self, block: QuantizedBlock) -> float:
         """The objective on the samples kept aside."""
@@ -186,34 +219,9 @@ class _Learner:
         for name, gradient in gradients_of_theta(self._continuous, gradients).items():
             self._states[name] = adam_step(self._states[name], gradient, step, rate)
         for linear in block.linears:
-            self._move(linear, of_weights[linear.name], step, code_rate)
+            a, _ = grid_for(linear.scheme).steps(linear.params)
+            self._latent[linear.name].move(a, of_weights.pop(linear.name), step, code_rate)
         return loss
-
-    def _codes(self, linear: QuantizedLinear) -> Tensor:
-        grid, latent = grid_for(linear.scheme), self._latent[linear.name]
-
-        def piece(start: int) -> Tensor:
-            rows = slice(start, start + _ROWS)
-            return (linear.codes[rows] + latent[rows].round()).clamp_(grid.low, grid.high).to(torch.uint8)
-
-        return torch.cat(run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)]))
-
-    def _move(self, linear: QuantizedLinear, dW: Tensor, step: int, rate: float) -> None:
-        """Adam on the latent positions of a linear, in place; ``linear`` as it is now, ``dW`` its gradient."""
-        a, _ = grid_for(linear.scheme).steps(linear.params)
-        latent, moments = self._latent[linear.name], self._moments[linear.name]
-
-        def piece(start: int) -> None:
-            rows = slice(start, start + _ROWS)
-            g = (dW[rows].reshape(*a[rows].shape, -1) * a[rows, :, None]).reshape(-1, dW.shape[1])
-            g.div_(g.square().mean(1, keepdim=True).sqrt_().clamp_min_(1e-30)).clamp_(-200, 200)
-            first = torch.lerp(g, moments[0, rows].float(), _BETA1)
-            second = torch.lerp(g.square_(), moments[1, rows].float(), _BETA2)
-            moments[0, rows], moments[1, rows] = first, second
-            second.div_(1 - _BETA2 ** (step + 1)).sqrt_().add_(1e-4)
-            latent[rows].addcdiv_(first, second, value=-rate / (1 - _BETA1 ** (step + 1)))
-
-        run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)])
 
 
 def _energy(aim: Tensor) -> Tensor:

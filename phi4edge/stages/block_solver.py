@@ -27,7 +27,7 @@ from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import BFLOAT16
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
-from phi4edge.model.block import LINEARS, linear_name, load_block, load_norms
+from phi4edge.model.block import LINEARS, linear_name, load_norms
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import RunPieces, run_parallel
 from phi4edge.solvers import gptq, rtn
@@ -146,9 +146,8 @@ class BlockSolver:
             self._reached(stage, committed)
         if inputs is not None and stream is not None:
             self._progress.status(f"block {layer} rounding · RSS {format_bytes(rss_bytes())}")
-            block = load_block(self._job.source, layer)
             with self._parts.part("round"):
-                rounded, events = round_block(self._job, block, layer, solved, self._places, stream, inputs)
+                rounded, events = round_block(self._job, layer, solved, self._places, stream, inputs)
             inputs.close()
             for learned in rounded.block.linears:
                 out.tensors |= learned.to_tensors()

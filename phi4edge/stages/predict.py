@@ -8,6 +8,7 @@ Nothing is measured or read here. What is counted, for a linear [R, n], T tokens
               2 R n² a product        the loop's half, target, each sweep, about half for a loss
     check     2 T R n                 held-out samples, for the weight, each candidate and the stream beside, of the
               rows that are judged by
+    round     6 T R n a pass          where rounding is learned; 2 T R n for what it aims at, and for what comes of it
 
 A block is written behind the next one, and the next weights are fetched from the disk meanwhile: either costs what it
 takes longer than the computing. What is left of reading is a copy and what the recipe does to weights.
@@ -29,11 +30,12 @@ from phi4edge.calibration.judging import judged_rows
 from phi4edge.calibration.parts import share_of_self
 from phi4edge.calibration.statistics import takes_product
 from phi4edge.checkpoint.config import ModelConfig
-from phi4edge.core.recipe import Recipe, TuningRecipe
+from phi4edge.core.recipe import Recipe, RoundingRecipe, TuningRecipe
 from phi4edge.quant.scheme import Scheme
 from phi4edge.solvers._loss import LOSS_COLUMNS
 
-PARTS = ("read", "forward", "moments", "solve", "check", "write")  # of a block, as the journal has them
+PARTS = ("read", "forward", "moments", "solve", "check", "round", "write")  # of a block, as the journal has them
+_ROUNDING_EVALUATIONS = 3  # of a block, on held-out samples
 _EVALUATIONS = 6  # of tuning, on held-out samples: four, and one to three of halved changes
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
@@ -51,6 +53,7 @@ class LinearRates:
     solve: float  # seconds a weight in the solver's and the refinement's loops, products left out
     nearest: float  # seconds a weight of rounding to nearest, scales searched
     decode: float  # seconds a weight that codes are made values again
+    learn: float  # seconds a weight of a step of learned rounding beside the products, where that is asked for
 
 
 @dataclass(frozen=True)
@@ -143,6 +146,9 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
             between += streams * recipe.corpus.tokens * widths * 4 / rates.scratch
         block["forward"] += between
         linears = [seconds + between / len(shapes) for seconds in linears]
+        if recipe.rounding is not None:
+            block["round"] = _rounding(work, recipe.rounding, rates)
+            linears[-1] += block["round"]
         block["write"] = streams * (rates.sync + residual / rates.write)
     computing = sum(block.values()) - block["write"]
     stored = weights * work.stored_bytes
@@ -159,6 +165,31 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
         _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
         _left_out(recipe, rates),
     )
+
+
+def _rounding(work: Work, rounding: RoundingRecipe, rates: Rates) -> float:
+    """What a block should put out, steps towards it, what it does on samples kept aside, and the way on from it."""
+    recipe = work.recipe
+    assert recipe.corpus is not None
+    forward, decode, weights = _through_a_block(work, rates)
+    learn = sum(math.prod(shape) * rates.linears[name].learn for name, shape in work.config.linear_shapes.items())
+    steps = max(1, math.ceil(rounding.passes * recipe.kept / rounding.batch))
+    gathered = 2 * recipe.corpus.samples * forward + weights * work.stored_bytes / rates.read + decode
+    evaluated = _ROUNDING_EVALUATIONS * (recipe.held_out * forward + decode)
+    # A step makes weights of codes, goes forward and back (for the inputs and for the weights), and reduces gradients.
+    return gathered + evaluated + steps * (rounding.batch * 3 * forward + 3 * decode + learn)
+
+
+def _through_a_block(work: Work, rates: Rates) -> tuple[float, float, int]:
+    """Seconds of a sample through a block, and of making weights of its codes; how many there are."""
+    assert work.recipe.corpus is not None
+    length = work.recipe.corpus.sequence_length
+    forward, decode, weights = 2 * rates.norm + rates.attention + rates.activation, 0.0, 0
+    for name, (rows, n) in work.config.linear_shapes.items():
+        forward += 2 * length * rows * n / rates.linears[name].forward
+        decode += rows * n * rates.linears[name].decode
+        weights += rows * n
+    return forward, decode, weights
 
 
 def _stored_codes(scheme: Scheme) -> float:
@@ -219,11 +250,7 @@ def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
     config, recipe = work.config, work.recipe
     assert recipe.corpus is not None
     samples, length, layers = recipe.corpus.samples, recipe.corpus.sequence_length, config.num_layers
-    forward, decode, weights = 2 * rates.norm + rates.attention + rates.activation, 0.0, 0
-    for name, (rows, n) in config.linear_shapes.items():
-        forward += 2 * length * rows * n / rates.linears[name].forward
-        decode += rows * n * rates.linears[name].decode
-        weights += rows * n
+    forward, decode, weights = _through_a_block(work, rates)
     head = length * config.vocab_size * rates.head  # a sample
     steps = max(1, math.ceil(tuning.passes * recipe.kept / tuning.batch))
     # Forward, again where it was not kept, and back: once for the inputs and once for the weights.
@@ -247,7 +274,6 @@ def _left_out(recipe: Recipe, rates: Rates) -> tuple[str, ...]:
         "choosing types": recipe.mix is not None,
         "output curvature": recipe.output_curvature > 0,
         "scaling inputs": recipe.scales_inputs,
-        "learned rounding": recipe.rounding is not None,
         "text that the model writes": recipe.corpus is not None and share_of_self(recipe.corpus.corpus) > 0,
     }
     return tuple(name for name, is_asked in asked.items() if is_asked)

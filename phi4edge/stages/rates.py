@@ -36,12 +36,15 @@ from phi4edge.core.errors import InputError
 from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
+from phi4edge.distillation.rounding import Latent
 from phi4edge.model.block import LINEARS, down_input, o_input, rms_norm
 from phi4edge.model.compute import choose_compute, computing, prepared, product
 from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import WeightSource
 from phi4edge.model.tiles import TILE, in_pairs, tiles
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.parallel import row_pieces, run_parallel
 from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.solvers import gptq, rtn
@@ -124,8 +127,8 @@ class _Measurement:
                 forward = self._forward(rows, n)
             dense = self._dense(rows, n)
             errors = self._errors(n, dense)
-            solve, nearest, decode = self._solver(rows, n, dense, errors)
-            linears[name] = LinearRates(forward, dense, errors, moments, crossed, factor, solve, nearest, decode)
+            solve, nearest, decode, learn = self._solver(rows, n, dense, errors)
+            linears[name] = LinearRates(forward, dense, errors, moments, crossed, factor, solve, nearest, decode, learn)
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
             hidden = self._draw(1, length, config.hidden_size)
@@ -196,8 +199,8 @@ class _Measurement:
         options = SolverOptions(self._recipe.damp_percent)
         return summed, crossed, n**3 / 3 / self._seconds(lambda: gptq.factor(problem, options))
 
-    def _solver(self, rows: int, n: int, dense: float, errors: float) -> tuple[float, float, float]:
-        """Seconds a weight in the solver's loops, in rounding to nearest, and in decoding."""
+    def _solver(self, rows: int, n: int, dense: float, errors: float) -> tuple[float, float, float, float]:
+        """Seconds a weight in the solver's loops, in rounding to nearest, in decoding, and in learning its rounding."""
         scheme = self._work.scheme
         piece = row_pieces(rows, n)[0].stop
         together = piece * min(torch.get_num_threads(), -(-rows // piece))
@@ -221,8 +224,9 @@ class _Measurement:
         nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
         solution = rtn.solve(rounding, options)
         decode = self._seconds(solution.linear.dequantize) / count
+        learn = 0.0 if recipe.rounding is None else self._learn(solution.linear, W) / count
         if recipe.method != "gptq" and not recipe.refined:
-            return 0.0, nearest, decode
+            return 0.0, nearest, decode, learn
         x = self._draw(4 * columns, columns)
         H = (x.T @ x / x.shape[0]).add_(torch.diag(mean_square))
         problem = Problem("measured", W, H, scheme, None)
@@ -235,7 +239,18 @@ class _Measurement:
         handed_on, others = solver_products(recipe, columns)
         products = 2 * together * columns**2 * (handed_on / errors + others / dense)
         seconds = self._seconds(solve)
-        return max(seconds - products, 0.2 * seconds) / count, nearest, decode
+        return max(seconds - products, 0.2 * seconds) / count, nearest, decode, learn
+
+    def _learn(self, linear: QuantizedLinear, dW: Tensor) -> float:
+        """Seconds of a step of learned rounding, products and dequantized weights left out."""
+        latent = Latent(linear, torch.zeros(dW.shape, dtype=torch.float16))
+        steps, _ = grid_for(linear.scheme).steps(linear.params)
+
+        def step() -> Tensor:
+            latent.move(steps, dW, 0, 0.0)
+            return latent.codes()
+
+        return self._seconds(step)
 
     def _head(self) -> float:
         """Seconds a position and word, of a slice of the head and a piece of a batch."""

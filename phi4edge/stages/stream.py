@@ -19,10 +19,12 @@ from phi4edge.calibration.streams import Streams
 from phi4edge.core.events import Progress
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
-from phi4edge.model.block import LINEARS, Block, forward_block, linear_name, load_norms
-from phi4edge.model.compute import computing
+from phi4edge.distillation.block import run_block
+from phi4edge.model.block import LINEARS, Block, linear_name, load_norms
+from phi4edge.model.compute import computing, prepared
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.job import Job
 from phi4edge.stages.ray_samples import RaySamples
@@ -106,11 +108,13 @@ class CalibrationStream:
         ``strength`` is how far that is what full precision puts out of its own inputs, and not of these.
         """
         assert self._exact is not None
-        aims = self._like_hidden("aims")
+        aims, gains = self._like_hidden("aims"), (block.input_norm, block.post_norm)
         rotary = rotary_table(self._config.rope, self._shape[1])
-        for i in range(self._shape[0]):
-            own = forward_block(block, inputs.read(i, i + 1), rotary, self._config)
-            aims.write(i, own.lerp_(self._exact.hidden.read(i, i + 1), strength))
+        with computing(self._compute):
+            weights = [prepared(weight) for weight in (block.qkv, block.o, block.gate_up, block.down)]
+            for i in range(self._shape[0]):
+                own = run_block(inputs.read(i, i + 1), weights, gains, rotary, self._config)
+                aims.write(i, own.lerp_(self._exact.hidden.read(i, i + 1), strength))
         return aims
 
     def _like_hidden(self, name: str) -> ActivationStore:
@@ -123,14 +127,16 @@ class CalibrationStream:
             kept.write(i, self.stores.hidden.read(i, i + 1))
         return kept
 
-    def send_again(self, block: Block, inputs: ActivationStore, weights: Sequence[Tensor]) -> None:
-        """Send the quantized model's samples through ``block`` with other ``weights``, from its ``inputs`` on."""
+    def send_again(
+        self, norms: tuple[Tensor, Tensor], inputs: ActivationStore, linears: Sequence[QuantizedLinear]
+    ) -> None:
+        """Send the quantized model's samples through a block once more, from its ``inputs`` on."""
         for i in range(self._shape[0]):
             self.stores.hidden.write(i, inputs.read(i, i + 1))
-        passing = self._pass((block.input_norm, block.post_norm), self.stores)
+        passing = self._pass(norms, self.stores)
         with computing(self._compute):
-            for stage, weight in enumerate(weights):
-                passing.advance(stage, weight)
+            for stage, linear in enumerate(linears):
+                passing.advance(stage, prepared(linear.dequantize()))
 
     def save(self, layer: int) -> dict[str, dict[str, str]]:
         """Keep the residual streams that go into block ``layer``; what the journal says of each."""
