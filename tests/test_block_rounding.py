@@ -298,5 +298,9 @@ def test_learning_is_in_the_memory_plan() -> None:
     alone = plan_memory(config, replace(RECIPE, rounding=None), None).least
     learned = plan_memory(config, RECIPE, None).least
     assert learned > alone
-    with pytest.raises(TargetError, match="RAM budget"):
+    with pytest.raises(TargetError, match="RAM budget") as refused:
         plan_memory(config, RECIPE, alone)
+    assert "--round-passes 0" in str(refused.value.hint)
+    with pytest.raises(TargetError) as refused:
+        plan_memory(config, replace(RECIPE, rounding=None), 1)
+    assert "--round-passes" not in str(refused.value.hint)

@@ -270,6 +270,22 @@ def test_artifact_without_size_is_named_beside_the_plot(tmp_path: Path) -> None:
     assert "Not shown: a." in page.words
 
 
+def test_what_learned_rounding_did_is_on_the_page(tmp_path: Path) -> None:
+    def block(kept: int, after: float, moved: float) -> dict[str, Any]:
+        heldout = [{"step": 0, "error": 0.4}, {"step": 14, "error": after}]
+        return {"steps": 14, "kept_step": kept, "heldout": heldout, "losses": [], "codes_moved": moved}
+
+    learned = [block(14, 0.3, 0.0025), block(14, 0.38, 0.004), block(0, 0.5, 0.0)]
+    write(tmp_path / "manifest.json", manifest(2, rounding=learned))
+    markdown = render_markdown(build_report([tmp_path / "manifest.json"]).page)
+    assert "kept in 2 of 3" in markdown
+    assert "median 0.9500, from 0.7500 to 1.000" in markdown
+    assert "0.00 to 0.40 %" in markdown
+    write(tmp_path / "manifest.json", manifest(2, rounding=[block(7, 0.3, 0.1)]))
+    with pytest.raises(InputError, match="no figures of step 7"):
+        build_report([tmp_path / "manifest.json"])
+
+
 def test_tuning_and_mix_of_a_run_are_on_the_page(tmp_path: Path) -> None:
     held = {"code": {"kld": 0.2, "se": 0.01, "samples": 4}, "prose": {"kld": 0.1, "se": None, "samples": 1}}
     better = {name: {**figures, "kld": figures["kld"] / 2} for name, figures in held.items()}

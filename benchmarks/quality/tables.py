@@ -33,12 +33,13 @@ def plus_minus(value: float, se: float | None, digits: int = 4) -> str:
 
 
 def made_by(rows: Sequence[Row]) -> str:
-    """Which commit made which of our rows, in words; peers are what their pins say."""
+    """Which commit made which of our rows, in words, if there are any; peers are what their pins say."""
     commits: dict[str, list[str]] = {}
     for row in rows:
         if row["tool"] == "phi4edge":
             commits.setdefault(row.get("commit", "unknown"), []).append(row["name"])
-    return "phi4edge at " + "; ".join(f"{commit}: {', '.join(names)}" for commit, names in commits.items()) + "."
+    parts = [f"{commit}: {', '.join(names)}" for commit, names in commits.items()]
+    return "phi4edge at " + "; ".join(parts) + "." if parts else ""
 
 
 def table(results: Mapping[str, Any]) -> str:
@@ -66,7 +67,8 @@ def table(results: Mapping[str, Any]) -> str:
             if row["facts"].get("resumed"):
                 spent = "not measured (resumed) | not measured"
             lines.append(f"| {row['grid']} | {name} | {mib} | {spent} | {klds} |")
-        lines += ["", made_by(found["rows"])]
+        if by := made_by(found["rows"]):
+            lines += ["", by]
         if found["against_best_peer"]:
             lines += ["", "Ratio of ours to the best peer of the same grid in that domain, chunks paired:", ""]
             lines += ["| grid | ours | " + " | ".join(heads) + " |", "|---" * (2 + len(heads)) + "|"]

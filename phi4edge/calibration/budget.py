@@ -45,11 +45,12 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     least = base + solving_bytes(config, recipe, by_rows=recipe.by_rows if by_rows is None else by_rows)
     limit = _limit(budget)
     if recipe.corpus is None:
-        _check(limit, least, least)
+        _check(limit, least)
         return MemoryPlan(limit, least, least, False)
     streams = 2 if recipe.full_precision_targets else 1
     stores = streams * recipe.corpus.tokens * (config.hidden_size + config.q_size + config.intermediate_size) * 4
     square = config.hidden_size**2 * 4  # F of a linear that writes into the residual stream
+    solving = least
     if recipe.rounding is not None:
         stores += 2 * recipe.corpus.tokens * config.hidden_size * 4  # what went into the block, and should come out
         batch = recipe.rounding.batch * recipe.corpus.sequence_length
@@ -64,7 +65,7 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     if recipe.output_curvature:  # so does curvature, with two F, and both as they are put away
         tuning = max(tuning, base + block + _backward(config, recipe) + 4 * square)
     needed = max(least, tuning)
-    _check(limit, needed, needed)
+    _check(limit, needed, less="--round-passes 0" if max(solving, tuning) < needed else None)
     spill, spill_tuning = least + stores > limit, tuning + tuning_stores > limit
     tuning_expected = tuning + (0 if spill_tuning else tuning_stores)
     graphs = _graphs(config, recipe, recipe.tuning) if recipe.tuning else 0
@@ -137,9 +138,11 @@ def _limit(budget: int | None) -> int:
     return int((available if available is not None else 8 * 2**30) * _DEFAULT_SHARE) + rss_bytes()
 
 
-def _check(limit: int, least: int, needed: int) -> None:
+def _check(limit: int, least: int, less: str | None = None) -> None:
+    """Refuse a budget below ``least``; ``less`` is a flag with which less would do."""
     if limit < least:
+        ways = [f"--ram-budget {-(-least // 2**20)}MiB or more", less, "a shorter --sequence-length"]
         raise TargetError(
-            f"a RAM budget of {format_bytes(limit)} is too small; this run needs {format_bytes(needed)}",
-            f"give --ram-budget {-(-least // 2**20)}MiB or more, or a shorter --sequence-length",
+            f"a RAM budget of {format_bytes(limit)} is too small; this run needs {format_bytes(least)}",
+            f"give {', or '.join(way for way in ways if way)}",
         )

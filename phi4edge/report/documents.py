@@ -196,6 +196,15 @@ class Tuning:
 
 
 @dataclass(frozen=True)
+class LearnedBlock:
+    """What learned rounding did to one block: its relative error on held-out samples, and the codes that turned."""
+
+    before: float
+    after: float  # as it was kept: the same, where learning did not help
+    codes_moved: float  # share
+
+
+@dataclass(frozen=True)
 class Mix:
     """The types that a run chose for its tensors."""
 
@@ -222,6 +231,7 @@ class Quantization:
     peak_rss_bytes: int | None
     events: tuple[dict[str, Any], ...]
     linears: tuple[Linear, ...]
+    rounding: tuple[LearnedBlock, ...] = ()
     tuning: Tuning | None = None
     mix: Mix | None = None
 

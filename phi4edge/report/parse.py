@@ -24,6 +24,7 @@ from phi4edge.report.documents import (
     GreedyText,
     HeldOut,
     HeldOutKld,
+    LearnedBlock,
     Linear,
     Mix,
     Quantization,
@@ -261,9 +262,18 @@ def _quantization(data: Field, file: str, run: str, performance: dict[str, Any] 
         peak_rss_bytes=peak.integer() if peak else None,
         events=tuple(event.object() for event in events.items()) if events else (),
         linears=tuple(_linear(item) for item in data["linears"].items()),
+        rounding=tuple(_learned(item) for item in rounding.items()) if (rounding := data.get("rounding")) else (),
         tuning=_tuning(tuning) if (tuning := data.get("tuning")) else None,
         mix=_mix(allocation) if (allocation := data.get("allocation")) else None,
     )
+
+
+def _learned(data: Field) -> LearnedBlock:
+    kept = data["kept_step"].integer()
+    errors = {item["step"].integer(): item["error"].number(0.0) for item in data["heldout"].items()}
+    if not {0, kept} <= errors.keys():
+        data["heldout"].fail(f"has no figures of step {0 if kept in errors else kept}")
+    return LearnedBlock(errors[0], errors[kept], data["codes_moved"].number(0.0))
 
 
 def _tuning(data: Field) -> Tuning:

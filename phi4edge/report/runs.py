@@ -12,7 +12,7 @@ from phi4edge.report.documents import Export, HeldOut, Linear, Quantization
 from phi4edge.report.numbers import mebibytes, plain
 from phi4edge.report.page import ABSENT, Block, Cell, Column, Heading, Paragraph, Plots, Section, Table
 from phi4edge.report.plots import BlockPlot, BlockSeries
-from phi4edge.report.refinements import mix_block, tuning_block
+from phi4edge.report.refinements import mix_block, rounding_block, tuning_block
 
 _BLOCK = re.compile(r"(?:.*\.)?layers\.(\d+)\.(.+)")
 _MOST_EVENTS = 40  # rows; events of one kind and wording share a row
@@ -29,6 +29,8 @@ def run_section(runs: Sequence[Quantization], exports: Sequence[Export]) -> Sect
         if run.mix is not None:
             blocks.append(mix_block(run.mix))
         blocks += _events(run)
+        if run.rounding:
+            blocks.append(rounding_block(run.rounding))
         if run.tuning is not None:
             blocks.append(tuning_block(run.tuning))
         blocks += _linears(run)
