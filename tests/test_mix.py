@@ -15,7 +15,7 @@ from phi4edge.calibration.budget import plan_memory
 from phi4edge.checkpoint.config import parse_config
 from phi4edge.cli.solving_options import read_types
 from phi4edge.core.errors import InputError, TargetError, UsageError
-from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe
+from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, RoundingRecipe, TuningRecipe
 from phi4edge.model.source import WeightSource
 from phi4edge.stages.export import export
 from phi4edge.stages.quantize import quantize
@@ -86,8 +86,10 @@ def test_a_mix_given_back_gives_the_same_codes(run: Path, phi4_checkpoint: Path,
     assert open_run(again).tables == open_run(run).tables
 
 
-def test_a_mix_is_tuned_like_anything_else(phi4_checkpoint: Path, tmp_path: Path) -> None:
-    quantize(phi4_checkpoint, mixed(7.4, tuning=TuningRecipe(1, 1e-3, 8)), tmp_path / "run")
+def test_a_mix_is_rounded_and_tuned_like_anything_else(phi4_checkpoint: Path, tmp_path: Path) -> None:
+    learned = {"rounding": RoundingRecipe(1, batch=8), "tuning": TuningRecipe(1, 1e-3, 8)}
+    quantize(phi4_checkpoint, mixed(7.4, full_precision_targets=0.5, **learned), tmp_path / "run")
+    assert len(manifest(tmp_path / "run")["rounding"]) == 2  # type: ignore[arg-type]
     model = open_run(tmp_path / "run")
     assert len({model.scheme_of(name).name for name in model.linears}) > 1
     assert all(torch.isfinite(model.load(name).dequantize()).all() for name in model.linears)
