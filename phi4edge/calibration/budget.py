@@ -4,6 +4,7 @@ from __future__ import annotations
 
 __all__ = ["TUNING_PIECE_TOKENS", "MemoryPlan", "head_bytes", "head_rows", "plan_memory", "tuned_values"]
 
+import os
 from dataclasses import dataclass
 
 from phi4edge.calibration.budget_solving import solving_bytes
@@ -12,10 +13,12 @@ from phi4edge.core.errors import TargetError
 from phi4edge.core.memory import available_bytes, format_bytes, rss_bytes
 from phi4edge.core.recipe import BFLOAT16, Recipe, TuningRecipe
 from phi4edge.model.crossed import packed_bytes
+from phi4edge.quant.parallel import SMALL_PIECE
 from phi4edge.quant.scheme import parse_scheme
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
+_MOVED = 6  # values that are in work for each of the weights whose rounding a core learns at a time
 _HEAD_WEIGHTS, _HEAD_ROWS = 2**24, 8192  # of the head, multiplied at a time, at the most
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
 
@@ -54,11 +57,13 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     if recipe.rounding is not None:
         stores += 2 * recipe.corpus.tokens * config.hidden_size * 4  # what went into the block, and should come out
         batch = recipe.rounding.batch * recipe.corpus.sequence_length
-        # Codes that it began with, has and keeps, places and moments, gradients; its weights, one of them in float32
-        # too where products are of bfloat16, and a batch's graph. Before that, full precision's beside the first two.
+        # Codes that it began with, has and keeps, places and moments, its weights; then, once the last of them is not
+        # there in float32 as well, their gradients and a batch's graph.
         weights, widest = block // 4, max(out * columns for out, columns in config.linear_shapes.values())
-        learning = weights * (3 + 2 + 4 + 4) + (2 * weights + 4 * widest if recipe.compute == BFLOAT16 else block)
-        least = max(least, base + learning + batch * _kept_by_autograd(config) + _packed(config, recipe, batch))
+        learning = weights * (3 + 2 + 4) + (2 * weights if recipe.compute == BFLOAT16 else block)
+        graph = batch * _kept_by_autograd(config) + _packed(config, recipe, batch)
+        moving = (os.cpu_count() or 1) * _MOVED * 4 * SMALL_PIECE
+        least = max(least, base + learning + moving + max(4 * widest, block + graph))
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))

@@ -43,9 +43,9 @@ from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_theta,
 from phi4edge.model.rope import Rotary
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import SMALL_PIECE, row_pieces, run_parallel
 
-_ROWS = 256  # rows that are worked on at a time
+_ROWS = 256  # rows whose resting places are found at a time
 _EDGE = 0.49  # how near to the next code a latent position begins at most
 _BETA1, _BETA2 = 0.9, 0.95
 _EVALUATIONS = 2  # on held-out samples after the start
@@ -147,22 +147,22 @@ class Latent:
         """``places`` [out_features, in_features] float16 are moved in place."""
         self._linear, self._grid, self._places = linear, grid_for(linear.scheme), places
         self._moments = torch.zeros(2, *places.shape, dtype=torch.float16)
+        rows, columns = places.shape
+        self._pieces = row_pieces(rows, columns, max(1, SMALL_PIECE // columns))
 
     def codes(self) -> Tensor:
         """What the positions round to, [out_features, in_features] uint8."""
 
-        def piece(start: int) -> Tensor:
-            rows = slice(start, start + _ROWS)
+        def piece(rows: slice) -> Tensor:
             moved = self._linear.codes[rows] + self._places[rows].float().round_()
             return moved.clamp_(self._grid.low, self._grid.high).to(torch.uint8)
 
-        return torch.cat(run_parallel([partial(piece, start) for start in range(0, len(self._places), _ROWS)]))
+        return torch.cat(run_parallel([partial(piece, rows) for rows in self._pieces]))
 
     def move(self, steps: Tensor, dW: Tensor, step: int, rate: float) -> None:
         """Step ``step`` (from 0), against ``dW``, the gradient of the weight; ``steps`` a [out_features, groups]."""
 
-        def piece(start: int) -> None:
-            rows = slice(start, start + _ROWS)
+        def piece(rows: slice) -> None:
             g = (dW[rows].reshape(*steps[rows].shape, -1) * steps[rows, :, None]).reshape(-1, dW.shape[1])
             g.div_(g.square().mean(1, keepdim=True).sqrt_().clamp_min_(1e-30)).clamp_(-200, 200)
             first = torch.lerp(g, self._moments[0, rows].float(), _BETA1)
@@ -172,7 +172,7 @@ class Latent:
             place = self._places[rows].float()
             self._places[rows] = place.addcdiv_(first, second, value=-rate / (1 - _BETA1 ** (step + 1)))
 
-        run_parallel([partial(piece, start) for start in range(0, len(self._places), _ROWS)])
+        run_parallel([partial(piece, rows) for rows in self._pieces])
 
 
 class _Learner:

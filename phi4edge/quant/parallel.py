@@ -7,7 +7,7 @@ computes on one core. What comes out does not depend on how many there are.
 
 from __future__ import annotations
 
-__all__ = ["RunPieces", "row_pieces", "run_parallel"]
+__all__ = ["SMALL_PIECE", "RunPieces", "row_pieces", "run_parallel"]
 
 import os
 from collections.abc import Callable, Sequence
@@ -22,6 +22,7 @@ T = TypeVar("T")
 RunPieces = Callable[[Sequence[partial[Any]]], list[Any]]
 _MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 512, 2**22  # in a piece
 _UNDIVIDED = 1024  # rows that stay one piece
+SMALL_PIECE = 2**20  # weights of a piece of work that needs several values for each of them
 
 
 def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
