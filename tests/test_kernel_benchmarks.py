@@ -31,6 +31,15 @@ def test_solving_on_tiles_is_held_against_float32() -> None:
 
 
 @needs_tiles
+def test_the_head_on_units_is_held_against_float32() -> None:
+    script = load_script("benchmarks/kernels/head.py")
+    row = script.measure("small", 128, 701, tokens=64)
+    assert 0 < row["kld_error"] < 0.02
+    assert 0 < row["slope_error"] < 0.05
+    assert "| small | 701 × 128 |" in script.table({"rows": [row], "threads": 2})
+
+
+@needs_tiles
 def test_moments_on_tiles_have_the_error_of_inputs_rounded_to_bfloat16() -> None:
     found = load_script("benchmarks/kernels/moments.py").measure(512)
     assert found["errors"]["float32"] < 1e-5
