@@ -94,6 +94,9 @@ def test_gradients_equal_those_of_the_whole_graph(scheme: str, phi4_checkpoint: 
     assert all(torch.equal(a, b) for a, b in zip(arriving, kept_arriving, strict=True))
     assert all(torch.equal(found[name], kept_found[name]) for name in found)
     assert all(torch.equal(weight_gradients[name], kept_weight_gradients[name]) for name in weight_gradients)
+    one_by_one, weights_one_by_one = BlockRunner(block, rotary, config).learn([x[:2], x[2:]], lambda i, _: slopes[i])
+    assert all(torch.equal(found[name], one_by_one[name]) for name in found)
+    assert all(torch.equal(weight_gradients[name], weights_one_by_one[name]) for name in weight_gradients)
 
     leaves: dict[str, Tensor] = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
     weights = []

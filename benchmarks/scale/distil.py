@@ -92,18 +92,17 @@ def account(run: Path, recipe: Recipe) -> dict[str, Any]:
 
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
-    head = "| model | tokens a step | budget, GiB | peak RSS, GiB | s a step | " + " | ".join(STEP)
+    head = "| model, machine | tokens a step | budget, GiB | peak RSS, GiB | s a step | " + " | ".join(STEP)
     lines = [f"{head} | 64 × 512 tokens, two passes, estimated |", "|---" * (len(STEP) + 6) + "|"]
     for document in documents:
-        r = document["results"]
+        r, cpu = document["results"], document["machine"]["cpu"]["model"]
         parts = " | ".join(f"{r['step_seconds'][part]:.1f}" for part in STEP)
         lines.append(
-            f"| {r['model']} | {r['tokens_a_step']} | {r['budget_bytes'] / 2**30:.1f} "
+            f"| {r['model']}, {cpu} | {r['tokens_a_step']} | {r['budget_bytes'] / 2**30:.1f} "
             f"| {r['peak_rss_bytes'] / 2**30:.2f} | {sum(r['step_seconds'].values()):.1f} | {parts} "
             f"| {r['whole_seconds_estimated'] / 3600:.1f} h |"
         )
-    first = documents[0]
-    return "\n".join([*lines, "", f"{first['results']['threads']} threads; {first['machine']['cpu']['model']}."])
+    return "\n".join([*lines, "", f"{documents[0]['results']['threads']} threads."])
 
 
 def main() -> None:

@@ -18,6 +18,7 @@ from phi4edge.quant.scheme import parse_scheme
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
+_OF_A_SCALE = 11  # values: where it began, its unit, itself, its gradient, the state and the one that replaces it
 _MOVED = 6  # values that are in work for each of the weights whose rounding a core learns at a time
 _HEAD_WEIGHTS, _HEAD_ROWS = 2**24, 8192  # of the head, multiplied at a time, at the most
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given
@@ -56,14 +57,7 @@ def plan_memory(config: ModelConfig, recipe: Recipe, budget: int | None, by_rows
     solving = least
     if recipe.rounding is not None:
         stores += 2 * recipe.corpus.tokens * config.hidden_size * 4  # what went into the block, and should come out
-        batch = recipe.rounding.batch * recipe.corpus.sequence_length
-        # Codes that it began with, has and keeps, places and moments, its weights; then, once the last of them is not
-        # there in float32 as well, their gradients and a batch's graph.
-        weights, widest = block // 4, max(out * columns for out, columns in config.linear_shapes.values())
-        learning = weights * (3 + 2 + 4) + (2 * weights if recipe.compute == BFLOAT16 else block)
-        graph = batch * _kept_by_autograd(config) + _packed(config, recipe, batch)
-        moving = (os.cpu_count() or 1) * _MOVED * 4 * SMALL_PIECE
-        least = max(least, base + learning + moving + max(4 * widest, block + graph))
+        least = max(least, base + _learning(config, recipe))
     tuning, tuning_stores = _tuning(config, recipe, recipe.tuning, base + 2 * block) if recipe.tuning else (0, 0)
     if recipe.mix is not None:  # sensitivity goes back through one block at a time as well; its stores are files
         tuning = max(tuning, base + block + _backward(config, recipe))
@@ -115,6 +109,20 @@ def _packed(config: ModelConfig, recipe: Recipe, tokens: int) -> int:
     """What the gradient of a weight is made of, a product over tokens, rounded and laid out for the units."""
     shapes = config.linear_shapes.values() if recipe.compute == BFLOAT16 else []
     return max((packed_bytes(tokens, m) + packed_bytes(tokens, n) for m, n in shapes), default=0)
+
+
+def _learning(config: ModelConfig, recipe: Recipe) -> int:
+    """What learned rounding of a block needs."""
+    assert recipe.corpus is not None
+    length, shapes = recipe.corpus.sequence_length, config.linear_shapes.values()
+    weights, widest = sum(out * n for out, n in shapes), max(out * n for out, n in shapes)
+    # Codes that it began with, keeps, has and will have, places and moments, the weights that products take; scales and
+    # minima with what is known of each. Then gradients and a sample's graph, where before one weight was float32 too.
+    kept = weights * (4 + 2 + 4) + weights * (2 if recipe.compute == BFLOAT16 else 4)
+    kept += _OF_A_SCALE * 4 * (tuned_values(config, recipe) // config.num_layers)
+    graph = length * _kept_by_autograd(config) + _packed(config, recipe, length)
+    moving = (os.cpu_count() or 1) * _MOVED * 4 * SMALL_PIECE
+    return kept + moving + max(4 * widest, 4 * weights + graph)
 
 
 def _graphs(config: ModelConfig, recipe: Recipe, tuning: TuningRecipe) -> int:

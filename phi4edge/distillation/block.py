@@ -9,7 +9,7 @@ from __future__ import annotations
 
 __all__ = ["BlockRunner", "Observer", "run_block"]
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -97,10 +97,7 @@ class BlockRunner:
         Returns the gradients of the inputs; of everything continuous by name; and of the dequantized weights by the
         linear's name; all but the first summed over the pieces.
         """
-        self._gradients = [
-            torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
-            for weight in self._weights
-        ]
+        self._begin()
         arriving = []
         for i, slope in enumerate(slopes):
             leaf, out = self._graph(inputs[i]) if inputs is not None else self._kept[i]
@@ -108,12 +105,37 @@ class BlockRunner:
             assert leaf.grad is not None
             arriving.append(leaf.grad)
         self._kept = []
+        return arriving, *self._finish()
+
+    def learn(
+        self, pieces: Iterable[Tensor], slope_of: Callable[[int, Tensor], Tensor]
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Forward and back with one piece after the other: only one's graph is in RAM.
+
+        ``slope_of`` gives the gradient of the output of a piece, by its number and that output. Returns what
+        :meth:`backward` does but for the gradients of inputs, which nobody asks for.
+        """
+        self._begin()
+        for number, x in enumerate(pieces):
+            _, out = self._graph(x)
+            out.backward(slope_of(number, out.detach()))  # type: ignore[no-untyped-call]
+        return self._finish()
+
+    def _begin(self) -> None:
+        self._gradients = [
+            torch.zeros(weight.shape, dtype=torch.promote_types(weight.dtype, torch.float32))
+            for weight in self._weights
+        ]
+
+    def _finish(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """Gradients of everything continuous, and of the weights, which are let go of here."""
         found = {name: gain.grad for name, gain in self._gains.items() if gain.grad is not None}
         of_weights = {}
         for linear, dW in zip(self._block.linears, self._gradients, strict=True):
             found |= gradients_of_steps(linear, dW)
             of_weights[linear.name] = dW
-        return arriving, found, of_weights
+        self._gradients = []
+        return found, of_weights
 
     def _graph(self, x: Tensor) -> tuple[Tensor, Tensor]:
         with torch.enable_grad():

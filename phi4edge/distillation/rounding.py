@@ -97,7 +97,7 @@ def learn_rounding(
     """``block`` after ``recipe.passes`` over the samples that are learned from.
 
     ``places`` by the linear's name, as :func:`resting_places` gives them; they are used up. RAM beside the block: its
-    weights as products take them and their gradients in float32, six bytes a weight of state, and a batch's graph.
+    weights as products take them and their gradients in float32, six bytes a weight of state, and a sample's graph.
     """
     learner = _Learner(block, places, samples, rotary, config)
     steps = max(1, math.ceil(recipe.passes * samples.kept / recipe.batch))
@@ -209,19 +209,22 @@ class _Learner:
 
     def step(self, step: int, batch: list[int], code_rate: float, rate: float) -> float:
         """Move everything once; the objective on the batch before."""
-        block = self.current()
+        block, losses = self.current(), list[float]()
         runner = BlockRunner(block, self._rotary, self._config)
-        aim = self._samples.outputs(batch)
-        off = runner.forward_kept(self._samples.inputs(batch)) - aim
-        energy = _energy(aim)
-        loss = float((off.square().sum(-1) / energy).mean())
-        _, gradients, of_weights = runner.backward([off.mul_(2 / energy.numel() / energy[..., None])])
+
+        def slope_of(number: int, out: Tensor) -> Tensor:
+            aim = self._samples.outputs([batch[number]])
+            off, energy = out - aim, _energy(aim)
+            losses.append(float((off.square().sum(-1) / energy).mean()))
+            return off.mul_(2 / (len(batch) * energy.numel()) / energy[..., None])
+
+        gradients, of_weights = runner.learn((self._samples.inputs([sample]) for sample in batch), slope_of)
         for name, gradient in gradients_of_theta(self._continuous, gradients).items():
             self._states[name] = adam_step(self._states[name], gradient, step, rate)
         for linear in block.linears:
             a, _ = grid_for(linear.scheme).steps(linear.params)
             self._latent[linear.name].move(a, of_weights.pop(linear.name), step, code_rate)
-        return loss
+        return sum(losses) / len(losses)
 
 
 def _energy(aim: Tensor) -> Tensor:
