@@ -12,6 +12,7 @@ __all__ = [
     "GreedyText",
     "HeldOut",
     "HeldOutKld",
+    "LearnedBlock",
     "Linear",
     "Mix",
     "Quantization",
