@@ -18,7 +18,7 @@ from phi4edge.quant.scheme import parse_scheme
 
 _SLACK = 256 * 2**20  # allocator, buffers of BLAS, the progress display
 TUNING_PIECE_TOKENS = 1024  # of a tuning batch, forward and backward together
-_OF_A_SCALE = 11  # values: where it began, its unit, itself, its gradient, the state and the one that replaces it
+_OF_A_SCALE = 11  # values: where it began, its unit, itself twice, its gradient, three of a state, twice
 _MOVED = 6  # values that are in work for each of the weights whose rounding a core learns at a time
 _HEAD_WEIGHTS, _HEAD_ROWS = 2**24, 8192  # of the head, multiplied at a time, at the most
 _DEFAULT_SHARE = 0.6  # of the available RAM, where no budget is given

@@ -256,13 +256,11 @@ class Recipe:
 
 
 # What an effort sets where nothing else is said; benchmarks/quality shows what each is worth, and what it costs.
+_DEFAULT = {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto"}
 EFFORTS: dict[str, dict[str, Any]] = {
     "low": {"full_precision_targets": 0.0, "refit": False, "sweeps": 0},
-    "default": {"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto"},
-    "high": {
-        **{"full_precision_targets": 0.5, "refit": True, "sweeps": 3, "rotation": "auto"},
-        **{"round_passes": 2.0, "tune_passes": 2.0},
-    },
+    "default": _DEFAULT,
+    "high": {**_DEFAULT, "round_passes": 2.0, "tune_passes": 2.0},
 }
 _FEWEST_TO_LEARN = 32  # samples; with fewer, what is learned fits them and little else
 _ROUNDING = {"round_passes": "passes", "round_rate": "code_rate"}

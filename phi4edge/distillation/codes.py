@@ -21,7 +21,7 @@ from torch import Tensor
 
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import run_parallel
+from phi4edge.quant.parallel import SMALL_PIECE, row_pieces, run_parallel
 
 _BETA = 0.9
 _ROWS = 256  # rows that are worked on at a time
@@ -38,16 +38,16 @@ def latent_state(linear: QuantizedLinear, weight: Tensor) -> Tensor:
     return torch.stack((offset, torch.zeros_like(offset))).to(torch.float16)
 
 
-def codes_of(linear: QuantizedLinear, state: Tensor) -> Tensor:
-    """The codes [out, in] uint8 that latent positions round to."""
-    grid = grid_for(linear.scheme)
+def codes_of(linear: QuantizedLinear, offset: Tensor) -> Tensor:
+    """The codes [out, in] uint8 that latent positions round to; ``offset`` is c − q₀ from the codes of ``linear``."""
+    grid, (rows, columns) = grid_for(linear.scheme), offset.shape
 
-    def piece(start: int) -> Tensor:
-        rows = slice(start, start + _ROWS)
-        moved = linear.codes[rows] + state[0, rows].float().round_()
+    def piece(rows: slice) -> Tensor:
+        moved = linear.codes[rows] + offset[rows].float().round_()
         return moved.clamp_(grid.low, grid.high).to(torch.uint8)
 
-    return torch.cat(run_parallel([partial(piece, start) for start in range(0, linear.out_features, _ROWS)]))
+    pieces = row_pieces(rows, columns, max(1, SMALL_PIECE // columns))
+    return torch.cat(run_parallel([partial(piece, rows) for rows in pieces]))
 
 
 def code_step(linear: QuantizedLinear, state: Tensor, dW: Tensor, rate: float) -> Tensor:

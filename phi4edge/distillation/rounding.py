@@ -39,6 +39,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import RoundingRecipe
 from phi4edge.distillation.adam import adam_step, learning_rate, new_state
 from phi4edge.distillation.block import BlockRunner
+from phi4edge.distillation.codes import codes_of
 from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_theta, values_of
 from phi4edge.model.rope import Rotary
 from phi4edge.quant.grid import grid_for
@@ -145,19 +146,14 @@ class Latent:
 
     def __init__(self, linear: QuantizedLinear, places: Tensor) -> None:
         """``places`` [out_features, in_features] float16 are moved in place."""
-        self._linear, self._grid, self._places = linear, grid_for(linear.scheme), places
+        self._linear, self._places = linear, places
         self._moments = torch.zeros(2, *places.shape, dtype=torch.float16)
         rows, columns = places.shape
         self._pieces = row_pieces(rows, columns, max(1, SMALL_PIECE // columns))
 
     def codes(self) -> Tensor:
         """What the positions round to, [out_features, in_features] uint8."""
-
-        def piece(rows: slice) -> Tensor:
-            moved = self._linear.codes[rows] + self._places[rows].float().round_()
-            return moved.clamp_(self._grid.low, self._grid.high).to(torch.uint8)
-
-        return torch.cat(run_parallel([partial(piece, rows) for rows in self._pieces]))
+        return codes_of(self._linear, self._places)
 
     def move(self, steps: Tensor, dW: Tensor, step: int, rate: float) -> None:
         """Step ``step`` (from 0), against ``dW``, the gradient of the weight; ``steps`` a [out_features, groups]."""

@@ -166,7 +166,7 @@ class _Tuner:
         values = values_of(continuous, {name: state[name][0] for name in continuous})
         codes = {}
         if self._recipe.code_rate:
-            codes = {linear.name: codes_of(linear, state[_latent(linear.name)]) for linear in base.linears}
+            codes = {linear.name: codes_of(linear, state[_latent(linear.name)][0]) for linear in base.linears}
         return base.with_values(values, codes), continuous, state
 
     def _new_state(self, base: QuantizedBlock, continuous: dict[str, Continuous]) -> dict[str, Tensor]:
