@@ -57,7 +57,7 @@ def plain(scheme_name: str, x: Tensor, h: Tensor) -> Tensor:
         scale = torch.where(score > best, ratio(along, square), scale)
         best = torch.maximum(score, best)
 
-    for step in _ratios(grid.scheme):
+    for step in _ratios(grid.scheme, x.shape[1], alike=bool((h == 1).all())):
         consider(low * step * inverse)
         if low != -high:
             consider(high * step * inverse)
@@ -119,11 +119,12 @@ def both(grid: NestedGrid, compiled: bool, x: Tensor, h: Tensor | None) -> Tenso
             (module._with_zero_point if grid.scheme.grid == "affine" else module._with_minimum)(grid, x, h)
         )
     parts = list(module._parts(x, h))
+    ratios = _ratios(grid.scheme, x.shape[1], alike=h is None)
     if grid.scheme.symmetric:
         ends = (low,) if low == -high else (low, high)
-        factors = torch.tensor([end * ratio for ratio in _ratios(grid.scheme) for end in ends])
+        factors = torch.tensor([end * ratio for ratio in ratios for end in ends])
         return torch.cat([module.symmetric_steps(*part, factors, low, high) for part in parts])
-    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)])
+    factors = torch.tensor([1 / (top * ratio) for ratio in ratios])
     if grid.scheme.grid == "affine":
         shifts = torch.tensor((-1.0, 0.0, 1.0) if grid.scheme.bits < 8 else (0.0,))
         return torch.cat([module.zero_point_steps(*part, factors, shifts, top) for part in parts], dim=1)

@@ -120,6 +120,7 @@ def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
     shards = sorted(model.glob("model*.safetensors"))
     nbytes = sum(path.stat().st_size for path in shards)
     run, artifact = out / "run", out / "model.gguf"
+    shutil.rmtree(run, ignore_errors=True)  # it would know the checkpoint's hashes
     reading = read_rate(shards)
     print(f"reading {reading / 1e6:.0f} MB/s", flush=True)
     forget(shards)

@@ -26,6 +26,7 @@ from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import check_values, stored_dtype
 from phi4edge.core.ahead import ahead
 from phi4edge.core.errors import InputError
+from phi4edge.core.pagecache import Passing
 
 _PIECE = 1 << 24  # bytes
 _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
@@ -35,8 +36,10 @@ _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
 }
 
 
-def digest_file(path: Path, tensors: Iterable[TensorRef] = ()) -> str:
+def digest_file(path: Path, tensors: Iterable[TensorRef] = (), passing: Passing | None = None) -> str:
     """SHA-256 of ``path``; the values of ``tensors`` that lie in it are looked at on the way.
+
+    ``passing`` says what of the file stays in memory.
 
     Raises:
         InputError: one of them is NaN or Inf, and where; or the file cannot be read, or ends early.
@@ -45,7 +48,7 @@ def digest_file(path: Path, tensors: Iterable[TensorRef] = ()) -> str:
     try:
         with path.open("rb") as file:
             ordered = sorted(tensors, key=lambda ref: ref.offset)
-            with closing(ahead(_pieces(file, ordered))) as pieces:
+            with closing(ahead(_pieces(file, ordered, passing))) as pieces:
                 for ref, first, piece in pieces:
                     hashing = threading.Thread(target=digest.update, args=(piece.data,))
                     hashing.start()
@@ -59,21 +62,23 @@ def digest_file(path: Path, tensors: Iterable[TensorRef] = ()) -> str:
     return digest.hexdigest()
 
 
-def _pieces(file: BinaryIO, tensors: list[TensorRef]) -> Iterator[tuple[TensorRef | None, int, NDArray[np.uint8]]]:
+def _pieces(
+    file: BinaryIO, tensors: list[TensorRef], passing: Passing | None
+) -> Iterator[tuple[TensorRef | None, int, NDArray[np.uint8]]]:
     """The whole file in order: (the tensor that a piece is of, index of its first value in it, bytes)."""
     position = 0
     for ref in tensors:
         for start in range(position, ref.offset, _PIECE):  # a header, or what is not looked at
-            yield None, 0, _read(file, start, min(start + _PIECE, ref.offset))
+            yield None, 0, _read(file, start, min(start + _PIECE, ref.offset), passing)
         width, position = stored_dtype(ref).itemsize, ref.offset + ref.nbytes
         for start in range(ref.offset, position, _PIECE):
-            yield ref, (start - ref.offset) // width, _read(file, start, min(start + _PIECE, position))
+            yield ref, (start - ref.offset) // width, _read(file, start, min(start + _PIECE, position), passing)
     size = os.fstat(file.fileno()).st_size
     for start in range(position, size, _PIECE):
-        yield None, 0, _read(file, start, min(start + _PIECE, size))
+        yield None, 0, _read(file, start, min(start + _PIECE, size), passing)
 
 
-def _read(file: BinaryIO, start: int, stop: int) -> NDArray[np.uint8]:
+def _read(file: BinaryIO, start: int, stop: int, passing: Passing | None) -> NDArray[np.uint8]:
     buffer = np.empty(stop - start, dtype=np.uint8)
     done = 0
     while done < len(buffer):
@@ -81,6 +86,8 @@ def _read(file: BinaryIO, start: int, stop: int) -> NDArray[np.uint8]:
         if count == 0:
             raise InputError(f"{file.name}: file ends {len(buffer) - done} bytes early")
         done += count
+    if passing is not None:
+        passing.read(file.fileno(), start, stop - start)
     return buffer
 
 

@@ -12,6 +12,7 @@ import math
 import os
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.hub import resolve_model
 from phi4edge.checkpoint.index import CheckpointIndex, TensorRef, open_index
 from phi4edge.core.errors import InputError
+from phi4edge.core.pagecache import let_go, outgrows_memory, will_need
 
 _TORCH = {
     "BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64,
@@ -103,10 +105,19 @@ class CheckpointReader:
     def will_need(self, name: str) -> None:
         """Have the system read tensor ``name`` into its page cache meanwhile, where it can; takes no RAM of ours."""
         ref = self.index.tensors.get(name)
-        if ref is None or not hasattr(os, "posix_fadvise"):
-            return
-        with suppress(OSError), open(ref.path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), ref.offset, ref.nbytes, os.POSIX_FADV_WILLNEED)
+        if ref is not None:
+            will_need(ref.path, ref.offset, ref.nbytes)
+
+    def done_with(self, name: str) -> None:
+        """Tensor ``name`` was read: where the checkpoint is larger than the memory, it makes room for others."""
+        ref = self.index.tensors.get(name)
+        if ref is not None and self._outgrows_memory:
+            with suppress(OSError), open(ref.path, "rb", buffering=0) as file:
+                let_go(file.fileno(), ref.offset, ref.nbytes)
+
+    @cached_property
+    def _outgrows_memory(self) -> bool:
+        return outgrows_memory(self.index.nbytes)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Tensor ``name`` (or rows of it) in float32.

@@ -6,10 +6,11 @@ __all__ = ["HashedFile", "sha256_bytes", "sha256_file", "sha256_json"]
 
 import hashlib
 import json
-import os
 import threading
 from pathlib import Path
 from typing import Any, BinaryIO
+
+from phi4edge.core.pagecache import let_go
 
 _LARGE = 1 << 20  # bytes
 
@@ -55,8 +56,7 @@ class HashedFile:
                 self._file.write(data)
             finally:
                 hashing.join()
-            if hasattr(os, "posix_fadvise"):  # of dirty pages, Linux begins to write them back
-                os.posix_fadvise(self._file.fileno(), self._position, nbytes, os.POSIX_FADV_DONTNEED)
+            let_go(self._file.fileno(), self._position, nbytes)
         self._position += nbytes
 
     @property

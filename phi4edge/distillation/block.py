@@ -145,4 +145,4 @@ class BlockRunner:
 
     def _gather(self, index: int, x: Tensor, dy: Tensor) -> None:
         left, right = (values.reshape(-1, values.shape[-1]) for values in (dy, x))
-        add_products([Part(self._gradients[index])], over_tokens(left), over_tokens(right, left=False))
+        add_products([Part(self._gradients[index])], over_tokens(left), over_tokens(right))

@@ -28,8 +28,12 @@ _UPPER_PARTS = 8  # 9/16 of a whole product is computed
 class Packed:
     """Rows [tokens, width] rounded to bfloat16, one of zeros after them where they are odd, as a factor."""
 
-    left: Tensor | None  # [width, tokens]
-    right: Tensor  # [tokens / 2, width, 2]
+    pairs: Tensor  # [tokens / 2, width, 2]
+
+    def columns(self, which: slice) -> Tensor:
+        """Some columns as rows of the left factor [count, tokens]: turned a pair at a time, in a core's cache."""
+        piece = self.pairs.view(torch.int32)[:, which, 0].contiguous()  # rows of a wide matrix share places in a cache
+        return piece.T.reshape(-1).view(torch.bfloat16).view(piece.shape[1], -1)
 
 
 @dataclass(frozen=True)
@@ -41,27 +45,19 @@ class Part:
     column: int = 0
 
 
-def over_tokens(rows: Tensor, *, left: bool = True) -> Tensor | Packed:
-    """``rows`` [tokens, width] float32 as a factor of :func:`add_products`, inside :func:`computing`.
-
-    ``left``: they may be the left one.
-    """
+def over_tokens(rows: Tensor) -> Tensor | Packed:
+    """``rows`` [tokens, width] float32 as a factor of :func:`add_products`, inside :func:`computing`."""
     if not rounding() or rows.device.type != "cpu" or rows.shape[0] == 0 or tiles() is None:
         return rows
-    return _packed(rows, left=left)
+    return _packed(rows)
 
 
-def _packed(rows: Tensor, *, left: bool) -> Packed:
+def _packed(rows: Tensor) -> Packed:
     tokens, width = rows.shape
     rounded = torch.empty(tokens + tokens % 2, width, dtype=torch.bfloat16)
     rounded[:tokens] = rows
     rounded[tokens:] = 0
-    pairs = in_pairs(rounded)
-    del rounded
-    if not left:
-        return Packed(None, pairs)
-    columns = pairs.view(torch.int32).squeeze(-1).T.reshape(-1)  # a pair at a time: half as many moves
-    return Packed(columns.view(torch.bfloat16).view(width, -1), pairs)
+    return Packed(in_pairs(rounded))
 
 
 def packed_bytes(tokens: int, width: int) -> int:
@@ -91,19 +87,18 @@ def add_products(
         return
     units = tiles()
     assert units is not None
-    assert left.left is not None
     strips = []
     for part in parts:
         count = part.values.shape[0]
         for start in range(0, count, TILE):
             rows = slice(start, min(start + TILE, count))
             first = max(0, part.row + start - part.column) if symmetric else 0
-            strips.append(partial(_add_strip, units, part, rows, first, left.left, right.right))
+            strips.append(partial(_add_strip, units, part, rows, first, left, right.pairs))
     run_parallel(strips)
 
 
-def _add_strip(units: Tiles, part: Part, rows: slice, first: int, left: Tensor, right: Tensor) -> None:
+def _add_strip(units: Tiles, part: Part, rows: slice, first: int, left: Packed, right: Tensor) -> None:
     """Some rows of a part, its columns from ``first`` on."""
-    there = left[part.row + rows.start : part.row + rows.stop]
+    there = left.columns(slice(part.row + rows.start, part.row + rows.stop))
     beside = right[:, part.column + first : part.column + part.values.shape[1]]
     units.add(part.values[rows, first:], there, beside)

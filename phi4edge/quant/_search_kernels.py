@@ -18,8 +18,8 @@ from phi4edge.core.compiled import compiled
 
 Array = npt.NDArray[np.float32]
 
-_VALUES = 1 << 12  # of groups side by side: they stay in the nearest cache
-_FEWEST_LANES = 16
+_VALUES = 1 << 12  # of groups side by side, twice as many where nothing lies beside them: they stay in a near cache
+_FEWEST_LANES = 64
 _ROUND = np.float32(1.5 * 2**23)  # added and taken away again, it leaves the nearest whole number, of ties the even one
 _ROUND_SMALL = np.float32(1.5 / 2)  # the same for multiples of 2⁻²⁴, as float16 has them below 2⁻¹⁴
 _ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
@@ -66,8 +66,8 @@ def _padded(x: Array, h: Array | None) -> tuple[Array, Array | None]:
 
 
 @compiled
-def _lanes(size):
-    return max(_FEWEST_LANES, _VALUES // size)
+def _lanes(size, h):
+    return max(_FEWEST_LANES, (2 * _VALUES if h is None else _VALUES) // size)
 
 
 @compiled
@@ -138,6 +138,20 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
 
 
 @compiled
+def _fit_one(x, hx, h, one, low, high, along, square):
+    """The same of a single candidate."""
+    along[:], square[:] = _ZERO, _ZERO
+    for i in range(0, x.shape[0], 4):
+        for k in range(x.shape[1]):
+            p = one[k]
+            p0, p1 = _rounded(x[i, k] * p, low, high), _rounded(x[i + 1, k] * p, low, high)
+            p2, p3 = _rounded(x[i + 2, k] * p, low, high), _rounded(x[i + 3, k] * p, low, high)
+            along[k] += (hx[i, k] * p0 + hx[i + 1, k] * p1) + (hx[i + 2, k] * p2 + hx[i + 3, k] * p3)
+            t0, t1, t2, t3 = _times(h, i, k, p0, p1, p2, p3)
+            square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
+
+
+@compiled
 def _better(along, square, best, scale):
     for k in range(best.shape[0]):
         score = _ratio(along[k] * along[k], square[k])
@@ -148,7 +162,7 @@ def _better(along, square, best, scale):
 @compiled
 def _symmetric(x, h, factors, low, high, refinements, out):
     size = x.shape[1]
-    lanes = _lanes(size)
+    lanes = _lanes(size, h)
     at, weight, weighted = _groups(size, lanes)
     counts = None if h is None else weight
     products = at if h is None else weighted
@@ -165,12 +179,12 @@ def _symmetric(x, h, factors, low, high, refinements, out):
     )
     for start in range(0, x.shape[0], lanes):
         _load(x, h, start, at, weight, weighted)
+        inverse[:] = at[0]
+        for i in range(1, size):
+            for k in range(lanes):
+                inverse[k] = at[i, k] if abs(at[i, k]) > abs(inverse[k]) else inverse[k]
         for k in range(lanes):
-            extreme = at[0, k]
-            for i in range(1, size):
-                if abs(at[i, k]) > abs(extreme):
-                    extreme = at[i, k]
-            inverse[k] = _ONE / (_ONE if extreme == _ZERO else extreme)
+            inverse[k] = _ONE / (_ONE if inverse[k] == _ZERO else inverse[k])
         best[:], scale[:] = -_ONE, _ZERO
         for c in range(0, factors.shape[0], 2):
             for k in range(lanes):
@@ -181,7 +195,7 @@ def _symmetric(x, h, factors, low, high, refinements, out):
         for _ in range(refinements):
             for k in range(lanes):
                 one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
-            _fit(at, products, counts, one, one, low, high, along, square, along_other, square_other)
+            _fit_one(at, products, counts, one, low, high, along, square)
             _better(along, square, best, scale)
         for k in range(min(lanes, x.shape[0] - start)):
             out[start + k] = scale[k]
@@ -216,7 +230,7 @@ def _better_point(along, square, point, best, scale, zero):
 @compiled
 def _zero_point(x, h, factors, shifts, top, refinements, out):
     size = x.shape[1]
-    lanes = _lanes(size)
+    lanes = _lanes(size, h)
     at, weight, weighted = _groups(size, lanes)
     counts = None if h is None else weight
     products = at if h is None else weighted
@@ -233,13 +247,14 @@ def _zero_point(x, h, factors, shifts, top, refinements, out):
     )
     for start in range(0, x.shape[0], lanes):
         _load(x, h, start, at, weight, weighted)
+        middle[:], span[:] = _ZERO, _ZERO  # for now the least and the largest
+        for i in range(size):
+            for k in range(lanes):
+                middle[k], span[k] = min(middle[k], at[i, k]), max(span[k], at[i, k])
         for k in range(lanes):
-            low, high = _ZERO, _ZERO
-            for i in range(size):
-                low, high = min(low, at[i, k]), max(high, at[i, k])
-            span[k] = high - low
+            span[k] -= middle[k]
             step = span[k] / top
-            middle[k] = _rounded(-low / (_ONE if step == _ZERO else step), _ZERO, top)
+            middle[k] = _rounded(-middle[k] / (_ONE if step == _ZERO else step), _ZERO, top)
         best[:], scale[:], zero[:] = -_ONE, _ZERO, _ZERO
         for factor in factors:
             for k in range(lanes):
@@ -321,7 +336,7 @@ def _better_minimum(total, sum_x, sum_xx, sum_q, sum_qq, sum_qx, a, b, best, sca
 @compiled
 def _minimum(x, h, factors, top, nested, refinements, out):
     size = x.shape[1]
-    lanes = _lanes(size)
+    lanes = _lanes(size, h)
     at, weight, weighted = _groups(size, lanes)
     counts = None if h is None else weight
     products = at if h is None else weighted
@@ -354,10 +369,11 @@ def _minimum(x, h, factors, top, nested, refinements, out):
                 total[k] += (h0 + h1) + (h2 + h3)
                 sum_x[k] += (w0 + w1) + (w2 + w3)
                 sum_xx[k] += (w0 * at[i, k] + w1 * at[i + 1, k]) + (w2 * at[i + 2, k] + w3 * at[i + 3, k])
-        for k in range(lanes):
-            low[k], high[k] = at[0, k], at[0, k]
-            for i in range(1, size):
+        low[:], high[:] = at[0], at[0]
+        for i in range(1, size):
+            for k in range(lanes):
                 low[k], high[k] = min(low[k], at[i, k]), max(high[k], at[i, k])
+        for k in range(lanes):
             if nested:
                 low[k] = min(low[k], _ZERO)
             best[k], scale[k], minimum[k] = _INFINITE, _ZERO, low[k]

@@ -33,18 +33,24 @@ from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 20  # weights searched at a time, where no compiled search does it
 _REFINEMENTS = 2
+_ALIKE = ((32, 10), (128, 13))  # values of a group that count alike, and how many of the spans are tried
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 _REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since
 
 
-def _ratios(scheme: Scheme) -> list[float]:
-    """Candidate spans of the codes over the absmax span: above 1 the extremes are clipped."""
+def _ratios(scheme: Scheme, size: int, *, alike: bool) -> list[float]:
+    """Candidate spans of the codes over the absmax span of ``size`` values: above 1 the extremes are clipped.
+
+    Where all values count alike, nothing is gained by clipping one of a few by much: of hundreds of thousands of drawn
+    groups none came out otherwise for the spans that are left out (benchmarks/kernels/spans.py).
+    """
     if scheme.bits >= 8:
         return [0.98, 1.0, 1.02, 1.05]
     if not scheme.symmetric and (scheme.bits == 5 or scheme.nested):
         return [0.9 + 0.025 * i for i in range(13)]
-    return [0.85 + 0.05 * i for i in range(17)]
+    count = next((count for most, count in _ALIKE if size <= most), 17) if alike else 17
+    return [0.85 + 0.05 * i for i in range(count)]
 
 
 def search(grid: Grid, values: Tensor, importance: Tensor | None = None) -> Params:
@@ -104,7 +110,8 @@ def _symmetric(grid: Grid, x: Tensor, h: Tensor | None) -> Tensor:
     """Steps of the groups [n]."""
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
     ends = (low,) if low == -high else (low, high)
-    factors = torch.tensor([end * ratio for ratio in _ratios(grid.scheme) for end in ends], device=x.device)
+    ratios = _ratios(grid.scheme, x.shape[1], alike=h is None)
+    factors = torch.tensor([end * ratio for ratio in ratios for end in ends], device=x.device)
     if x.device.type == "cpu":
         return _compiled(kernels.symmetric_steps, x, h, factors.numpy(), low, high, _REFINEMENTS)
     return torch.cat([symmetric_steps(*part, factors, low, high) for part in _parts(x, h)])
@@ -144,7 +151,8 @@ def _extreme(x: Tensor) -> Tensor:
 def _with_zero_point(grid: Grid, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Steps and zero points of the groups, [n] each."""
     top = float(grid.high)
-    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
+    ratios = _ratios(grid.scheme, x.shape[1], alike=h is None)
+    factors = torch.tensor([1 / (top * ratio) for ratio in ratios], device=x.device)
     shifts = torch.tensor((-1.0, 0.0, 1.0) if grid.scheme.bits < 8 else (0.0,), device=x.device)
     if x.device.type == "cpu":
         found = _compiled(kernels.zero_point_steps, x, h, factors.numpy(), shifts.numpy(), top, _REFINEMENTS)
@@ -181,7 +189,8 @@ def zero_point_steps(x: Tensor, h: Tensor, factors: Tensor, shifts: Tensor, top:
 def _with_minimum(grid: Grid, x: Tensor, h: Tensor | None) -> tuple[Tensor, Tensor]:
     """Steps and minima of the groups, [n] each."""
     top, nested = float(grid.high), grid.scheme.nested
-    factors = torch.tensor([1 / (top * ratio) for ratio in _ratios(grid.scheme)], device=x.device)
+    ratios = _ratios(grid.scheme, x.shape[1], alike=h is None)
+    factors = torch.tensor([1 / (top * ratio) for ratio in ratios], device=x.device)
     if x.device.type == "cpu":
         found = _compiled(kernels.minimum_steps, x, h, factors.numpy(), top, nested, _REFINEMENTS)
     else:

@@ -74,15 +74,15 @@ def _rounded(
     weights = None if importance is None else importance.reshape(scheme.groups(columns, name), -1)
     groups, grid = scheme.groups(columns, name), grid_for(scheme)
     parts = options.run([partial(_solve_piece, grid, *piece, columns, groups, weights) for piece in pieces])
-    tensors = {f"{name}.{field}": torch.cat([part[field] for part, _ in parts]) for field in ("codes", *grid.fields)}
+    tensors = {f"{name}.{field}": _whole([part[field] for part, _ in parts]) for field in ("codes", *grid.fields)}
     linear = QuantizedLinear.from_tensors(name, scheme, tensors)
     return Solution(linear, sum(loss for _, loss in parts) / linear.out_features, 0.0)
 
 
 def _solve_piece(
     grid: Grid, rows: Rows, piece: slice, columns: int, groups: int, importance: Tensor | None
-) -> tuple[dict[str, Tensor], float]:
-    """Codes as a run stores them and parameters of some rows, and what they lose with diag H, summed."""
+) -> tuple[dict[str, list[Tensor]], float]:
+    """Codes as a run stores them and parameters of some rows, a few at a time; what they lose with diag H, summed."""
     step = max(1, _TOGETHER // columns)
     loss, found = 0.0, dict[str, list[Tensor]]()
     for start in range(piece.start, piece.stop, step):
@@ -93,4 +93,9 @@ def _solve_piece(
         loss += lost
         for field, values in {"codes": codes, **params}.items():
             found.setdefault(field, []).append(values)
-    return {field: torch.cat(values) for field, values in found.items()}, loss
+    return found, loss
+
+
+def _whole(parts: list[list[Tensor]]) -> Tensor:
+    """All rows of what pieces found; each is a copy once, as the weight's codes are a good part of what is in RAM."""
+    return torch.cat([values for part in parts for values in part])

@@ -174,6 +174,7 @@ class BlockSolver:
         rows = partial(self._job.source.tensor, f"{name}.weight")
         with self._parts.part("solve"):
             found = rtn.solve_rows(name, shape, rows, self._job.scheme_of(name), mean_square, self._options)
+            self._job.checkpoint.done_with(f"{name}.weight")
         out.tensors |= found.linear.to_tensors()
         if mean_square is not None:
             out.tensors[f"{name}.imatrix"] = mean_square
@@ -182,7 +183,9 @@ class BlockSolver:
     def _read(self, layer: int, stage: int) -> Tensor:
         """One linear's weights, float32, on the device; the one after it is asked for."""
         with self._parts.part("read"):
-            weight = self._job.source.tensor(f"{linear_name(layer, stage)}.weight").to(self._job.device)
+            name = f"{linear_name(layer, stage)}.weight"
+            weight = self._job.source.tensor(name).to(self._job.device)
+            self._job.checkpoint.done_with(name)
             self._ask_for(layer, stage + 1)
         return weight
 

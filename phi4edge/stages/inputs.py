@@ -13,12 +13,13 @@ from phi4edge import __version__
 from phi4edge.checkpoint.digest import digest_file
 from phi4edge.checkpoint.index import CheckpointIndex
 from phi4edge.core.atomic import write_json
+from phi4edge.core.pagecache import Passing
 from phi4edge.core.recipe import CorpusRecipe
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
 LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
 _READ: dict[str, dict[str, str]] = {}  # hashes of what this process has read, by folder and stamps
-CODE = 7  # raised when the same recipe would give other codes
+CODE = 8  # raised when the same recipe would give other codes
 
 
 def open_inputs(corpus: CorpusRecipe | None, corpus_sha256: str | None, hashes: dict[str, str]) -> dict[str, Any]:
@@ -56,7 +57,8 @@ def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
     if seen not in _READ:
         known_tensors = index.config.tensor_shapes()
         weights = [ref for name, ref in index.tensors.items() if name in known_tensors]  # packed linears are not
-        _READ[seen] = {path.name: digest_file(path, (r for r in weights if r.path == path)) for path in paths}
+        passing = Passing(index.nbytes)
+        _READ[seen] = {path.name: digest_file(path, (r for r in weights if r.path == path), passing) for path in paths}
     return dict(_READ[seen])
 
 
