@@ -173,7 +173,17 @@ def test_blocks_of_earlier_processes_count() -> None:
     assert Pace(30, [], None, clock).remaining() is None
 
 
-def test_what_comes_after_the_blocks_is_scaled_with_them() -> None:
+def test_what_comes_after_the_blocks_is_scaled_with_their_forward_passes() -> None:
+    clock = _Clock()
+    foretold = replace(prediction(10.0, tuning=100.0), block={"forward": 2.0, "solve": 8.0})
+    pace = Pace(4, [20.0], foretold, clock, forward=[3.0])  # twice as long for all of it
+    assert pace.remaining() == pytest.approx(3 * 20.0 + 150.0)
+    clock.now = 20.0
+    pace.block_done(5.0)
+    assert pace.remaining() == pytest.approx(2 * 20.0 + 200.0)
+
+
+def test_where_nothing_is_known_of_forward_passes_it_is_scaled_with_the_blocks() -> None:
     clock = _Clock()
     pace = Pace(2, [], prediction(10.0, tuning=100.0), clock)
     for now in (20.0, 40.0):

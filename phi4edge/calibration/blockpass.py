@@ -11,7 +11,7 @@ of the residual stream is cheap enough to be computed again.
 
 from __future__ import annotations
 
-__all__ = ["COMPUTED_TOKENS", "EMBEDDED_VALUES", "BlockPass", "Stores", "samples_together"]
+__all__ = ["COMPUTED_TOKENS", "EMBEDDED_VALUES", "BlockPass", "Stores", "put_embeddings", "samples_together"]
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -61,9 +61,14 @@ class Stores:
 
     def fill(self, source: WeightSource, tokens: Tensor) -> None:
         """Begin with the embeddings of ``tokens`` [samples, length], a bounded number of samples at a time."""
-        group = max(1, EMBEDDED_VALUES // (tokens.shape[1] * source.config.hidden_size))
-        for i in range(0, tokens.shape[0], group):
-            self.hidden.write(i, embed(source, tokens[i : i + group]))
+        put_embeddings(self.hidden, source, tokens)
+
+
+def put_embeddings(store: ActivationStore, source: WeightSource, tokens: Tensor) -> None:
+    """Embeddings of ``tokens`` [samples, length] into ``store``, many samples at a time: each time reads the table."""
+    group = max(1, EMBEDDED_VALUES // (tokens.shape[1] * source.config.hidden_size))
+    for i in range(0, tokens.shape[0], group):
+        store.write(i, embed(source, tokens[i : i + group]))
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """How much longer a quantization takes, told to the progress display at every linear.
 
 Before the first block is done that is the prediction, scaled by what the linears so far took; then the mean of the
-blocks that are done, those of earlier processes included. What comes after the blocks is predicted and scaled alike.
+blocks that are done, those of earlier processes included. What comes after the blocks is predicted, and scaled by how
+their forward passes went: that is what it consists of, and it has no solver.
 """
 
 from __future__ import annotations
@@ -26,19 +27,25 @@ class Pace:
         finished: Sequence[float],
         prediction: Prediction | None,
         clock: Callable[[], float] = time.monotonic,
+        forward: Sequence[float] = (),
     ) -> None:
-        """``finished`` are the seconds of the blocks that are done; without a prediction the first of them must be."""
+        """``finished`` are the seconds of the blocks that are done; without a prediction the first of them must be.
+
+        ``forward`` are the seconds of their forward passes, where they are known.
+        """
         self._blocks, self._finished, self._prediction, self._clock = blocks, list(finished), prediction, clock
+        self._forward = list(forward)
         self._began, self._linears = clock(), 0
 
     def linear_done(self) -> None:
         """A linear of the block in work is solved."""
         self._linears += 1
 
-    def block_done(self) -> None:
-        """The block in work is committed, and the next one begins."""
+    def block_done(self, forward: float = 0.0) -> None:
+        """The block in work is committed, and the next one begins; ``forward``: what its forward passes took."""
         now = self._clock()
         self._finished.append(now - self._began)
+        self._forward += [forward] if forward else []
         self._began, self._linears = now, 0
 
     def remaining(self) -> float | None:
@@ -54,8 +61,7 @@ class Pace:
     def _block(self) -> float | None:
         """What one block takes."""
         if self._finished:
-            recent = self._finished[-_RECENT:]
-            return sum(recent) / len(recent)
+            return _mean(self._finished)
         if self._prediction is None:
             return None
         whole, done = self._prediction.block_seconds, sum(self._prediction.linears[: self._linears])
@@ -67,7 +73,16 @@ class Pace:
     def _afterwards(self, block: float) -> float:
         if self._prediction is None:
             return 0.0
+        expected = self._prediction.block.get("forward", 0.0)
+        if self._forward and expected:
+            return self._prediction.tuning * _mean(self._forward) / expected
         return self._prediction.tuning * block / self._prediction.block_seconds
+
+
+def _mean(seconds: Sequence[float]) -> float:
+    """Of the last few."""
+    recent = seconds[-_RECENT:]
+    return sum(recent) / len(recent)
 
 
 class PacedProgress(Progress):
@@ -100,9 +115,9 @@ class PacedProgress(Progress):
         """See :class:`Progress`."""
         self._shown.note(text)
 
-    def block_done(self) -> None:
+    def block_done(self, forward: float = 0.0) -> None:
         """A block is committed."""
-        self._pace.block_done()
+        self._pace.block_done(forward)
         self._tell()
 
     def _tell(self) -> None:

@@ -37,6 +37,8 @@ from phi4edge.solvers._loss import LOSS_COLUMNS
 PARTS = ("read", "forward", "moments", "solve", "check", "round", "write")  # of a block, as the journal has them
 _ROUNDING_EVALUATIONS = 3  # of a block, on held-out samples
 _EVALUATIONS = 6  # of tuning, on held-out samples: four, and one to three of halved changes
+_HEAD_EVALUATED = 2 / 5  # of the head's products in a step: logits of both models once, where a step takes them twice
+# and multiplies their gradient with the head
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
 
@@ -264,7 +266,7 @@ def _tuning(work: Work, tuning: TuningRecipe, rates: Rates) -> float:
         block += 2 * (codes + state) / rates.scratch + state / rates.write + rates.sync
     teacher = layers * (weights * work.stored_bytes * (1 / rates.read + 1 / rates.disk) + samples * forward)
     step = layers * block + tuning.batch * head + 2 * reading
-    evaluation = recipe.held_out * (layers * forward + head) + layers * decode + reading
+    evaluation = recipe.held_out * (layers * forward + _HEAD_EVALUATED * head) + layers * decode + reading
     return teacher + steps * step + _EVALUATIONS * evaluation
 
 

@@ -165,11 +165,12 @@ def _solve_blocks(
                 with parts.part("write"):
                     record |= stream.save(layer + 1)
             seconds = time.monotonic() - started
-            record["performance"] = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "parts": parts.take()}
+            taken = parts.take()
+            record["performance"] = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "parts": taken}
             pending = behind.submit(_commit, work, layer, solved.tensors, record, stream)
             del solved
             release_memory()  # so that what a block leaves behind does not add up
-            progress.block_done()
+            progress.block_done(taken.get("forward", 0.0))
         if pending is not None:
             pending.result()
     progress.finish()
@@ -189,11 +190,13 @@ def _commit(
 def _paced(job: Job, work: Workdir, done: int, shown: Progress) -> PacedProgress:
     """A display that knows what is left: from what the finished blocks took, or a prediction while there are none."""
     blocks = job.checkpoint.config.num_layers
-    finished = [float(record["performance"]["seconds"]) for record in work.records[:done]]
+    costs = [record["performance"] for record in work.records[:done]]
+    finished = [float(cost["seconds"]) for cost in costs]
+    forward = [float(cost["parts"]["forward"]) for cost in costs if cost["parts"].get("forward")]
     # Blocks that are done say enough of the others, not of tuning, which itself counts its steps.
     worth = done < blocks and (not finished or job.recipe.tuning is not None)
     prediction = estimate(job, work.path) if shown.estimates and worth and job.device == "cpu" else None
-    return PacedProgress(shown, Pace(blocks, finished, prediction))
+    return PacedProgress(shown, Pace(blocks, finished, prediction, forward=forward))
 
 
 def intact_blocks(work: Workdir) -> int:

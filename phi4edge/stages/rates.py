@@ -59,7 +59,9 @@ _WIDEST = 4096  # channels of a Hessian that is measured
 _VALUES = 2**23  # weights of a product that is measured
 _PRODUCT = 1024  # rows and columns of one that solvers make
 _SOLVED = 2**21  # weights that the solver is measured on
-_LONG, _REPEATED = 0.2, 0.03  # seconds after which once is enough; spent on what is shorter
+_CORRELATED = 256  # directions in which the solver's columns hang together
+_FEW = 8  # rows
+_VERY_LONG, _LONG, _REPEATED = 1.0, 0.1, 0.03  # seconds: made once, made twice; spent on what is shorter
 _TOKENS = 512  # in a product, where no corpus says how many
 _WRITTEN = 2**25  # bytes
 _READS = 3  # tensors
@@ -117,18 +119,13 @@ class _Measurement:
 
     def rates(self, checkpoint: CheckpointReader | None, source: WeightSource | None) -> Rates:
         config, length = self._config, self._length
-        by_width: dict[int, tuple[float, float, float]] = {}
-        linears = {}
-        for name, (rows, n) in config.linear_shapes.items():
-            if self._recipe.corpus is not None and n not in by_width:
-                by_width[n] = self._squares(n)
-            moments, crossed, factor = by_width.get(n, (1.0, 1.0, 1.0))
-            with computing(self._recipe.compute):
-                forward = self._forward(rows, n)
-            dense = self._dense(rows, n)
-            errors = self._errors(n, dense)
-            solve, nearest, decode, learn = self._solver(rows, n, dense, errors)
-            linears[name] = LinearRates(forward, dense, errors, moments, crossed, factor, solve, nearest, decode, learn)
+        by_width: dict[int, LinearRates] = {}
+        heads = []
+        for rows, n in sorted(set(config.linear_shapes.values()), reverse=True):
+            if n not in by_width:  # by the tallest of a width: what a row costs does not hang on how many there are
+                by_width[n] = self._linear(rows, n)
+                # By itself each would be of a moment, and tuning is for the most part this.
+                heads += [self._head()] if self._recipe.tuning is not None else []
         norm = attention = activation = scratch = head = 0.0
         if self._recipe.corpus is not None:
             hidden = self._draw(1, length, config.hidden_size)
@@ -140,29 +137,42 @@ class _Measurement:
             gate_up = self._draw(1, length, 2 * config.intermediate_size)
             activation = self._seconds(lambda: down_input(gate_up))
             scratch = self._scratch() if self._work.spill or self._work.spill_tuning else 1.0
-            head = self._head() if self._recipe.tuning is not None else 0.0
+            heads += [self._head()] if self._recipe.tuning is not None else []
+            head = sorted(heads)[len(heads) // 2] if heads else 0.0
         read, disk, check = math.inf, math.inf, math.inf
         if checkpoint is not None and source is not None:
             read, disk, check = self._read(checkpoint, source)
         write, sync = self._write()
         threads = torch.get_num_threads()
+        linears = {name: by_width[n] for name, (_, n) in config.linear_shapes.items()}
         return Rates(linears, norm, attention, activation, read, disk, check, write, sync, scratch, head, threads)
 
     # --- computing -------------------------------------------------------------------------------------------
+
+    def _linear(self, rows: int, n: int) -> LinearRates:
+        moments = crossed = factor = 1.0
+        if self._recipe.corpus is not None:
+            moments, crossed, factor = self._squares(n)
+        with computing(self._recipe.compute):
+            forward = self._forward(rows, n)
+        dense = self._dense(rows, n)
+        errors = self._errors(n, dense)
+        solve, nearest, decode, learn = self._solver(rows, n, dense, errors)
+        return LinearRates(forward, dense, errors, moments, crossed, factor, solve, nearest, decode, learn)
 
     def _draw(self, *shape: int) -> Tensor:
         return torch.randn(shape, generator=self._generator)
 
     def _seconds(self, call: Callable[[], object]) -> float:
-        """Median seconds of ``call``; a long one is made once."""
+        """Median seconds of ``call``, without the first, which finds no memory ready; a long one is made twice."""
         spent: list[float] = []
         while sum(spent) < _REPEATED or len(spent) < 3:
             began = self._clock()
             call()
             spent.append(self._clock() - began)
-            if spent[0] > _LONG:
+            if spent[0] > _VERY_LONG or (len(spent) > 1 and spent[1] > _LONG):
                 break
-        spent = spent[1:] or spent  # the first call finds nothing ready
+        spent = spent[1:] or spent
         return max(sorted(spent)[len(spent) // 2], 1e-9)
 
     def _forward(self, rows: int, n: int) -> float:
@@ -221,13 +231,14 @@ class _Measurement:
         )
         known = None if recipe.corpus is None and recipe.imatrix_sha256 is None else mean_square
         rounding = Problem("measured", W, None, scheme, known)
+        rtn.solve(replace(rounding, weight=W[:_FEW]), options)  # what is compiled is loaded at its first use
         nearest = self._seconds(lambda: rtn.solve(rounding, options)) / count
         solution = rtn.solve(rounding, options)
         decode = self._seconds(solution.linear.dequantize) / count
         learn = 0.0 if recipe.rounding is None else self._learn(solution.linear, W) / count
         if recipe.method != "gptq" and not recipe.refined:
             return 0.0, nearest, decode, learn
-        x = self._draw(4 * columns, columns)
+        x = self._draw(min(columns, _CORRELATED), columns)
         H = (x.T @ x / x.shape[0]).add_(torch.diag(mean_square))
         problem = Problem("measured", W, H, scheme, None)
         solver = load_plugin("phi4edge.solvers", recipe.method)
@@ -235,6 +246,7 @@ class _Measurement:
         def solve() -> Solution:
             return refine(problem, solver.solve(problem, options), options)
 
+        solver.solve(replace(problem, weight=W[:_FEW]), options)
         # Products are counted apart, as they grow with n².
         handed_on, others = solver_products(recipe, columns)
         products = 2 * together * columns**2 * (handed_on / errors + others / dense)

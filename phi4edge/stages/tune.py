@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from phi4edge.calibration.blockpass import put_embeddings
 from phi4edge.calibration.budget import TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.core.events import Event, Progress
@@ -44,7 +45,6 @@ from phi4edge.distillation.parameters import (
     values_of,
 )
 from phi4edge.model.block import forward_block, load_block, rms_norm
-from phi4edge.model.forward import embed
 from phi4edge.model.rope import rotary_table
 from phi4edge.quant.grid import grid_for
 from phi4edge.stages.head import open_head
@@ -107,16 +107,15 @@ class _Tuner:
 
     def run(self) -> None:
         """From the last committed step to the end."""
-        step = self._states.resume()
+        step, committed = self._states.resume(), time.monotonic()
         with self._parts.part("teacher"):
-            self._teach()
+            committed = self._teach(committed)
         progress = self._progress
         progress.start("tune", self._steps, "step", step)
         losses: list[float] = []
-        started = committed = time.monotonic()
         if not self._evaluated(0):
             record: dict[str, Any] = {"heldout": self._evaluate()}
-            committed = self._commit(0, record, started)
+            committed = self._commit(0, record, committed)
         marks = {round(self._steps * (i + 1) / _EVALUATIONS) for i in range(_EVALUATIONS)}
         while step < self._steps and not self._exhausted() and not self._halvings():
             losses.append(self._step(step))
@@ -352,21 +351,22 @@ class _Tuner:
         """Where a store keeps its values, None for RAM."""
         return self._work.path / f"{name}.scratch" if self._job.memory.spill_tuning else None
 
-    def _teach(self) -> None:
-        """The full-precision model's final hidden states, after its last norm, computed once; and all embeddings."""
+    def _teach(self, began: float) -> float:
+        """The full-precision model's final hidden states, after its last norm, computed once; and all embeddings.
+
+        Returns from when on seconds are still to be committed, which begin at ``began``.
+        """
         source, config = self._job.source, self._config
         count = self._tokens.shape[0]
         self._embedded = self._store(count, "embedded")
-        for i in range(0, count, self._per_piece):
-            self._embedded.write(i, embed(source, self._tokens[i : i + self._per_piece]))
+        put_embeddings(self._embedded, source, self._tokens)
         self._teacher = self._store(count, "teacher")
         self._between = self._store(config.num_layers * self._recipe.batch, "between")
         self._head = open_head(self._job, self._scratch("head"))
         path = self._work.path / _TEACHER
         known = next((r["files"][_TEACHER] for r in self._work.records if _TEACHER in r["files"]), None)
         if known is not None and self._teacher.load(path, known):
-            return
-        started = time.monotonic()
+            return began
         for i in range(count):
             self._teacher.write(i, self._embedded.read(i, i + 1))
         self._progress.start("teacher", config.num_layers, "block")
@@ -380,8 +380,11 @@ class _Tuner:
             self._teacher.write(i, rms_norm(self._teacher.read(i, i + 1), gain, config.rms_norm_eps))
         self._teacher.save(path)
         if known is None:
-            self._work.commit({"performance": cost(time.monotonic() - started)}, [_TEACHER])
+            now = time.monotonic()
+            self._work.commit({"performance": cost(now - began)}, [_TEACHER])
+            began = now
         release_memory()
+        return began
 
     def _write_result(self) -> None:
         """The values of the best state, as the run's reader takes them; then everything else can go."""
