@@ -20,7 +20,14 @@ import torch
 from torch import Tensor
 
 from phi4edge.core.errors import InputError
-from phi4edge.quant.ggml_blocks import BLOCK_TYPES, BlockType, pack_blocks, unpack_blocks
+from phi4edge.quant.ggml_blocks import (
+    BLOCK_TYPES,
+    NIBBLES,
+    BlockType,
+    pack_blocks,
+    pack_nibble_blocks,
+    unpack_blocks,
+)
 from phi4edge.quant.grid import grid_for
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.quant.scheme import GGML_SCHEMES, Scheme
@@ -75,6 +82,8 @@ def pack_linear(linear: QuantizedLinear) -> Tensor:
             f"{linear.name}: code −128 at row {row}, column {column}; q8_0 blocks have −127 … 127",
             "quantize with --scheme q8_0, which keeps to them",
         )
+    if kind.name in NIBBLES:
+        return pack_nibble_blocks(kind, linear.packed(), params)
     return pack_blocks(kind, linear.codes, params)
 
 

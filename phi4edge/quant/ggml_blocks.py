@@ -26,7 +26,7 @@ in runs r₀, r₁, …, byte j of 32 holding something of weight j of each run:
 
 from __future__ import annotations
 
-__all__ = ["BLOCK_TYPES", "BlockType", "pack_blocks", "unpack_blocks"]
+__all__ = ["BLOCK_TYPES", "NIBBLES", "BlockType", "pack_blocks", "pack_nibble_blocks", "unpack_blocks"]
 
 import sys
 from dataclasses import dataclass
@@ -34,7 +34,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from phi4edge.quant._block_kernels import put_nibbles
 from phi4edge.quant.grid import Params
+from phi4edge.quant.packing import pack_nibbles
 
 assert sys.byteorder == "little", "words are viewed as bytes"
 
@@ -72,18 +74,32 @@ BLOCK_TYPES = {
 }
 
 
+NIBBLES = ("q4_0", "q4_1")  # types of half a byte a code and nothing else but float16 numbers
+
+
+def pack_nibble_blocks(kind: BlockType, nibbles: Tensor, params: Params) -> Tensor:
+    """The same as :func:`pack_blocks` of one of :data:`NIBBLES`, of codes two to a byte, [rows, in_features / 2].
+
+    The first code of a byte is the low one. One pass over the bytes, on the CPU.
+    """
+    rows = nibbles.shape[0]
+    halves = torch.cat([_bytes(params[field]) for field in ("scales", "mins") if field in params], dim=2)
+    first = halves.reshape(-1, halves.shape[-1]).numpy()
+    return torch.from_numpy(put_nibbles(nibbles.reshape(-1, kind.weights // 2).numpy(), first)).reshape(rows, -1)
+
+
 def pack_blocks(kind: BlockType, codes: Tensor, params: Params) -> Tensor:
     """Blocks of ``codes`` [rows, in_features] uint8, as uint8 [rows, bytes of a row].
 
     ``params`` are those of the scheme that ``kind`` is called after, one float16 a block and its whole numbers.
     """
+    if kind.name in NIBBLES:
+        return pack_nibble_blocks(kind, pack_nibbles(codes), params)
     rows = codes.shape[0]
     q = codes.reshape(rows, -1, kind.weights)
     halves = [_bytes(params[field]) for field in ("scales", "mins") if field in params]
     if kind.name == "q8_0":
         fields = [*halves, q ^ 0x80]  # q − 128 as int8
-    elif kind.name in ("q4_0", "q4_1"):
-        fields = [*halves, _pack_runs(q, 16)]
     elif kind.name in ("q5_0", "q5_1"):
         fields = [*halves, _pack_bits(_parts(q >> 4, 4, 8)), _pack_runs(q, 16)]
     elif kind.name == "q6_k":
@@ -114,7 +130,7 @@ def unpack_blocks(kind: BlockType, packed: Tensor) -> tuple[Tensor, Params]:
     if kind.name == "q8_0":
         take_halves("scales")
         q = take(32) ^ 0x80
-    elif kind.name in ("q4_0", "q4_1"):
+    elif kind.name in NIBBLES:
         take_halves(*("scales", "mins")[: 1 if kind.name == "q4_0" else 2])
         q = _unpack_runs(take(16), 16)
     elif kind.name in ("q5_0", "q5_1"):
