@@ -62,6 +62,13 @@ def test_parts_are_shapes_over_rates() -> None:
     assert predict(work(), rates(read=1e6)).block["read"] == pytest.approx(2 * WEIGHTS / 1e6)
 
 
+def test_a_checkpoint_is_hashed_some_files_at_a_time_as_fast_as_the_disk_gives_them() -> None:
+    nbytes = 2 * CONFIG.parameters
+    assert predict(work(), rates(check=1e6)).hashing == pytest.approx(nbytes / 1e6)
+    assert predict(work(files=2), rates(check=1e6)).hashing == pytest.approx(nbytes / 2e6)
+    assert predict(work(files=2), rates(check=1e6, disk=1.5e6)).hashing == pytest.approx(nbytes / 1.5e6)
+
+
 def test_codes_are_written_and_weights_are_fetched_behind_the_computing() -> None:
     codes, residual = 4.5 * WEIGHTS / 8, 16 * 32 * 64 * 4
     alone = predict(work(), rates(write=1e6, disk=1e6)).block

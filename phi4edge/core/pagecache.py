@@ -12,6 +12,7 @@ from __future__ import annotations
 __all__ = ["Passing", "let_go", "outgrows_memory", "will_need"]
 
 import os
+import threading
 from contextlib import suppress
 from pathlib import Path
 
@@ -32,11 +33,14 @@ class Passing:
     def __init__(self, nbytes: int) -> None:
         available = available_bytes() or 0
         self._room = int(_KEPT * available) if outgrows_memory(nbytes) else nbytes
+        self._lock = threading.Lock()
 
     def read(self, descriptor: int, offset: int, nbytes: int) -> None:
-        """So many bytes of an open file were read."""
-        self._room -= nbytes
-        if self._room < 0:
+        """So many bytes of an open file were read, in whichever thread."""
+        with self._lock:
+            self._room -= nbytes
+            stays = self._room >= 0
+        if not stays:
             let_go(descriptor, offset, nbytes)
 
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-__all__ = ["LOCATION", "check_tokenizer", "hash_checkpoint", "note_location", "open_inputs"]
+__all__ = ["FILES_AT_ONCE", "LOCATION", "check_tokenizer", "hash_checkpoint", "note_location", "open_inputs"]
 
 import json
 from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 
 LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
 _READ: dict[str, dict[str, str]] = {}  # hashes of what this process has read, by folder and stamps
+FILES_AT_ONCE = 2  # files that are hashed
 CODE = 8  # raised when the same recipe would give other codes
 
 
@@ -58,7 +60,13 @@ def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
         known_tensors = index.config.tensor_shapes()
         weights = [ref for name, ref in index.tensors.items() if name in known_tensors]  # packed linears are not
         passing = Passing(index.nbytes)
-        _READ[seen] = {path.name: digest_file(path, (r for r in weights if r.path == path), passing) for path in paths}
+
+        def digest(path: Path) -> str:
+            return digest_file(path, (ref for ref in weights if ref.path == path), passing)
+
+        # One core comes to a gigabyte or two a second with SHA-256, which a disk may well exceed.
+        with ThreadPoolExecutor(FILES_AT_ONCE, "hash") as threads:
+            _READ[seen] = dict(zip((path.name for path in paths), threads.map(digest, paths), strict=True))
     return dict(_READ[seen])
 
 

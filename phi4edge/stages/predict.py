@@ -68,7 +68,7 @@ class Rates:
     activation: float
     read: float  # bytes/s of the checkpoint as stored, from the page cache through what the recipe does to weights
     disk: float  # bytes/s of the checkpoint into the page cache
-    check: float  # bytes/s of the checkpoint, looked through for what is not finite, and hashed
+    check: float  # bytes/s of a file of the checkpoint, looked through for what is not finite, and hashed
     write: float  # bytes/s to the run's disk, synced, and hashed again
     sync: float  # seconds a file, however small
     scratch: float  # bytes/s of activations in files
@@ -87,6 +87,7 @@ class Work:
     spill: bool  # activations live in files
     spill_tuning: bool = False  # so do tuning's states
     keep_graphs: bool = False  # tuning keeps blocks between the way forward and the way back
+    files: int = 1  # of the checkpoint that are hashed at a time
 
 
 @dataclass(frozen=True)
@@ -163,7 +164,7 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
         block,
         tuple(linears),
         preparing,
-        parameters * work.stored_bytes / rates.check,
+        parameters * work.stored_bytes / min(rates.check * work.files, rates.disk),
         _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
         _left_out(recipe, rates),
     )

@@ -50,6 +50,7 @@ from phi4edge.quant.scheme import Scheme, parse_scheme
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._refine import refine
+from phi4edge.stages.inputs import FILES_AT_ONCE
 from phi4edge.stages.job import Job
 from phi4edge.stages.predict import LinearRates, Prediction, Rates, Work, predict, solver_products
 
@@ -79,6 +80,7 @@ def estimate(job: Job, folder: Path, preparing: float = 0.0, clock: Clock = time
     """
     stored = job.checkpoint.stored_dtype(f"model.layers.0.{LINEARS[0]}.weight").itemsize
     work = work_of(job.checkpoint.config, job.recipe, job.scheme, stored, job.memory)
+    work = replace(work, files=min(FILES_AT_ONCE, len(job.checkpoint.index.shards)))
     return predict(work, measure_rates(work, folder, job.checkpoint, job.source, clock), preparing)
 
 
@@ -292,7 +294,6 @@ class _Measurement:
             data = checkpoint.tensor(name).to(checkpoint.stored_dtype(name)).view(torch.uint8).numpy()
             hashlib.sha256(data.data).digest()
             checking += self._clock() - began
-        checking += fetching
         return nbytes / max(reading, 1e-9), nbytes / max(fetching, 1e-9), nbytes / max(checking, 1e-9)
 
     def _once(self, call: Callable[[], object]) -> float:
