@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-__all__ = ["record", "update_readme"]
+__all__ = ["machine_name", "record", "update_readme"]
 
 import subprocess
 from pathlib import Path
@@ -33,6 +33,12 @@ def record(path: Path, command: str, results: Any, sources: tuple[str, ...]) -> 
     }
     write_json(path, document)
     return document
+
+
+def machine_name(machine: dict[str, Any]) -> str:
+    """A CPU's name with what a virtual machine hides of it: family/model/stepping, where that was recorded."""
+    cpu = machine["cpu"]
+    return f"{cpu['model']} ({cpu['generation']})" if cpu.get("generation") else str(cpu["model"])
 
 
 def update_readme(readme: Path, marker: str, table: str) -> None:

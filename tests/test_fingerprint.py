@@ -58,12 +58,14 @@ class Says:
 
 def test_this_machine_as_a_device_has_its_own_fingerprint(tmp_path: Path) -> None:
     found, own = fingerprint(local.open(Address(folder=str(tmp_path)))), environment()
-    for key in ("model", "architecture", "flags", "logical_cores", "usable_cores", "governor"):
+    for key in ("model", "generation", "architecture", "flags", "logical_cores", "usable_cores", "governor"):
         assert found["cpu"][key] == own["cpu"][key], key
     for key in ("ram_bytes", "system", "distribution"):
         if platform.system() == "Linux":
             assert found[key] == own[key], key
     assert set(own) - {"variables"} <= set(found)
+    x86 = platform.system() == "Linux" and platform.machine() == "x86_64"
+    assert (own["cpu"]["generation"] is not None) == x86
     assert found["disk_free_bytes"] > 0
 
 

@@ -40,7 +40,7 @@ from phi4edge.solvers._factor import Factor, factor_matrix
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 SHAPES: dict[str, list[tuple[str, int, int]]] = {  # linear, rows, n
     "small": [("qkv_proj", 1536, 1024), ("down_proj", 1024, 2048)],
@@ -237,7 +237,7 @@ def table(document: dict[str, Any]) -> str:
         lines.append(f"| {' | '.join(cells)} |")
     machine, results = document["machine"], document["results"]
     load = f"load average {results['load_before']:.1f} at the start"
-    note = f"Ours; reference. {SCHEME.name}, {results['threads']} threads, {machine['cpu']['model']}, {load}."
+    note = f"Ours; reference. {SCHEME.name}, {results['threads']} threads, {machine_name(machine)}, {load}."
     return "\n".join([*lines, "", note])
 
 

@@ -27,7 +27,7 @@ from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, has_bfloat16_un
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 TOKENS, TURNS = 1024, 4
 
@@ -93,7 +93,7 @@ def main() -> None:
     results = {"threads": torch.get_num_threads(), "rows": rows}
     command = f"python benchmarks/kernels/head.py --models {a.models}"
     document = record(HERE / "results" / "head.json", command, results, ("benchmarks/kernels/head.py",))
-    said = f"{table(results)}, {document['machine']['cpu']['model']}."
+    said = f"{table(results)}, {machine_name(document['machine'])}."
     print(said)
     update_readme(HERE / "README.md", "head", said)
 

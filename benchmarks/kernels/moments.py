@@ -30,7 +30,7 @@ from phi4edge.model.tiles import tiles
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 TOKENS, TURNS = 512, 5
 KINDS = {"float32": FLOAT32, "switch": BFLOAT16, "tiles": BFLOAT16}
@@ -112,7 +112,7 @@ def main() -> None:
     results = {"threads": torch.get_num_threads(), "rows": rows}
     command = f"python benchmarks/kernels/moments.py --widths {a.widths}"
     document = record(HERE / "results" / "moments.json", command, results, ("benchmarks/kernels/moments.py",))
-    said = f"{table(results)}, {document['machine']['cpu']['model']}."
+    said = f"{table(results)}, {machine_name(document['machine'])}."
     print(said)
     update_readme(HERE / "README.md", "moments", said)
 

@@ -24,7 +24,7 @@ import torch
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE), str(HERE.parent)]
 from gptq_kernel import SHAPES, layer  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.model.tiles import tiles  # noqa: E402
 from phi4edge.quant.scheme import parse_scheme  # noqa: E402
@@ -105,7 +105,7 @@ def main() -> None:
     results = {"scheme": a.scheme, "threads": torch.get_num_threads(), "rows": rows}
     command = f"python benchmarks/kernels/on_tiles.py --shapes {a.shapes} --scheme {a.scheme}"
     document = record(HERE / "results" / "on-tiles.json", command, results, ("benchmarks/kernels/on_tiles.py",))
-    said = f"{table(results)}, {document['machine']['cpu']['model']}."
+    said = f"{table(results)}, {machine_name(document['machine'])}."
     print(said)
     update_readme(HERE / "README.md", "on-tiles", said)
 

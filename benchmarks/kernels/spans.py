@@ -27,7 +27,7 @@ from phi4edge.quant.scheme import parse_scheme
 
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 SCHEMES = ("q4_0", "w4g64", "w4g128", "q4_1", "w4g128-asym", "q6_k")
 TURNS = 3
@@ -98,7 +98,7 @@ def main() -> None:
     command = f"python benchmarks/kernels/spans.py --weights {a.weights}"
     results = {"rows": rows, "weights": a.weights, "turns": TURNS}
     document = record(HERE / "results" / "spans.json", command, results, ("benchmarks/kernels/spans.py",))
-    text = table(rows, a.weights, document["machine"]["cpu"]["model"])
+    text = table(rows, a.weights, machine_name(document["machine"]))
     update_readme(HERE / "README.md", "spans", text)
     print(text)
 

@@ -29,7 +29,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
 from children import child, phi4edge  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.core.memory import parse_bytes  # noqa: E402
 from phi4edge.core.recipe import CorpusRecipe, Recipe, TuningRecipe  # noqa: E402
@@ -95,7 +95,7 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
     head = "| model, machine | tokens a step | budget, GiB | peak RSS, GiB | s a step | " + " | ".join(STEP)
     lines = [f"{head} | 64 × 512 tokens, two passes, estimated |", "|---" * (len(STEP) + 6) + "|"]
     for document in documents:
-        r, cpu = document["results"], document["machine"]["cpu"]["model"]
+        r, cpu = document["results"], machine_name(document["machine"])
         parts = " | ".join(f"{r['step_seconds'][part]:.1f}" for part in STEP)
         lines.append(
             f"| {r['model']}, {cpu} | {r['tokens_a_step']} | {r['budget_bytes'] / 2**30:.1f} "

@@ -28,7 +28,7 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.checkpoint.config import ModelConfig  # noqa: E402
 from phi4edge.checkpoint.reader import open_checkpoint  # noqa: E402
@@ -135,7 +135,7 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         parts = " | ".join(f"{mean[part]:.0f}" for part in PARTS)
         total = sum(r["block_seconds"]) / len(r["block_seconds"])
         lines.append(
-            f"| {r['model']}, {document['machine']['cpu']['model']} | {r['effort']}, {r['compute']} "
+            f"| {r['model']}, {machine_name(document['machine'])} | {r['effort']}, {r['compute']} "
             f"| {r['tokens']:,} | {r['budget_bytes'] / 2**30:.1f} | "
             f"{r['peak_rss_bytes'] / 2**30:.2f} | {total:.0f} | {parts} | "
             f"{share['forward']:.2f}, {share['moments']:.2f} | {r['whole_seconds_estimated'] / 3600:.1f} h |"

@@ -34,7 +34,7 @@ sys.path[:0] = [str(HERE), str(ROOT / "benchmarks" / "quality"), str(ROOT / "ben
 from candidates import Candidate, Made, Work, build, child  # noqa: E402
 from environments import environment  # noqa: E402
 from make_checkpoint import is_there, make_checkpoint, make_chunks  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.checkpoint.reader import open_checkpoint  # noqa: E402
 from phi4edge.core.atomic import write_json  # noqa: E402
@@ -189,7 +189,7 @@ def main() -> None:
         command += f" --name {a.name}"
         record(RESULTS / f"{a.name}.json", command, results, sources)
         documents = [json.loads(path.read_text()) for path in sorted(RESULTS.glob("peers*.json"))]
-        tables = "\n\n".join(f"{table(d['results'])} {d['machine']['cpu']['model']}." for d in documents)
+        tables = "\n\n".join(f"{table(d['results'])} {machine_name(d['machine'])}." for d in documents)
         print(tables)
         update_readme(HERE / "README.md", "peers", tables)
 

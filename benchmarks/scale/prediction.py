@@ -25,7 +25,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks")]
 from memory import cut  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.core.events import Progress  # noqa: E402
 
@@ -165,7 +165,7 @@ def main() -> None:
     command = f"python benchmarks/scale/prediction.py {' '.join(words)}"
     sources = ("benchmarks/scale/prediction.py", "benchmarks/scale/memory.py")
     document = record(HERE / "results" / f"{a.name}.json", command, {"runs": rows}, sources)
-    text = table(rows, document["machine"]["cpu"]["model"])
+    text = table(rows, machine_name(document["machine"]))
     if a.name == "prediction":
         update_readme(HERE / "README.md", "prediction", text)
     print(text)

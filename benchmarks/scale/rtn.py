@@ -34,7 +34,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
 from children import child, phi4edge  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 RESULTS = HERE / "results"
 PIECE = 16 << 20
@@ -112,7 +112,7 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         for d in documents
         if (g := d["results"]["generation"]) is not None
     ]
-    return "\n".join([*lines, "", f"{machine['cpu']['logical_cores']} cores; {machine['cpu']['model']}.", *said])
+    return "\n".join([*lines, "", f"{machine['cpu']['logical_cores']} cores; {machine_name(machine)}.", *said])
 
 
 def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:

@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
 from children import child, phi4edge  # noqa: E402
-from record import record, update_readme  # noqa: E402
+from record import machine_name, record, update_readme  # noqa: E402
 
 from phi4edge.core.hashing import sha256_file, sha256_json  # noqa: E402
 from phi4edge.core.memory import parse_bytes  # noqa: E402
@@ -130,7 +130,7 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         lives, blocks, g = r["lives"], r["block_seconds"], r["generation"]
         killed = [life for life in lives if life["exit_code"] != 0]
         lines.append(
-            f"| {r['model']}, {document['machine']['cpu']['model']} | {r['effort']}, {r['compute']} | {r['tokens']:,} "
+            f"| {r['model']}, {machine_name(document['machine'])} | {r['effort']}, {r['compute']} | {r['tokens']:,} "
             f"| {r['budget_bytes'] / 2**30:.1f} | {max(life['peak_rss_bytes'] for life in lives) / 2**30:.2f} "
             f"| {len(blocks)} | {sum(life['seconds'] for life in lives) / 3600:.2f} h "
             f"| {median(blocks):.0f}, {max(blocks):.0f} | {', '.join(str(life['blocks_after']) for life in killed)} "

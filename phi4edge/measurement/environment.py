@@ -28,10 +28,11 @@ _VARIABLES = ("OMP_NUM_THREADS", "OMP_WAIT_POLICY", "OMP_PROC_BIND", "KMP_AFFINI
 
 def environment() -> dict[str, Any]:
     """A fingerprint that says whether two measurements can be compared."""
-    model, flags = _cpu()
+    model, generation, flags = _cpu()
     return {
         "cpu": {
             "model": model,
+            "generation": generation,
             "architecture": platform.machine(),
             "flags": flags,
             "logical_cores": os.cpu_count(),
@@ -48,13 +49,17 @@ def environment() -> dict[str, Any]:
     }
 
 
-def _cpu() -> tuple[str, list[str]]:
+def _cpu() -> tuple[str, str | None, list[str]]:
+    """What it is called, which one it is where a virtual machine hides that from its name, and its instructions."""
     text = _read(Path("/proc/cpuinfo")) or ""
     found = {
         flag for line in re.findall(r"^(?:flags|Features)\s*:\s*(.*)$", text, re.MULTILINE) for flag in line.split()
     }
     name = re.search(r"^(?:model name|Hardware|Model)\s*:\s*(.+)$", text, re.MULTILINE)
-    return (name[1] if name else platform.processor() or "unknown"), [flag for flag in FLAGS if flag in found]
+    which = dict(re.findall(r"^(cpu family|model|stepping)\s*:\s*(\d+)$", text, re.MULTILINE))
+    generation = "/".join(which[key] for key in ("cpu family", "model", "stepping")) if len(which) == 3 else None
+    called = name[1] if name else platform.processor() or "unknown"
+    return called, generation, [flag for flag in FLAGS if flag in found]
 
 
 def _distribution() -> str | None:
