@@ -7,6 +7,7 @@ import hashlib
 import mmap
 import os
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -58,10 +59,13 @@ def test_what_was_let_go_is_gone_and_comes_back(file: Path) -> None:
     assert in_memory(file) == SIZE
     with file.open("rb") as opened:
         let_go(opened.fileno(), PIECE, PIECE)
-    assert in_memory(file, 0, PIECE) == PIECE
-    assert in_memory(file, PIECE, PIECE) < PIECE // 4
-    will_need(file, PIECE, PIECE)
-    assert file.read_bytes()[PIECE] == 1
+        assert in_memory(file, 0, PIECE) == PIECE
+        assert in_memory(file, PIECE, PIECE) < PIECE // 4
+        will_need(opened.fileno(), PIECE, PIECE)
+    until = time.monotonic() + 10
+    while in_memory(file, PIECE, PIECE) < PIECE // 2 and time.monotonic() < until:
+        time.sleep(0.02)
+    assert in_memory(file, PIECE, PIECE) >= PIECE // 2
 
 
 def test_of_a_file_that_is_too_large_a_digest_leaves_the_beginning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,6 +10,7 @@ __all__ = ["CheckpointReader", "check_values", "open_checkpoint", "read_tensor",
 
 import math
 import os
+from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
@@ -104,16 +105,18 @@ class CheckpointReader:
 
     def will_need(self, name: str) -> None:
         """Have the system read tensor ``name`` into its page cache meanwhile, where it can; takes no RAM of ours."""
-        ref = self.index.tensors.get(name)
-        if ref is not None:
-            will_need(ref.path, ref.offset, ref.nbytes)
+        self._advise(will_need, name)
 
     def done_with(self, name: str) -> None:
         """Tensor ``name`` was read: where the checkpoint is larger than the memory, it makes room for others."""
+        if self._outgrows_memory:
+            self._advise(let_go, name)
+
+    def _advise(self, advice: Callable[[int, int, int], None], name: str) -> None:
         ref = self.index.tensors.get(name)
-        if ref is not None and self._outgrows_memory:
+        if ref is not None:
             with suppress(OSError), open(ref.path, "rb", buffering=0) as file:
-                let_go(file.fileno(), ref.offset, ref.nbytes)
+                advice(file.fileno(), ref.offset, ref.nbytes)
 
     @cached_property
     def _outgrows_memory(self) -> bool:

@@ -14,7 +14,6 @@ __all__ = ["Passing", "let_go", "outgrows_memory", "will_need"]
 import os
 import threading
 from contextlib import suppress
-from pathlib import Path
 
 from phi4edge.core.memory import available_bytes
 
@@ -44,11 +43,11 @@ class Passing:
             let_go(descriptor, offset, nbytes)
 
 
-def will_need(path: Path, offset: int, nbytes: int) -> None:
-    """Have a part of a file read into memory meanwhile."""
+def will_need(descriptor: int, offset: int, nbytes: int) -> None:
+    """Have a part of an open file read into memory meanwhile."""
     if hasattr(os, "posix_fadvise"):
-        with suppress(OSError), open(path, "rb", buffering=0) as file:
-            os.posix_fadvise(file.fileno(), offset, nbytes, os.POSIX_FADV_WILLNEED)
+        with suppress(OSError):
+            os.posix_fadvise(descriptor, offset, nbytes, os.POSIX_FADV_WILLNEED)
 
 
 def let_go(descriptor: int, offset: int, nbytes: int) -> None:

@@ -114,6 +114,22 @@ def _rounded(value, low, high):
     return min(max(value, low), high) + _ROUND - _ROUND
 
 
+@compiled
+def _fit_about(x, hx, h, inverse, point, low, high, along, square):
+    """Σ h·x·q and Σ h·q² of a candidate's codes, which count from ``point``, by lanes."""
+    along[:], square[:] = _ZERO, _ZERO
+    for i in range(0, x.shape[0], 4):
+        for k in range(x.shape[1]):
+            z = point[k]
+            q0 = _rounded(x[i, k] * inverse[k] + z, low, high) - z
+            q1 = _rounded(x[i + 1, k] * inverse[k] + z, low, high) - z
+            q2 = _rounded(x[i + 2, k] * inverse[k] + z, low, high) - z
+            q3 = _rounded(x[i + 3, k] * inverse[k] + z, low, high) - z
+            along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
+            h0, h1, h2, h3 = _times(h, i, k, q0, q1, q2, q3)
+            square[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
+
+
 # --- symmetric --------------------------------------------------------------------------------------------------
 
 
@@ -135,20 +151,6 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
             square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
             t0, t1, t2, t3 = _times(h, i, k, q0, q1, q2, q3)
             square_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
-
-
-@compiled
-def _fit_one(x, hx, h, one, low, high, along, square):
-    """The same of a single candidate."""
-    along[:], square[:] = _ZERO, _ZERO
-    for i in range(0, x.shape[0], 4):
-        for k in range(x.shape[1]):
-            p = one[k]
-            p0, p1 = _rounded(x[i, k] * p, low, high), _rounded(x[i + 1, k] * p, low, high)
-            p2, p3 = _rounded(x[i + 2, k] * p, low, high), _rounded(x[i + 3, k] * p, low, high)
-            along[k] += (hx[i, k] * p0 + hx[i + 1, k] * p1) + (hx[i + 2, k] * p2 + hx[i + 3, k] * p3)
-            t0, t1, t2, t3 = _times(h, i, k, p0, p1, p2, p3)
-            square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
 
 
 @compiled
@@ -192,31 +194,17 @@ def _symmetric(x, h, factors, low, high, refinements, out):
             _fit(at, products, counts, one, other, low, high, along, square, along_other, square_other)
             _better(along, square, best, scale)
             _better(along_other, square_other, best, scale)
+        other[:] = _ZERO  # what codes count from
         for _ in range(refinements):
             for k in range(lanes):
                 one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
-            _fit_one(at, products, counts, one, low, high, along, square)
+            _fit_about(at, products, counts, one, other, low, high, along, square)
             _better(along, square, best, scale)
         for k in range(min(lanes, x.shape[0] - start)):
             out[start + k] = scale[k]
 
 
 # --- zero points ------------------------------------------------------------------------------------------------
-
-
-@compiled
-def _fit_zero_point(x, hx, h, inverse, point, top, along, square):
-    along[:], square[:] = _ZERO, _ZERO
-    for i in range(0, x.shape[0], 4):
-        for k in range(x.shape[1]):
-            z = point[k]
-            q0 = _rounded(x[i, k] * inverse[k] + z, _ZERO, top) - z
-            q1 = _rounded(x[i + 1, k] * inverse[k] + z, _ZERO, top) - z
-            q2 = _rounded(x[i + 2, k] * inverse[k] + z, _ZERO, top) - z
-            q3 = _rounded(x[i + 3, k] * inverse[k] + z, _ZERO, top) - z
-            along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
-            h0, h1, h2, h3 = _times(h, i, k, q0, q1, q2, q3)
-            square[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
 
 
 @compiled
@@ -263,13 +251,13 @@ def _zero_point(x, h, factors, shifts, top, refinements, out):
             for shift in shifts:
                 for k in range(lanes):
                     point[k] = min(max(middle[k] + shift, _ZERO), top)
-                _fit_zero_point(at, products, counts, inverse, point, top, along, square)
+                _fit_about(at, products, counts, inverse, point, _ZERO, top, along, square)
                 _better_point(along, square, point, best, scale, zero)
         for _ in range(refinements):
             for k in range(lanes):
                 inverse[k] = _ONE / (_ONE if scale[k] == _ZERO else scale[k])
             point[:] = zero
-            _fit_zero_point(at, products, counts, inverse, point, top, along, square)
+            _fit_about(at, products, counts, inverse, point, _ZERO, top, along, square)
             _better_point(along, square, point, best, scale, zero)
         for k in range(min(lanes, x.shape[0] - start)):
             out[0, start + k], out[1, start + k] = scale[k], zero[k]

@@ -23,7 +23,7 @@ from phi4edge.stages.allocate import Allocation
 from phi4edge.stages.curvature import forget_curvature
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import IMATRIX, MANIFEST, PERFORMANCE, block_file
-from phi4edge.stages.tune import Tuned
+from phi4edge.stages.tuning_account import Tuned
 from phi4edge.stages.tuning_state import total_cost
 
 

@@ -37,8 +37,8 @@ from phi4edge.solvers._loss import LOSS_COLUMNS
 PARTS = ("read", "forward", "moments", "solve", "check", "round", "write")  # of a block, as the journal has them
 _ROUNDING_EVALUATIONS = 3  # of a block, on held-out samples
 _EVALUATIONS = 6  # of tuning, on held-out samples: four, and one to three of halved changes
-_HEAD_EVALUATED = 2 / 5  # of the head's products in a step: logits of both models once, where a step takes them twice
-# and multiplies their gradient with the head
+# Of the head's products in a step, which takes both models' logits twice and a gradient through the head: once both.
+_HEAD_EVALUATED = 2 / 5
 _STATE_BYTES = 12  # of a tuned value: itself and two moments, float32
 
 

@@ -16,11 +16,10 @@ the end, as long as it lowers KLD on the samples kept aside: the loss from noise
 
 from __future__ import annotations
 
-__all__ = ["TUNING", "Tuned", "tune"]
+__all__ = ["tune"]
 
 import math
 import time
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ from torch import Tensor
 from phi4edge.calibration.blockpass import put_embeddings
 from phi4edge.calibration.budget import TUNING_PIECE_TOKENS
 from phi4edge.calibration.store import ActivationStore
-from phi4edge.core.events import Event, Progress
+from phi4edge.core.events import Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
@@ -50,9 +49,9 @@ from phi4edge.quant.grid import grid_for
 from phi4edge.stages.head import open_head
 from phi4edge.stages.job import Job
 from phi4edge.stages.run_reader import read_block, read_norms, tuned_file
-from phi4edge.stages.tuning_state import TuningStates, best_step, cost, put_tensors, score, total_cost
+from phi4edge.stages.tuning_account import Tuned, account
+from phi4edge.stages.tuning_state import TUNING, TuningStates, best_step, cost, put_tensors, score
 
-TUNING = "tuning"
 _COMMIT_SECONDS = 30.0  # work that a kill may cost, where states are in RAM
 _EVALUATIONS = 3  # on held-out samples after the start
 _LOST = 0.1  # of ln KLD above its start. While the rate is high KLD may rise; most of the gain comes as it falls.
@@ -62,27 +61,18 @@ _FINAL_NORM = "model.norm.weight"
 _TEACHER = "teacher.bin"
 
 
-@dataclass(frozen=True)
-class Tuned:
-    """What tuning did, for the manifest; the same for every process that ends it."""
-
-    summary: dict[str, Any]
-    events: tuple[Event, ...]
-    files: dict[str, str]  # within the run, with their SHA-256
-    performance: dict[str, float]  # seconds and peak_rss_bytes, over all processes
-
-
 def tune(job: Job, run: Path, key: str, progress: Progress) -> Tuned:
     """Tune the committed blocks of ``run``; a process that starts again goes on after the last committed step.
 
     Raises:
         ResumeError: another process works here.
     """
+    assert job.recipe.tuning is not None
     inputs = {"kind": "tune", "run": key, "theta": _THETA}
     with Workdir.open(run / TUNING, inputs) as work:
         if not (work.records and "best" in work.records[-1]):
             _Tuner(job, run, work, progress).run()
-        return _summary(job, run, work)
+        return account(job.recipe.tuning, work)
 
 
 class _Tuner:
@@ -411,41 +401,8 @@ def _latent(linear: str) -> str:
     return f"{linear}.latent"
 
 
-def _evaluation(record: dict[str, Any]) -> dict[str, Any]:
-    """An evaluation of the journal, where every halving counts as a step, as the manifest has it."""
-    halvings = record.get("halvings", 0)
-    return {"step": record["step"] - halvings, "halvings": halvings, "domains": record["heldout"]}
-
-
 def _mean(values: list[float]) -> dict[str, Any]:
     n = len(values)
     mean = sum(values) / n
     spread = sum((v - mean) ** 2 for v in values)
     return {"kld": mean, "se": math.sqrt(spread / (n * (n - 1))) if n > 1 else None, "samples": n}
-
-
-def _summary(job: Job, run: Path, work: Workdir) -> Tuned:
-    """The manifest's account, from the journal alone."""
-    assert job.recipe.tuning is not None
-    evaluated = [r for r in work.records if "heldout" in r]
-    last = work.records[-1]
-    best = next(r for r in evaluated if r["step"] == last["best"])
-    first = evaluated[0]["heldout"]
-    events = []
-    for domain, figures in best["heldout"].items():
-        if figures["kld"] > first[domain]["kld"]:
-            values = {"before": first[domain]["kld"], "after": figures["kld"]}
-            events.append(Event("tuning_domain_worse", domain, "held-out KLD of this domain rose by tuning", values))
-    if last["best"] == 0:
-        events.append(Event("tuning_without_gain", "tuning", "held-out KLD did not fall; nothing was tuned"))
-    summary = {
-        "recipe": asdict(job.recipe.tuning),
-        "steps": max(r.get("step", 0) for r in work.records if "halvings" not in r),
-        "kept_step": last["best"] - best.get("halvings", 0),
-        "kept_halvings": best.get("halvings", 0),
-        "losses": [loss for r in work.records for loss in r.get("losses", [])],
-        "heldout": [_evaluation(r) for r in evaluated],
-    }
-    files = {f"{TUNING}/{name}": digest for name, digest in last["files"].items()}
-    performance = total_cost([r["performance"] for r in work.records])
-    return Tuned(summary, tuple(events), files, performance)

@@ -6,7 +6,7 @@ RUN/tuning/state-next/     what the step in work has moved so far, where states 
 
 from __future__ import annotations
 
-__all__ = ["TuningStates", "best_step", "cost", "put_tensors", "score", "total_cost"]
+__all__ = ["TUNING", "TuningStates", "best_step", "cost", "put_tensors", "score", "total_cost"]
 
 import math
 import shutil
@@ -21,6 +21,8 @@ from phi4edge.core.atomic import fsync_directory, write_bytes
 from phi4edge.core.hashing import sha256_file
 from phi4edge.core.memory import peak_rss_bytes
 from phi4edge.core.workdir import Workdir
+
+TUNING = "tuning"  # a run's folder for it
 
 
 def cost(seconds: float) -> dict[str, float]:
