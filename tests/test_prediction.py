@@ -74,9 +74,13 @@ def test_codes_are_written_and_weights_are_fetched_behind_the_computing() -> Non
     alone = predict(work(), rates(write=1e6, disk=1e6)).block
     assert alone["write"] == pytest.approx((codes + residual) / 1e6)  # there is nothing to hide behind
     assert alone["read"] == pytest.approx(2 * WEIGHTS / 1e6)
-    hidden = predict(work(), rates(replace(FREE, forward=1e6), write=1e6, disk=1e6)).block
-    assert hidden["write"] == pytest.approx(residual / 1e6)
-    assert hidden["read"] < 1e-9
+    slow = predict(work(), rates(replace(FREE, forward=1e6), write=1e6, disk=1e6)).block
+    assert slow["write"] == 0
+    assert slow["read"] < 1e-9
+    fast = predict(work(), rates(replace(FREE, forward=1e8), write=1e6))
+    assert fast.block["write"] == pytest.approx((codes + residual) / 1e6 - fast.linears[0])
+    free = predict(work(replace(PLAIN, method="rtn", corpus=None)), rates(replace(FREE, nearest=1e-7), write=1e6))
+    assert free.block["write"] == pytest.approx(codes / 1e6 - sum(free.linears[:3]))
 
 
 def test_a_second_stream_sweeps_and_files_cost_what_they_add() -> None:

@@ -6,6 +6,7 @@ import hashlib
 import json
 import re
 import resource
+import time
 import weakref
 from collections.abc import Callable
 from dataclasses import replace
@@ -20,6 +21,7 @@ from support import write_checkpoint
 
 from phi4edge.calibration import judging
 from phi4edge.calibration.statistics import InputMoments, LayerStats
+from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, Phi4EdgeError, ResumeError, TargetError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, Recipe
@@ -289,6 +291,34 @@ def test_a_factor_in_the_place_of_its_hessian_gives_the_same_bytes_as_one_beside
     monkeypatch.setattr(Recipe, "hessian_used_up", False)
     quantize(phi4_checkpoint, RECIPE, tmp_path / "run")
     assert digests(tmp_path / "run") == digests(undisturbed)
+
+
+@pytest.mark.parametrize("targets", [0.0, 0.5])
+def test_samples_are_stored_as_they_stood_before_a_block_however_slow_the_disk_is(
+    targets: float, phi4_checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They are written while the block behind them is begun, which changes them."""
+    recipe, save, slow = replace(RECIPE, full_precision_targets=targets), ActivationStore.save, []
+
+    def late(self: ActivationStore, path: Path) -> str:
+        time.sleep(0.5)
+        slow.append(path.name)
+        return save(self, path)
+
+    quantize(phi4_checkpoint, recipe, tmp_path / "quick")
+    monkeypatch.setattr(ActivationStore, "save", late)
+    quantize(phi4_checkpoint, recipe, tmp_path / "slow")
+    assert len(slow) == (2 if targets else 1)
+    kept = [
+        [
+            {kind: record[kind] for kind in ("hidden", "exact") if kind in record}
+            for record in (json.loads(line)["record"] for line in (tmp_path / name / JOURNAL).read_text().splitlines())
+        ]
+        for name in ("quick", "slow")
+    ]
+    assert kept[0] == kept[1]
+    assert kept[0][0]["hidden"]["sha256"]
+    assert digests(tmp_path / "slow") == digests(tmp_path / "quick")
 
 
 @pytest.mark.parametrize("awq", [False, True])

@@ -22,6 +22,7 @@ import torch
 from cli_support import call_json
 from support import write_checkpoint
 
+from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.errors import InputError, MissingToolError, UsageError
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.memory import parse_bytes
@@ -110,6 +111,27 @@ def test_workers_give_the_same_bytes_as_one_process(
         quantize(model, recipe, tmp_path / "alone")
     quantize(model, recipe, tmp_path / "spread", cluster=workers)
     assert contents(tmp_path / "spread") == contents(tmp_path / "alone" if changes else here)
+
+
+def test_object_stores_too_small_for_the_samples_are_said_to_be(
+    model: Path, workers: Cluster, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Ray spills then, which no error tells and only the clock does."""
+    noted: list[str] = []
+
+    class Listening(Progress):
+        def note(self, text: str) -> None:
+            noted.append(text)
+
+    recipe = replace(RECIPE, method="rtn")
+    quantize(model, recipe, tmp_path / "roomy", cluster=workers, progress=Listening())
+    assert not noted
+    config = open_checkpoint(model).config
+    needed = 4 * 2 * 20 * 48 * (3 * config.hidden_size + config.intermediate_size)
+    for room, count in ((needed, 0), (needed - 1, 1)):
+        monkeypatch.setattr(workers, "store_bytes", room)
+        quantize(model, recipe, tmp_path / f"{room}", cluster=workers, progress=Listening())
+        assert sum("object stores hold" in text for text in noted) == count
 
 
 def test_workers_compute_with_the_drivers_threads(model: Path, workers: Cluster, tmp_path: Path) -> None:

@@ -35,7 +35,7 @@ ROOT = HERE.parents[1]
 sys.path.insert(0, str(ROOT / "benchmarks"))
 from record import record, update_readme  # noqa: E402
 
-STORE_BYTES = 2**30  # of each node's object store
+STORE_BYTES = 4 * 2**30  # of each node's object store: room for the samples, which Ray would write to disk else
 HEAD = {"num_cpus": 0, "object_store_memory": STORE_BYTES, "include_dashboard": False}
 COSTS = (
     "performance.json",

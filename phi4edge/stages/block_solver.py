@@ -8,7 +8,7 @@ a time; the system reads the next one into its page cache meanwhile.
 
 from __future__ import annotations
 
-__all__ = ["BlockSolver", "SolvedBlock"]
+__all__ = ["BlockSolver", "SolvedBlock", "committed_behind"]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -95,11 +95,14 @@ class BlockSolver:
     def solve(self, layer: int, committed: Future[None] | None = None) -> SolvedBlock:
         """The codes of block ``layer``, as tensors to store; the streams are left at its outputs.
 
-        ``committed`` is the block before on its way to the disk: it is waited for behind the first linear, so that
-        never much more than a block's work can be lost.
+        ``committed`` is the block before on its way to the disk. It is waited for behind the first linear, before the
+        samples that are stored with it change; where there are none, behind the third. So never much more than a
+        block's work can be lost.
         """
         out, stream = SolvedBlock(), self._stream
-        samples = stream.before(load_norms(self._job.source, layer)) if stream is not None else None
+        ends, samples = self._is_last(layer, len(LINEARS) - 1), None
+        if stream is not None:
+            samples = stream.before(load_norms(self._job.source, layer), ends=ends)
         linear: QuantizedLinear | None = None
         inputs = stream.copy_of_inputs() if stream is not None and self._recipe.rounding is not None else None
         solved: list[QuantizedLinear] = []
@@ -162,7 +165,7 @@ class BlockSolver:
 
     def _reached(self, stage: int, committed: Future[None] | None) -> None:
         self._progress.advance()
-        if stage == 0 and committed is not None:
+        if stage == committed_behind(by_rows=self._by_rows) and committed is not None:
             with self._parts.part("write"):
                 committed.result()
 
@@ -311,6 +314,14 @@ class BlockSolver:
             on_units=self._options.on_units,
         )
         return replace(problem, weight=target)
+
+
+def committed_behind(*, by_rows: bool) -> int:
+    """The linear of a block behind which the block before has to be on the disk.
+
+    ``by_rows``: nobody waits for samples, and most of a block takes little longer than its file.
+    """
+    return 2 if by_rows else 0
 
 
 def _values_of(linear: QuantizedLinear) -> Callable[[slice], Tensor]:

@@ -158,6 +158,7 @@ def _examined(ray: Any, address: str) -> Cluster:
     if not nodes:
         raise MissingToolError(f"the Ray cluster at {address} has no CPU to offer", "see ray status")
     cluster = Cluster(ray, {name: int(node["Resources"]["CPU"]) for name, node in nodes.items()})
+    cluster.store_bytes = sum(int(node["Resources"].get("object_store_memory", 0)) for node in nodes.values())
     ours = describe()
     kinds = {ours.instructions}
     for name, theirs in cluster.on_every_machine(describe).items():
@@ -189,6 +190,7 @@ class Cluster:
         self._pinned = ray.util.scheduling_strategies.NodeAffinitySchedulingStrategy
         self.events: tuple[Event, ...] = ()
         self.without_bfloat16: list[str] = []  # machines, in words
+        self.store_bytes = 0  # of the workers' object stores together
         _AT_HOME.set()
         _register(ray)
 

@@ -33,6 +33,7 @@ from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.recipe import Recipe, RoundingRecipe, TuningRecipe
 from phi4edge.quant.scheme import Scheme
 from phi4edge.solvers._loss import LOSS_COLUMNS
+from phi4edge.stages.block_solver import committed_behind
 
 PARTS = ("read", "forward", "moments", "solve", "check", "round", "write")  # of a block, as the journal has them
 _ROUNDING_EVALUATIONS = 3  # of a block, on held-out samples
@@ -139,7 +140,7 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
         linears.append(sum(found.values()) + math.prod(shape) * work.stored_bytes / rates.read)
         for part, seconds in found.items():
             block[part] += seconds
-    codes = 2 * rates.sync + weights * _stored_codes(work.scheme) / 8 / rates.write  # the block's file and its line
+    written = 2 * rates.sync + weights * _stored_codes(work.scheme) / 8 / rates.write  # the block's file and its line
     if recipe.corpus is not None:
         streams = 2 if recipe.full_precision_targets > 0 else 1
         samples, residual = recipe.corpus.samples, recipe.corpus.tokens * config.hidden_size * 4
@@ -152,12 +153,12 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
         if recipe.rounding is not None:
             block["round"] = _rounding(work, recipe.rounding, rates)
             linears[-1] += block["round"]
-        block["write"] = streams * (rates.sync + residual / rates.write)
-    computing = sum(block.values()) - block["write"]
+        written += streams * (rates.sync + residual / rates.write)
+    computing = sum(block.values())
     stored = weights * work.stored_bytes
     copies = stored / rates.read / (rates.threads if recipe.by_rows else 1)
     block["read"] = copies + max(0.0, stored / rates.disk - computing)
-    block["write"] += max(0.0, codes - computing)
+    block["write"] = max(0.0, written - sum(linears[: 1 + committed_behind(by_rows=recipe.by_rows)]))
     parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     return Prediction(
         config.num_layers,

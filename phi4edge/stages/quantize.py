@@ -22,7 +22,7 @@ from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
-from phi4edge.core.memory import peak_rss_bytes, release_memory
+from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import Recipe
 from phi4edge.core.workdir import Workdir
@@ -39,6 +39,7 @@ from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.pace import Pace, PacedProgress
 from phi4edge.stages.rates import estimate
+from phi4edge.stages.ray_samples import stored_bytes
 from phi4edge.stages.run_reader import MANIFEST, PERFORMANCE, block_file, read_json, read_manifest
 from phi4edge.stages.stream import CalibrationStream
 from phi4edge.stages.tune import tune
@@ -81,6 +82,7 @@ def quantize(
     job = prepare(checkpoint, recipe, ram_budget, device, out, progress, imatrix, spread=cluster is not None)
     if cluster is not None:
         cluster.check_job(device, job.recipe.compute)
+        _note_small_stores(job, cluster, progress)
     hashes = hash_checkpoint(checkpoint.index, out)
     shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
     inputs = {"kind": "quantize", "recipe": job.recipe.as_dict(), **shared}
@@ -137,6 +139,19 @@ def plan(
     }
 
 
+def _note_small_stores(job: Job, cluster: Cluster, progress: Progress) -> None:
+    if job.corpus is None:
+        return
+    streams = 2 if job.recipe.full_precision_targets > 0 else 1
+    needed = stored_bytes(job.checkpoint.config, job.corpus.tokens.numel(), streams)
+    if needed > cluster.store_bytes:
+        progress.note(
+            f"the workers' object stores hold {format_bytes(cluster.store_bytes)}, this run's samples come to "
+            f"{format_bytes(needed)}: Ray will write the rest to disk and read it again "
+            "(more workers, or ray start --object-store-memory)"
+        )
+
+
 def _solve_blocks(
     job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None, cluster: Cluster | None
 ) -> None:
@@ -161,13 +176,11 @@ def _solve_blocks(
             record: dict[str, Any] = {"block": layer, "linears": solved.records, "events": events}
             if solved.rounding is not None:
                 record["rounding"] = solved.rounding
-            if stream is not None and layer + 1 < config.num_layers:
-                with parts.part("write"):
-                    record |= stream.save(layer + 1)
             seconds = time.monotonic() - started
             taken = parts.take()
             record["performance"] = {"seconds": seconds, "peak_rss_bytes": peak_rss_bytes(), "parts": taken}
-            pending = behind.submit(_commit, work, layer, solved.tensors, record, stream)
+            ends = layer + 1 == config.num_layers
+            pending = behind.submit(_commit, work, layer, solved.tensors, record, stream, ends=ends)
             del solved
             release_memory()  # so that what a block leaves behind does not add up
             progress.block_done(taken.get("forward", 0.0))
@@ -177,12 +190,22 @@ def _solve_blocks(
 
 
 def _commit(
-    work: Workdir, layer: int, tensors: dict[str, Tensor], record: dict[str, Any], stream: CalibrationStream | None
+    work: Workdir,
+    layer: int,
+    tensors: dict[str, Tensor],
+    record: dict[str, Any],
+    stream: CalibrationStream | None,
+    *,
+    ends: bool,
 ) -> None:
-    """Write a block and the journal's line, while the next block is in work."""
+    """Write a block, the samples before the one after it (``ends``: there is none) and the journal's line.
+
+    The next block is in work meanwhile; it does not change its samples before this is done.
+    """
     files = [block_file(layer)]
     write_bytes(work.path / files[0], save(tensors))
-    work.commit(record, files)
+    kept = stream.save(layer + 1) if stream is not None and not ends else {}
+    work.commit(record | kept, files)
     if stream is not None:
         stream.forget(layer)
 

@@ -10,10 +10,11 @@ Sums over shards are taken here, in the shards' order, so that a run has the sam
 
 from __future__ import annotations
 
-__all__ = ["RaySamples"]
+__all__ = ["RaySamples", "stored_bytes"]
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,13 +22,25 @@ from torch import Tensor
 
 from phi4edge.calibration.statistics import InputMoments, shards
 from phi4edge.calibration.store import ActivationStore
+from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.parts import PartTimes
+from phi4edge.model.block import LINEARS
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.guard import HeldOut, relative_errors
 from phi4edge.stages.shard import BlockFacts, advanced, shard_energies, shard_moments
 
+_LAST = len(LINEARS) - 1
 _AHEAD = 1  # shards whose moments wait to be added, beside those in work
+
+
+def stored_bytes(config: ModelConfig, tokens: int, streams: int) -> int:
+    """The most that residual streams of so many tokens put into the workers' object stores, bytes.
+
+    That is before down_proj: hidden as it came from the driver, behind attention and behind the block, and down_proj's
+    inputs. What is more than there is room for, Ray writes to the workers' disks and reads again.
+    """
+    return 4 * streams * tokens * (3 * config.hidden_size + config.intermediate_size)
 
 
 class _Stream:
@@ -36,30 +49,43 @@ class _Stream:
     def __init__(self, cluster: Cluster, facts: BlockFacts, store: ActivationStore, pieces: Sequence[range]) -> None:
         self._cluster, self._store, self._pieces = cluster, store, pieces
         self.facts = facts
-        self.hidden = [cluster.put(store.read(piece.start, piece.stop)) for piece in pieces]
-        self.scratch: list[Any] = [None] * len(pieces)
-        self._held = list(self.hidden)
-
-    def advance(self, stage: int, weight: Any) -> None:
-        """Start to send every shard through a linear; behind the last one, wait for them and take them home."""
-        facts = self._cluster.put(self.facts)
-        self._held += [facts, weight]
-        made = [
-            self._cluster.start(advanced, facts, stage, weight, *state, place=i)
-            for i, state in enumerate(zip(self.hidden, self.scratch, strict=True))
-        ]
-        if stage in (0, 2):
-            self.scratch = made
-            return
-        self.hidden, self.scratch = made, [None] * len(made)
-        if stage == 3:
-            for piece, reference in zip(self._pieces, made, strict=True):
-                self._store.write(piece.start, self._cluster.get(reference))
-            self.hidden, self._held = [], []
+        self._hidden: list[Any] = [None] * len(pieces)  # None: still the driver's own
+        self._scratch: list[Any] = [None] * len(pieces)
+        self._held: list[Any] = []  # what shards are made of
+        self._begun: tuple[int, list[Any]] | None = None  # the linear ahead, and what shards will be behind it
 
     def state(self, shard: int) -> tuple[Any, Any]:
         """References to the shard's hidden and scratch."""
-        return self.hidden[shard], self.scratch[shard]
+        if self._hidden[shard] is None:
+            piece = self._pieces[shard]
+            self._hidden[shard] = self._cluster.put(self._store.read(piece.start, piece.stop))
+            self._held.append(self._hidden[shard])
+        return self._hidden[shard], self._scratch[shard]
+
+    def begin(self, stage: int, weight: Any) -> None:
+        """Start to send every shard through a linear, and stand before it still."""
+        facts = self._cluster.put(self.facts)
+        self._held += [facts, weight]
+        shards_ = range(len(self._pieces))
+        made = [self._cluster.start(advanced, facts, stage, weight, *self.state(i), place=i) for i in shards_]
+        self._begun = stage, made
+
+    def advance(self, stage: int, weight: Any) -> None:
+        """Stand behind a linear, whether it was begun or not. Behind the last one, :meth:`come_home` has to follow."""
+        if self._begun is None or self._begun[0] != stage:
+            self.begin(stage, weight)
+        assert self._begun is not None
+        (_, made), self._begun = self._begun, None
+        if stage in (0, 2):
+            self._scratch = made
+        else:
+            self._hidden, self._scratch = made, [None] * len(made)
+
+    def come_home(self) -> None:
+        """Wait for the shards and take them back into the driver's store."""
+        for piece, reference in zip(self._pieces, self._hidden, strict=True):
+            self._store.write(piece.start, self._cluster.get(reference))
+        self._hidden, self._held = [None] * len(self._pieces), []
 
 
 class RaySamples:
@@ -73,9 +99,14 @@ class RaySamples:
         exact: ActivationStore | None,
         kept: int,
         parts: PartTimes,
+        *,
+        ends: bool,
     ) -> None:
-        """``own`` and ``exact`` are residual streams [samples, length, hidden]; the first ``kept`` are learned from."""
-        self._cluster, self._parts, self._learning = cluster, parts, shards(kept)
+        """``own`` and ``exact`` are residual streams [samples, length, hidden]; the first ``kept`` are learned from.
+
+        ``ends``: nobody asks for the outputs of this block.
+        """
+        self._cluster, self._parts, self._learning, self._ends = cluster, parts, shards(kept), ends
         rest = [range(kept + part.start, kept + part.stop) for part in shards(own.shape[0] - kept)]
         with parts.part("forward"):
             pieces = [*self._learning, *rest]
@@ -98,7 +129,7 @@ class RaySamples:
         with self._parts.part("moments"):
             reference = self._reference(weight) if self._exact is not None else None
             task = _Task(self._cluster, shard_moments, (self._facts(), stage, weight.shape[1], full, reference))
-            found = self._in_order(task, range(len(self._learning)))
+            found = self._in_order(task, range(len(self._learning)), partial(self._send_ahead, stage, reference))
             total: InputMoments = next(found)
             for part in found:
                 total.merge(part)
@@ -108,6 +139,10 @@ class RaySamples:
         """See :class:`BlockSamples`."""
         with self._parts.part("forward"):
             self._own.advance(stage, self._cluster.put(linear.dequantize()))
+            if stage == _LAST:  # the exact ones, which were begun before, come while these are computed
+                if self._exact is not None:
+                    self._exact.come_home()
+                self._own.come_home()
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:
         """See :class:`BlockSamples`."""
@@ -136,16 +171,26 @@ class RaySamples:
             self._weight = weight, self._cluster.put(weight)
         return self._weight[1]
 
-    def _in_order(self, task: _Task, numbers: range) -> Iterator[Any]:
-        """What ``task`` gives for each of these shards, in order, with only so many of them on their way."""
+    def _send_ahead(self, stage: int, weight: Any) -> None:
+        """Full precision's samples do not wait for a solution: workers have them to send on while one is found."""
+        if self._exact is not None and not (self._ends and stage == _LAST):
+            self._exact.begin(stage, weight)
+
+    def _in_order(self, task: _Task, numbers: range, then: Callable[[], None] | None = None) -> Iterator[Any]:
+        """What ``task`` gives for each of these shards, in order, with only so many of them on their way.
+
+        ``then`` is called when the last of them is.
+        """
         window = sum(self._cluster.at_a_time(torch.get_num_threads()).values()) + _AHEAD
         started: list[Any] = []
         for number in numbers:
             own = self._own.state(number)
             exact = None if self._exact is None else self._exact.state(number)
             started.append(task.start(own, exact, number))
-            if len(started) == window:
+            if len(started) == window and number != numbers[-1]:
                 yield self._cluster.get(started.pop(0))
+        if then is not None:
+            then()
         while started:
             yield self._cluster.get(started.pop(0))
 

@@ -35,7 +35,7 @@ class BlockSamples(Protocol):
         ...
 
     def advance(self, stage: int, linear: QuantizedLinear) -> None:
-        """Send the quantized model's samples through the linear of ``stage``."""
+        """Send the quantized model's samples through the linear of ``stage``; full precision's went before."""
         ...
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:

@@ -89,12 +89,12 @@ class CalibrationStream:
                 for stage, weight in enumerate(weights):
                     passing.advance(stage, weight)
 
-    def before(self, norms: tuple[Tensor, Tensor]) -> BlockSamples:
-        """The samples before a block with these norms."""
+    def before(self, norms: tuple[Tensor, Tensor], *, ends: bool) -> BlockSamples:
+        """The samples before a block with these norms; ``ends``: nobody asks for its outputs."""
         if self._cluster is not None:
             facts = BlockFacts(*norms, self._config, self._rotary, self._compute)
             beside = self._exact.hidden if self._exact is not None else None
-            return RaySamples(self._cluster, facts, self.stores.hidden, beside, self.kept, self._parts)
+            return RaySamples(self._cluster, facts, self.stores.hidden, beside, self.kept, self._parts, ends=ends)
         own = self._pass(norms, self.stores)
         exact = replace(own, stores=self._exact) if self._exact is not None else None
         return LocalSamples(Streams(own, exact), self.kept, self._shape[0], self._parts, self._compute)
