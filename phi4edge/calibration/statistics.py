@@ -142,11 +142,11 @@ class InputMoments:
         return whole
 
     def merge(self, later: InputMoments) -> None:
-        """Add the moments of later samples of the same linear."""
+        """Add the moments of later samples of the same linear; nothing of theirs is held on to."""
         for sums, more in zip(self._sums, later._sums, strict=True):
             sums.add_(more)
-        self._first += later._first
-        self._first_shift += later._first_shift
+        self._first += [first.clone() for first in later._first]
+        self._first_shift += [first.clone() for first in later._first_shift]
         self._tokens += later._tokens
         if self._shift is not None:
             assert later._shift is not None

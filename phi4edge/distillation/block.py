@@ -18,7 +18,7 @@ from torch import Tensor
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.distillation.parameters import QuantizedBlock, gradients_of_steps
 from phi4edge.model.block import down_input, o_input, rms_norm
-from phi4edge.model.compute import prepared, product
+from phi4edge.model.compute import decoded, product
 from phi4edge.model.crossed import Part, add_products, over_tokens
 from phi4edge.model.rope import Rotary
 
@@ -72,7 +72,7 @@ class BlockRunner:
 
     def __init__(self, block: QuantizedBlock, rotary: Rotary, config: ModelConfig) -> None:
         self._block, self._rotary, self._config = block, rotary, config
-        self._weights = [prepared(linear.dequantize()) for linear in block.linears]
+        self._weights = [decoded(linear) for linear in block.linears]
         self._gains = {name: gain.clone().requires_grad_() for name, gain in block.gains.items()}
         self._gradients: list[Tensor] = []
         self._kept: list[tuple[Tensor, Tensor]] = []  # input and output of each piece whose graph is alive

@@ -21,6 +21,7 @@ __all__ = [
     "Speeds",
     "choose_compute",
     "computing",
+    "decoded",
     "has_amx",
     "has_bfloat16_units",
     "measure_compute",
@@ -33,13 +34,19 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 
+import numpy as np
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 
 from phi4edge.core.errors import MissingToolError
 from phi4edge.core.recipe import BFLOAT16, FLOAT32
+from phi4edge.model._bfloat16_kernels import put_values
+from phi4edge.quant.grid import grid_for
+from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import row_pieces, run_parallel
 
 _TOKENS, _WIDTH = 1024, 2048  # of the products that are timed
 _SECONDS, _TURNS = 0.2, 4  # for each of both
@@ -91,6 +98,18 @@ def rounding() -> bool:
 def prepared(weight: Tensor) -> Tensor:
     """``weight`` [out_features, in_features] float32 as :func:`product` takes it, inside :func:`computing`."""
     return weight.bfloat16() if rounding() and weight.device.type == "cpu" else weight
+
+
+def decoded(linear: QuantizedLinear) -> Tensor:
+    """The prepared weight of a quantized linear, without its float32 values in RAM where it is rounded."""
+    codes = linear.codes
+    if not rounding() or codes.device.type != "cpu":
+        return prepared(linear.dequantize())
+    a, b = (step.contiguous().numpy() for step in grid_for(linear.scheme).steps(linear.params))
+    out = torch.empty(codes.shape, dtype=torch.bfloat16)
+    q, bits = codes.contiguous().numpy(), out.view(torch.int16).numpy().view(np.uint16)
+    run_parallel([partial(put_values, q[r], a[r], b[r], bits[r]) for r in row_pieces(*codes.shape)])
+    return out
 
 
 def product(x: Tensor, weight: Tensor) -> Tensor:

@@ -14,11 +14,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
+from phi4edge.model._bfloat16_kernels import put_in_pairs
 from phi4edge.model.compute import rounding
-from phi4edge.model.tiles import TILE, Tiles, in_pairs, tiles
+from phi4edge.model.tiles import TILE, Tiles, tiles
 from phi4edge.quant.parallel import run_parallel
 
 _UPPER_PARTS = 8  # 9/16 of a whole product is computed
@@ -54,15 +56,14 @@ def over_tokens(rows: Tensor) -> Tensor | Packed:
 
 def _packed(rows: Tensor) -> Packed:
     tokens, width = rows.shape
-    rounded = torch.empty(tokens + tokens % 2, width, dtype=torch.bfloat16)
-    rounded[:tokens] = rows
-    rounded[tokens:] = 0
-    return Packed(in_pairs(rounded))
+    pairs = torch.empty(-(-tokens // 2), width, 2, dtype=torch.bfloat16)
+    put_in_pairs(rows.detach().contiguous().numpy(), pairs.view(torch.int32)[:, :, 0].numpy().view(np.uint32))
+    return Packed(pairs)
 
 
 def packed_bytes(tokens: int, width: int) -> int:
-    """What a packed factor takes, and while it is made."""
-    return 2 * 2 * (tokens + tokens % 2) * width
+    """What a packed factor takes."""
+    return 2 * (tokens + tokens % 2) * width
 
 
 def upper_rows(width: int) -> list[slice]:

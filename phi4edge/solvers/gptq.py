@@ -189,7 +189,7 @@ def _loop(
             if last < stop:
                 work[last - start :].addmm_(M[first:last, last:stop].T, errors)
     params = {field: torch.cat([found[place][field] for place in sorted(found)], dim=1) for field in grid.fields}
-    return _settle(grid, Q.T, params), params, lost
+    return _settle(grid, Q.T, params).contiguous(), params, lost
 
 
 def _settle(grid: Grid, codes: Tensor, params: Params) -> Tensor:

@@ -49,6 +49,7 @@ _SHARED_VARIABLES = ("PHI4EDGE_", "HF_HUB_OFFLINE", "HF_HOME", "HF_HUB_CACHE", "
 _ANSWER_S = 60.0  # that a machine gets to start Python and import torch
 _REACH_S = 5.0  # that a cluster's port gets to answer
 _AT_HOME = threading.Event()  # set in the process that hands out the work
+_LOOKING = threading.local()  # its attribute ``only`` is there in a thread that takes values as they lie in the store
 
 
 @dataclass(frozen=True)
@@ -260,6 +261,18 @@ class Cluster:
                 f"Ray lost a task: {reason}", "finished work is kept; the same command goes on"
             ) from error
 
+    def look(self, reference: Any) -> Any:
+        """The same value without a copy of its tensors, which therefore must not be written into.
+
+        Raises:
+            Phi4EdgeError: as :meth:`get`.
+        """
+        _LOOKING.only = True
+        try:
+            return self.get(reference)
+        finally:
+            del _LOOKING.only
+
     def finished(self, references: Sequence[Any], timeout: float) -> list[Any]:
         """Those of ``references`` that have their value, or failed, after at most ``timeout`` seconds."""
         ready, _ = self._ray.wait(list(references), num_returns=len(references), timeout=timeout, fetch_local=False)
@@ -367,5 +380,6 @@ def _to_tensor(stored: tuple[Any, str]) -> Tensor:
         warnings.simplefilter("ignore")  # that the array is read-only: nobody here writes into an argument
         tensor = torch.from_numpy(array)
     # What arrives here is to be written into; and matrix products may round by alignment, torch's own memory having 64.
-    tensor = tensor.clone() if _AT_HOME.is_set() or tensor.data_ptr() % 64 else tensor
+    written = _AT_HOME.is_set() and not hasattr(_LOOKING, "only")
+    tensor = tensor.clone() if written or tensor.data_ptr() % 64 else tensor
     return tensor.view(torch.bfloat16) if kind == "bfloat16" else tensor

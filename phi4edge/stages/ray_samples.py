@@ -25,6 +25,7 @@ from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.parts import PartTimes
 from phi4edge.model.block import LINEARS
+from phi4edge.model.compute import computing, decoded, prepared
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.guard import HeldOut, relative_errors
@@ -70,12 +71,11 @@ class _Stream:
         made = [self._cluster.start(advanced, facts, stage, weight, *self.state(i), place=i) for i in shards_]
         self._begun = stage, made
 
-    def advance(self, stage: int, weight: Any) -> None:
-        """Stand behind a linear, whether it was begun or not. Behind the last one, :meth:`come_home` has to follow."""
-        if self._begun is None or self._begun[0] != stage:
-            self.begin(stage, weight)
+    def advance(self, stage: int) -> None:
+        """Stand behind the linear that was begun. Behind the last one, :meth:`come_home` has to follow."""
         assert self._begun is not None
-        (_, made), self._begun = self._begun, None
+        (begun, made), self._begun = self._begun, None
+        assert begun == stage
         if stage in (0, 2):
             self._scratch = made
         else:
@@ -84,7 +84,7 @@ class _Stream:
     def come_home(self) -> None:
         """Wait for the shards and take them back into the driver's store."""
         for piece, reference in zip(self._pieces, self._hidden, strict=True):
-            self._store.write(piece.start, self._cluster.get(reference))
+            self._store.write(piece.start, self._cluster.look(reference))
         self._hidden, self._held = [None] * len(self._pieces), []
 
 
@@ -113,7 +113,6 @@ class RaySamples:
             self._own = _Stream(cluster, facts, own, pieces)
             self._exact = None if exact is None else _Stream(cluster, facts, exact, pieces)
         self._count = len(pieces)
-        self._weight: tuple[Tensor, Any] | None = None  # the last one, and its reference
 
     @property
     def norms(self) -> tuple[Tensor, Tensor]:
@@ -127,18 +126,22 @@ class RaySamples:
     def moments(self, stage: int, weight: Tensor, *, full: bool) -> InputMoments:
         """See :class:`BlockSamples`."""
         with self._parts.part("moments"):
-            reference = self._reference(weight) if self._exact is not None else None
+            reference = self._cluster.put(weight) if self._exact is not None else None
             task = _Task(self._cluster, shard_moments, (self._facts(), stage, weight.shape[1], full, reference))
-            found = self._in_order(task, range(len(self._learning)), partial(self._send_ahead, stage, reference))
-            total: InputMoments = next(found)
+            ahead = partial(self._send_ahead, stage, weight, reference)
+            found = self._in_order(task, range(len(self._learning)), ahead)
+            total: InputMoments = self._cluster.get(next(found))
             for part in found:
-                total.merge(part)
+                total.merge(self._cluster.look(part))
             return total.belonging_to(weight if self._exact is not None else None)
 
     def advance(self, stage: int, linear: QuantizedLinear) -> None:
         """See :class:`BlockSamples`."""
         with self._parts.part("forward"):
-            self._own.advance(stage, self._cluster.put(linear.dequantize()))
+            with computing(self._own.facts.compute):
+                weight = self._cluster.put(decoded(linear))
+            self._own.begin(stage, weight)
+            self._own.advance(stage)
             if stage == _LAST:  # the exact ones, which were begun before, come while these are computed
                 if self._exact is not None:
                     self._exact.come_home()
@@ -148,8 +151,7 @@ class RaySamples:
         """See :class:`BlockSamples`."""
         if self._exact is not None:
             with self._parts.part("forward"):
-                self._exact.advance(stage, self._reference(weight))
-        self._weight = None
+                self._exact.advance(stage)
 
     def held_out(
         self, stage: int, weight: Tensor, candidates: Sequence[Callable[[slice], Tensor]], factors: Tensor | None
@@ -158,7 +160,7 @@ class RaySamples:
         with self._parts.part("check"):
             fixed = (self._facts(), stage, self._cluster.put(weight), self._cluster.put(list(candidates)), factors)
             task = _Task(self._cluster, shard_energies, fixed)
-            by_shard = list(self._in_order(task, range(len(self._learning), self._count)))
+            by_shard = [self._cluster.get(one) for one in self._in_order(task, range(len(self._learning), self._count))]
             # Of each shard: by rows of the weight, by sample. All samples of the first rows come first.
             by_rows = zip(*by_shard, strict=True)
             return relative_errors(([e for part in rows for e in part] for rows in by_rows), len(candidates))
@@ -166,18 +168,16 @@ class RaySamples:
     def _facts(self) -> Any:
         return self._cluster.put((self._own.facts, None if self._exact is None else self._exact.facts))
 
-    def _reference(self, weight: Tensor) -> Any:
-        if self._weight is None or self._weight[0] is not weight:
-            self._weight = weight, self._cluster.put(weight)
-        return self._weight[1]
-
-    def _send_ahead(self, stage: int, weight: Any) -> None:
+    def _send_ahead(self, stage: int, weight: Tensor, reference: Any) -> None:
         """Full precision's samples do not wait for a solution: workers have them to send on while one is found."""
-        if self._exact is not None and not (self._ends and stage == _LAST):
-            self._exact.begin(stage, weight)
+        if self._exact is None or (self._ends and stage == _LAST):
+            return
+        with computing(self._own.facts.compute):
+            rounded = prepared(weight)
+        self._exact.begin(stage, reference if rounded is weight else self._cluster.put(rounded))
 
     def _in_order(self, task: _Task, numbers: range, then: Callable[[], None] | None = None) -> Iterator[Any]:
-        """What ``task`` gives for each of these shards, in order, with only so many of them on their way.
+        """References to what ``task`` gives for each of these shards, in order, with only so many on their way.
 
         ``then`` is called when the last of them is.
         """
@@ -188,11 +188,10 @@ class RaySamples:
             exact = None if self._exact is None else self._exact.state(number)
             started.append(task.start(own, exact, number))
             if len(started) == window and number != numbers[-1]:
-                yield self._cluster.get(started.pop(0))
+                yield started.pop(0)
         if then is not None:
             then()
-        while started:
-            yield self._cluster.get(started.pop(0))
+        yield from started
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor
 from phi4edge.calibration.statistics import InputMoments, shards
 from phi4edge.calibration.streams import Arrival, Streams
 from phi4edge.core.parts import PartTimes
-from phi4edge.model.compute import computing, prepared
+from phi4edge.model.compute import computing, decoded
 from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.stages.guard import HeldOut, held_out_errors
 
@@ -84,7 +84,7 @@ class LocalSamples:
         """See :class:`BlockSamples`."""
         with self._parts.part("forward"), computing(self._compute):
             # Prepared here, so that nobody holds on to float32 values where products are of bfloat16 ones.
-            self._streams.own.advance(stage, prepared(linear.dequantize()))
+            self._streams.own.advance(stage, decoded(linear))
 
     def advance_exact(self, stage: int, weight: Tensor) -> None:
         """See :class:`BlockSamples`."""

@@ -21,7 +21,7 @@ from phi4edge.core.parts import PartTimes
 from phi4edge.core.workdir import Workdir
 from phi4edge.distillation.block import run_block
 from phi4edge.model.block import LINEARS, Block, linear_name, load_norms
-from phi4edge.model.compute import computing, prepared
+from phi4edge.model.compute import computing, decoded, prepared
 from phi4edge.model.rope import rotary_table
 from phi4edge.model.source import Overlay
 from phi4edge.quant.linear import QuantizedLinear
@@ -136,7 +136,7 @@ class CalibrationStream:
         passing = self._pass(norms, self.stores)
         with computing(self._compute):
             for stage, linear in enumerate(linears):
-                passing.advance(stage, prepared(linear.dequantize()))
+                passing.advance(stage, decoded(linear))
 
     def save(self, layer: int) -> dict[str, dict[str, str]]:
         """Keep the residual streams that go into block ``layer``; what the journal says of each."""
