@@ -40,7 +40,7 @@ def solving_bytes(config: ModelConfig, recipe: Recipe, *, by_rows: bool = False)
     if recipe.mix is not None:
         bits = max(parse_scheme(name).bits_per_weight for name in recipe.mix.candidates)
     codes = int(sum(m * n for m, n in shapes) * max(bits, 4.5) / 8)
-    held = 3 * codes  # of the block in work; of the one before, and its file as it is written
+    held = 2 * codes  # of the block in work, and of the one before as it is written
     if by_rows:  # a linear's codes, joined from its pieces'
         largest = max(m * n for m, n in shapes)
         working = (os.cpu_count() or 1) * min(_ROUNDED_WEIGHTS, largest) * _ROUNDED

@@ -18,7 +18,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -104,13 +104,16 @@ class Workdir:
     def __exit__(self, kind: object, error: object, trace: TracebackType | None) -> None:
         os.close(self._lock)
 
-    def commit(self, record: dict[str, Any], files: list[str]) -> None:
+    def commit(self, record: dict[str, Any], files: Sequence[str] | Mapping[str, str]) -> None:
         """Append a finished step whose ``files`` (relative names) are already in place under their final names.
+
+        They are read again to be hashed, but for those whose SHA-256 is given by name.
 
         Raises:
             TargetError: the disk is full.
         """
-        whole = {**record, "files": {name: sha256_file(self.path / name) for name in files}}
+        known = files if isinstance(files, Mapping) else {name: sha256_file(self.path / name) for name in files}
+        whole = {**record, "files": dict(known)}
         line = json.dumps({"record": whole, "check": sha256_json(whole)}, ensure_ascii=False, allow_nan=False) + "\n"
         try:
             with (self.path / JOURNAL).open("ab") as file:

@@ -15,11 +15,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save
 from torch import Tensor
 
 from phi4edge.checkpoint.reader import open_checkpoint
-from phi4edge.core.atomic import write_bytes
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory
@@ -32,6 +30,7 @@ from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget
 from phi4edge.stages.block_solver import BlockSolver
+from phi4edge.stages.block_writer import write_block
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.curvature import Curvatures, measure_curvature
 from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
@@ -202,10 +201,10 @@ def _commit(
 
     The next block is in work meanwhile; it does not change its samples before this is done.
     """
-    files = [block_file(layer)]
-    write_bytes(work.path / files[0], save(tensors))
+    name = block_file(layer)
+    written = write_block(work.path / name, tensors)
     kept = stream.save(layer + 1) if stream is not None and not ends else {}
-    work.commit(record | kept, files)
+    work.commit(record | kept, {name: written})
     if stream is not None:
         stream.forget(layer)
 
