@@ -275,6 +275,18 @@ def test_an_error_in_a_task_is_the_tasks_own(workers: Cluster) -> None:
     assert "8GiB" in str(caught.value.hint)
 
 
+def test_a_value_that_is_only_looked_at_is_not_copied(workers: Cluster) -> None:
+    sent = torch.randn(300, 200)
+    reference = workers.put(sent)
+    looked, again = workers.look(reference), workers.look(reference)
+    assert torch.equal(looked, sent)
+    assert looked.data_ptr() == again.data_ptr()
+    got = workers.get(reference)
+    assert got.data_ptr() != looked.data_ptr()
+    got.zero_()
+    assert torch.equal(looked, sent)
+
+
 def test_tensors_arrive_as_they_were_and_may_be_written_into(workers: Cluster) -> None:
     for dtype in (torch.float32, torch.bfloat16, torch.float16, torch.uint8, torch.int64):
         sent = torch.arange(600).to(dtype).reshape(20, 30).T

@@ -67,8 +67,8 @@ class _Stream:
         """Start to send every shard through a linear, and stand before it still."""
         facts = self._cluster.put(self.facts)
         self._held += [facts, weight]
-        shards_ = range(len(self._pieces))
-        made = [self._cluster.start(advanced, facts, stage, weight, *self.state(i), place=i) for i in shards_]
+        places = range(len(self._pieces))
+        made = [self._cluster.start(advanced, facts, stage, weight, *self.state(i), place=i) for i in places]
         self._begun = stage, made
 
     def advance(self, stage: int) -> None:
