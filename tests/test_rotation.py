@@ -18,6 +18,8 @@ from phi4edge.cli.commands.quantize import command
 from phi4edge.core.errors import InputError, UsageError
 from phi4edge.core.recipe import CorpusRecipe, MixRecipe, Recipe, TuningRecipe, solving_recipe
 from phi4edge.core.workdir import JOURNAL
+from phi4edge.model.block import LINEARS
+from phi4edge.model.compute import BFLOAT16, FLOAT32, computing, has_bfloat16_units
 from phi4edge.model.forward import stream_logits
 from phi4edge.model.source import WeightSource
 from phi4edge.stages import export
@@ -137,6 +139,40 @@ def test_a_rotated_run_with_scaled_inputs_is_resumed_to_the_same_bytes(phi4_chec
     (run / JOURNAL).write_bytes(lines[0] + b"\n")  # as if killed after block 0; its stream is gone
     (run / "manifest.json").unlink()
     assert CliRunner().invoke(command, [*arguments, *flags]).exit_code == 0
+    assert digests(run) == whole
+
+
+@pytest.mark.parametrize("unit", [FLOAT32, BFLOAT16])
+def test_a_rotated_weight_is_the_same_whatever_else_is_computed_on(unit: str, phi4_checkpoint: Path) -> None:
+    source = rotated(open_checkpoint(phi4_checkpoint), "residual+heads", 3)
+    names = ["model.embed_tokens.weight", "lm_head.weight"]
+    names += [f"model.layers.0.{linear}.weight" for linear in LINEARS]
+    before = [source.tensor(name) for name in names]
+    with computing(unit):
+        assert all(torch.equal(source.tensor(name), weight) for name, weight in zip(names, before, strict=True))
+
+
+@pytest.mark.parametrize(
+    "unit",
+    [
+        FLOAT32,
+        pytest.param(BFLOAT16, marks=pytest.mark.skipif(not has_bfloat16_units(), reason="no bfloat16 units")),
+    ],
+)
+def test_both_streams_of_a_rotated_run_are_made_again_to_the_same_bytes(
+    unit: str, phi4_checkpoint: Path, tmp_path: Path
+) -> None:
+    """Full precision's stream is made of weights that are rotated once more, while products are computed on units."""
+    run, recipe = tmp_path / "run", solving_recipe({"scheme": "q4_0", "compute": unit, "tune_passes": 0}, CORPUS)
+    manifest = quantize(phi4_checkpoint, recipe, run).manifest["data"]
+    assert manifest["recipe"]["rotation"] == "residual+heads"
+    assert manifest["recipe"]["full_precision_targets"] > 0
+    whole = digests(run)
+    lines = (run / JOURNAL).read_bytes().split(b"\n")
+    (run / JOURNAL).write_bytes(lines[0] + b"\n")
+    (run / "manifest.json").unlink()
+    assert not list((run / "hidden").glob("*.bin"))
+    quantize(phi4_checkpoint, recipe, run)
     assert digests(run) == whole
 
 

@@ -21,7 +21,7 @@ from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 LOCATION = "location.json"  # where the checkpoint lay, and stamps that say whether its hashes still hold
 _READ: dict[str, dict[str, str]] = {}  # hashes of what this process has read, by folder and stamps
 FILES_AT_ONCE = 2  # files that are hashed
-CODE = 8  # raised when the same recipe would give other codes
+CODE = 9  # raised when the same recipe would give other codes
 
 
 def open_inputs(corpus: CorpusRecipe | None, corpus_sha256: str | None, hashes: dict[str, str]) -> dict[str, Any]:

@@ -29,6 +29,8 @@ from torch import Tensor
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.core.errors import InputError
+from phi4edge.core.recipe import FLOAT32
+from phi4edge.model.compute import computing
 from phi4edge.model.source import WeightSource
 from phi4edge.model.topology import RESIDUAL_READERS, RESIDUAL_WRITERS, value_rows
 
@@ -42,9 +44,10 @@ class Orthogonal:
     right: Tensor  # [n/p, n/p] float32, orthogonal
 
     def __call__(self, x: Tensor) -> Tensor:
-        """xQ for ``x`` [..., n] float32."""
+        """xQ for ``x`` [..., n] float32; never on bfloat16 units: a weight is the same wherever it is asked for."""
         signed = (x * self.signs).reshape(*x.shape[:-1], self.left.shape[0], self.right.shape[0])
-        turned: Tensor = self.left.T @ signed @ self.right
+        with computing(FLOAT32):
+            turned: Tensor = self.left.T @ signed @ self.right
         return turned.reshape(x.shape)
 
 
