@@ -6,11 +6,11 @@ in float32; what they may leave to the units are sums of errors over many column
 
 The switch is torch's (``torch.backends.mkldnn.matmul.fp32_precision``). oneDNN follows it on AMX, and rounds both
 inputs for every product, which for a large weight and few tokens takes longer than the product itself; on a CPU with no
-more than AVX-512 BF16 it goes on in float32. So what counts is handed over in bfloat16: :func:`prepared` rounds a
-weight once for all of its products, whose outputs are then bfloat16 as well, as they are in the model, and sums over
-tokens and products with the head, which stay float32, are :mod:`phi4edge.model.crossed`'s and
-:mod:`phi4edge.model.summed`'s, on :mod:`phi4edge.model.tiles`. Which units are used decides bits of the codes, so it is
-part of what a run was begun with.
+more than AVX-512 BF16 it goes on in float32, if not always by the same kernel, so that last bits may be others. What
+counts is handed over in bfloat16: :func:`prepared` rounds a weight once for all of its products, whose outputs are then
+bfloat16 as well, as they are in the model, and sums over tokens and products with the head, which stay float32, are
+:mod:`phi4edge.model.crossed`'s and :mod:`phi4edge.model.summed`'s, on :mod:`phi4edge.model.tiles`. Which units are used
+decides bits of the codes, so it is part of what a run was begun with.
 """
 
 from __future__ import annotations
