@@ -14,13 +14,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from phi4edge.model._bfloat16_kernels import put_in_pairs
 from phi4edge.model.compute import rounding
-from phi4edge.model.tiles import TILE, Tiles, tiles
+from phi4edge.model.tiles import TILE, Tiles, in_pairs, tiles
 from phi4edge.quant.parallel import run_parallel
 
 _UPPER_PARTS = 8  # 9/16 of a whole product is computed
@@ -51,14 +49,7 @@ def over_tokens(rows: Tensor) -> Tensor | Packed:
     """``rows`` [tokens, width] float32 as a factor of :func:`add_products`, inside :func:`computing`."""
     if not rounding() or rows.device.type != "cpu" or rows.shape[0] == 0 or tiles() is None:
         return rows
-    return _packed(rows)
-
-
-def _packed(rows: Tensor) -> Packed:
-    tokens, width = rows.shape
-    pairs = torch.empty(-(-tokens // 2), width, 2, dtype=torch.bfloat16)
-    put_in_pairs(rows.detach().contiguous().numpy(), pairs.view(torch.int32)[:, :, 0].numpy().view(np.uint32))
-    return Packed(pairs)
+    return Packed(in_pairs(rows))
 
 
 def packed_bytes(tokens: int, width: int) -> int:

@@ -17,37 +17,21 @@ from phi4edge.model.source import WeightSource
 
 _ROWS = 16384  # rows of the head that are in RAM at a time
 EMBEDDED_ROWS = 4096  # of the embedding in RAM at a time: nothing is computed on them, so no more are of use
-_GAP = 8  # rows: to read those between costs no more than to begin again
 _LOGIT_BYTES = 512 * 2**20  # logits in RAM at a time
 
 
 def embed(source: WeightSource, tokens: Tensor) -> Tensor:
-    """Embeddings of ``tokens`` [n, length] int64: [n, length, hidden] float32; of the table what they ask for is read.
-
-    Rows that stand near each other are read together, with those between them.
-    """
+    """Embeddings of ``tokens`` [n, length] int64: [n, length, hidden] float32, read in slices of rows."""
     config = source.config
     flat = tokens.reshape(-1)
     out = torch.empty(flat.numel(), config.hidden_size)
-    wanted, order = flat.sort()
-    for first, last in _near(torch.unique_consecutive(wanted)):
-        rows = source.tensor("model.embed_tokens.weight", slice(first, last + 1))
-        here = slice(*torch.searchsorted(wanted, torch.tensor([first, last + 1])).tolist())
-        out[order[here]] = rows[wanted[here] - first]
+    for start in range(0, config.vocab_size, EMBEDDED_ROWS):
+        stop = min(start + EMBEDDED_ROWS, config.vocab_size)
+        chosen = ((flat >= start) & (flat < stop)).nonzero().squeeze(1)
+        if chosen.numel():
+            rows = source.tensor("model.embed_tokens.weight", slice(start, stop))
+            out[chosen] = rows[flat[chosen] - start]
     return out.reshape(*tokens.shape, config.hidden_size)
-
-
-def _near(rows: Tensor) -> Iterator[tuple[int, int]]:
-    """The first and the last of each few ``rows`` [n] int64, ascending, that are read together."""
-    first = last = None
-    for row in rows.tolist():
-        if first is None or last is None or row - last > _GAP or row - first >= EMBEDDED_ROWS:
-            if first is not None and last is not None:
-                yield first, last
-            first = row
-        last = row
-    if first is not None and last is not None:
-        yield first, last
 
 
 def head_logits(source: WeightSource, hidden: Tensor, rounded: Callable[[Tensor], Tensor] = unrounded) -> Tensor:

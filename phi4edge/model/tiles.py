@@ -19,10 +19,12 @@ from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phi4edge.core.errors import MissingToolError
+from phi4edge.model._bfloat16_kernels import put_in_pairs
 from phi4edge.model.compute import has_amx, has_bfloat16_units
 
 TILE = 256  # rows and columns of a sum that one call adds to: what they are made of stays in a core's cache
@@ -68,9 +70,16 @@ class Tiles:
 
 
 def in_pairs(rows: Tensor) -> Tensor:
-    """``rows`` [depth, columns], depth even, as a right factor: [depth / 2, columns, 2] bfloat16."""
-    rounded = rows.bfloat16()
-    return torch.stack((rounded[0::2], rounded[1::2]), -1)
+    """``rows`` [depth, columns] as a right factor, [⌈depth / 2⌉, columns, 2] bfloat16.
+
+    Behind an odd number of float32 rows stand zeros; of bfloat16 ones there is an even number.
+    """
+    if rows.dtype == torch.bfloat16:
+        return torch.stack((rows[0::2], rows[1::2]), -1)
+    depth, columns = rows.shape
+    pairs = torch.empty(-(-depth // 2), columns, 2, dtype=torch.bfloat16)
+    put_in_pairs(rows.detach().contiguous().numpy(), pairs.view(torch.int32)[:, :, 0].numpy().view(np.uint32))
+    return pairs
 
 
 def needed_tiles() -> Tiles:
