@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
-import io
 import threading
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
 from phi4edge.core.ahead import ahead
-from phi4edge.core.hashing import HashedFile
 
 
 def threads() -> int:
@@ -64,25 +60,3 @@ def test_whoever_stops_early_leaves_no_thread_behind() -> None:
     assert next(found) == 0
     found.close()  # type: ignore[attr-defined]
     assert threads() == 0
-
-
-@pytest.mark.parametrize("size", [10, 1 << 20, (1 << 20) + 7])
-def test_a_hashed_file_has_the_hash_of_its_bytes(size: int, tmp_path: Path) -> None:
-    data, path = bytes(range(256)) * (size // 256 + 1), tmp_path / "file"
-    with path.open("wb") as file:
-        hashed = HashedFile(file)
-        for piece in (data[:size], memoryview(data), b"end"):
-            hashed.write(piece)
-    written = path.read_bytes()
-    assert written == data[:size] + data + b"end"
-    assert hashed.sha256 == hashlib.sha256(written).hexdigest()
-    assert hashed.position == len(written)
-
-
-def test_a_write_that_fails_is_an_error_whatever_the_thread_does() -> None:
-    class Full(io.BytesIO):
-        def write(self, data: object) -> int:
-            raise OSError(28, "No space left on device")
-
-    with pytest.raises(OSError, match="No space"):
-        HashedFile(Full()).write(bytes(1 << 21))

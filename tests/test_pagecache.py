@@ -2,37 +2,24 @@
 
 from __future__ import annotations
 
-import ctypes
 import hashlib
-import mmap
 import os
 import sys
 import time
 from pathlib import Path
 
 import pytest
+from cache_support import in_memory
 
 from phi4edge.checkpoint.digest import digest_file
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core import pagecache
-from phi4edge.core.pagecache import Passing, let_go, outgrows_memory, will_need
+from phi4edge.core.pagecache import let_go, outgrows_memory, will_need
 
 pytestmark = pytest.mark.skipif(not sys.platform.startswith("linux"), reason="asks Linux what is in memory")
 
 PIECE = 1 << 24  # what a digest reads at a time
 SIZE = 5 * PIECE
-
-
-def in_memory(path: Path, offset: int = 0, nbytes: int | None = None) -> int:
-    """Bytes of a part of ``path`` that are in the system's memory."""
-    nbytes = path.stat().st_size - offset if nbytes is None else nbytes
-    page = mmap.PAGESIZE
-    assert offset % page == 0
-    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, mmap.MAP_PRIVATE, mmap.PROT_READ | mmap.PROT_WRITE) as m:
-        pages = ctypes.create_string_buffer(-(-len(m) // page))
-        start = ctypes.addressof(ctypes.c_char.from_buffer(m))
-        assert ctypes.CDLL(None).mincore(ctypes.c_void_p(start), ctypes.c_size_t(len(m)), pages) == 0
-    return page * sum(flag & 1 for flag in pages.raw[offset // page : -(-(offset + nbytes) // page)])
 
 
 @pytest.fixture
@@ -68,26 +55,19 @@ def test_what_was_let_go_is_gone_and_comes_back(file: Path) -> None:
     assert in_memory(file, PIECE, PIECE) >= PIECE // 2
 
 
-def test_of_a_file_that_is_too_large_a_digest_leaves_the_beginning(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_memory(monkeypatch, int(2.2 * PIECE / 0.4))  # of 5.5 pieces: too few for all, and two may stay
-    assert outgrows_memory(SIZE)
-    digest = digest_file(file, (), Passing(SIZE))
-    assert in_memory(file, 0, 2 * PIECE) == 2 * PIECE
-    assert in_memory(file, 3 * PIECE) < PIECE // 4
-    assert digest == hashlib.sha256(file.read_bytes()).hexdigest()
-
-
-def test_a_file_that_fits_stays_whole(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    small_memory(monkeypatch, 2 * SIZE)
-    assert not outgrows_memory(SIZE)
-    digest_file(file, (), Passing(SIZE))
+def test_a_digest_takes_a_file_into_memory_or_goes_around_it(file: Path) -> None:
+    around = digest_file(file, around_cache=True)
+    assert in_memory(file) < PIECE // 4
+    assert digest_file(file) == around == hashlib.sha256(file.read_bytes()).hexdigest()
     assert in_memory(file) == SIZE
 
 
-def test_where_the_system_says_nothing_of_its_memory_files_stay(file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pagecache, "available_bytes", lambda: None)
-    digest_file(file, (), Passing(SIZE))
-    assert in_memory(file) == SIZE
+@pytest.mark.parametrize(("available", "outgrown"), [(2 * SIZE, False), (SIZE, True), (None, False)])
+def test_a_checkpoint_outgrows_what_memory_is_available(
+    monkeypatch: pytest.MonkeyPatch, available: int | None, outgrown: bool
+) -> None:
+    monkeypatch.setattr(pagecache, "available_bytes", lambda: available)
+    assert outgrows_memory(SIZE) is outgrown
 
 
 @pytest.mark.parametrize("fits", [True, False])

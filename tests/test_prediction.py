@@ -99,8 +99,12 @@ def test_a_second_stream_sweeps_and_files_cost_what_they_add() -> None:
 def test_data_free_rounding_reads_rounds_and_writes() -> None:
     recipe = Recipe(method="rtn", corpus=None, scheme="w4g32")
     found = predict(work(recipe), rates(replace(FREE, forward=1.0, moments=1.0, nearest=1e-3), check=1e6))
-    assert found.block == pytest.approx({**dict.fromkeys(found.block, 0.0), "solve": WEIGHTS * 1e-3})
-    assert found.hashing > 0
+    hashed = 2 * CONFIG.parameters / 3 / 1e6 / 2  # beside each of three blocks, on two cores
+    assert found.block == pytest.approx({**dict.fromkeys(found.block, 0.0), "solve": WEIGHTS * 1e-3, "hash": hashed})
+    assert found.hashing == 0
+    assert found.as_dict()["parts_seconds_estimated"]["hash"] == pytest.approx(3 * hashed)
+    slow = predict(work(recipe), rates(replace(FREE, nearest=1e-9), check=1e6, disk=1e5))
+    assert slow.block_seconds == pytest.approx((2 * WEIGHTS + 2 * CONFIG.parameters / 3) / 1e5)  # the disk's, twice
 
 
 def test_tuning_grows_with_passes_and_is_apart() -> None:

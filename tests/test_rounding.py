@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +14,8 @@ from support import write_checkpoint
 from torch import Tensor
 
 from phi4edge.calibration.budget import plan_memory
-from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
+from phi4edge.checkpoint import rows_ahead
+from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core.memory import peak_rss_bytes, reset_peak_rss
 from phi4edge.core.recipe import Recipe
 from phi4edge.quant import rounding
@@ -87,7 +91,14 @@ def test_rows_at_a_time_give_what_the_whole_gives(scheme: str, weighted: bool, m
         return W[rows]
 
     monkeypatch.setattr(rtn, "_TOGETHER", 7 * 512)
-    parts = rtn.solve_rows("layer", (300, 512), some, found, h, SolverOptions(rows=100))
+    opened: list[slice] = []
+
+    def opening(piece: slice) -> AbstractContextManager[Callable[[slice], Tensor]]:
+        opened.append(piece)
+        return nullcontext(some)
+
+    parts = rtn.solve_rows("layer", (300, 512), opening, found, h, SolverOptions(rows=100))
+    assert sorted(piece.start for piece in opened) == [0, 100, 200]
     assert max(asked) == 7
     assert sum(asked) == 300
     for one, other in zip(whole.linear.to_tensors().values(), parts.linear.to_tensors().values(), strict=True):
@@ -100,23 +111,30 @@ def test_a_data_free_run_holds_no_weight_as_a_whole(tmp_path: Path, monkeypatch:
     model = write_checkpoint(tmp_path / "model", "phi4", hidden_size=1024, intermediate_size=8192)
     recipe = Recipe(method="rtn", corpus=None, scheme="q4_0")
     asked: list[int] = []
-    read = CheckpointReader.tensor
+    pieces: list[int] = []
+    read, widened = rows_ahead.read_tensor, rows_ahead.finite_values
 
-    def tensor(self: CheckpointReader, name: str, rows: slice | None = None) -> Tensor:
-        found = read(self, name, rows)
-        if "proj" in name:
-            asked.append(found.numel())
+    def read_tensor(*arguments: Any, **named: Any) -> Tensor:
+        found = read(*arguments, **named)
+        pieces.append(found.numel())
+        return found
+
+    def finite_values(*arguments: Any) -> Tensor:
+        found = widened(*arguments)
+        asked.append(found.numel())
         return found
 
     with monkeypatch.context() as patch:
-        patch.setattr(CheckpointReader, "tensor", tensor)
+        patch.setattr(rows_ahead, "read_tensor", read_tensor)
+        patch.setattr(rows_ahead, "finite_values", finite_values)
         reset = reset_peak_rss()
         before = peak_rss_bytes()
         quantize(model, recipe, tmp_path / "run")
     config = open_checkpoint(model).config
     largest = max(out * columns for out, columns in config.linear_shapes.values())
     assert max(asked) <= 1 << 18 < largest // 32
-    assert sum(asked) == config.linear_parameters
+    assert sum(asked) == sum(pieces) == config.linear_parameters
+    assert max(pieces) <= 1 << 21
     if reset:
         assert peak_rss_bytes() - before < plan_memory(config, recipe, None).least - before
     run, checkpoint = open_run(tmp_path / "run"), open_checkpoint(model)

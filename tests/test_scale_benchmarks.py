@@ -72,8 +72,13 @@ def test_rtn_reads_and_writes_what_it_says(tmp_path: Path) -> None:
     script = load_script("benchmarks/scale/rtn.py")
     path = tmp_path / "file"
     path.write_bytes(bytes(1 << 20))
-    assert script.read_rate([path, path]) > 0
-    assert script.write_rate(tmp_path, 3 << 20) > 0
+    for direct in (False, True):
+        read, written = (
+            script.read_rate([path, path], direct=direct),
+            script.write_rate(tmp_path, 3 << 20, direct=direct),
+        )
+        assert read.nbytes == 2 * path.stat().st_size
+        assert min(read.rate, written.rate) > 0
     assert sorted(p.name for p in tmp_path.iterdir()) == ["file"]
 
 

@@ -2,10 +2,11 @@
 
 In this order, each command in a process of its own:
 
-- read: the checkpoint's files from their start to their end, the system's cache told to forget them before;
-- write: as many bytes as the artifact has, on the same disk, fsynced;
-- `phi4edge quantize --method rtn --scheme q4_0`: hashes the checkpoint (one reading), rounds it (another), and writes
-  the run; the cache is told to forget the checkpoint before;
+- read: the checkpoint's files from their start to their end, through the system's cache, which is told to forget them
+  before, and around it (as ``dd`` does, without and with ``iflag=direct``);
+- write: as many bytes as the artifact has, on the same disk, fsynced; through the cache and around it;
+- `phi4edge quantize --method rtn --scheme q4_0`: rounds the checkpoint (one reading), hashes it meanwhile (another),
+  and writes the run; the cache is told to forget the checkpoint before;
 - `phi4edge export --format gguf`;
 - llama.cpp (llama-cpp-python) maps the file and generates a few tokens.
 
@@ -33,44 +34,17 @@ from typing import Any
 HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 sys.path[:0] = [str(HERE), str(ROOT / "benchmarks"), str(ROOT)]
+from around_cache import forget, read_rate, write_rate  # noqa: E402
 from children import child, phi4edge  # noqa: E402
 from record import machine_name, record, update_readme  # noqa: E402
 
 RESULTS = HERE / "results"
-PIECE = 16 << 20
+WAYS = (("cached", False), ("direct", True))
 
 
-def forget(paths: Sequence[Path]) -> None:
-    """Tell the system that these files need not stay in its cache."""
-    for path in paths:
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
-            os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-
-def read_rate(paths: Sequence[Path]) -> float:
-    """Bytes a second of reading files one after the other, from the disk."""
-    forget(paths)
-    buffer, count, began = bytearray(PIECE), 0, time.perf_counter()
-    for path in paths:
-        with path.open("rb", buffering=0) as file:
-            while read := file.readinto(buffer):
-                count += read
-    return count / (time.perf_counter() - began)
-
-
-def write_rate(folder: Path, nbytes: int) -> float:
-    """Bytes a second of writing ``nbytes`` into a file of ``folder``, on the disk at the end; it is removed."""
-    path, piece, began = folder / "written", os.urandom(PIECE), time.perf_counter()
-    try:
-        with path.open("wb", buffering=0) as file:
-            left = nbytes
-            while left > 0:
-                left -= file.write(piece[: min(left, PIECE)])
-            os.fsync(file.fileno())
-        return nbytes / (time.perf_counter() - began)
-    finally:
-        path.unlink(missing_ok=True)
+def said(rates: dict[str, float]) -> str:
+    """Rates through the cache and around it, MB/s."""
+    return " / ".join(f"{rate / 1e6:.0f}" for rate in rates.values())
 
 
 def generate(path: str, count: int) -> None:
@@ -91,7 +65,8 @@ def generate(path: str, count: int) -> None:
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     lines = [
-        "| model | checkpoint, GB | reading alone, MB/s | writing alone, MB/s | quantize: s, MB/s, peak RSS GiB "
+        "| model | checkpoint, GB | reading alone, cached / direct, MB/s | writing alone "
+        "| quantize: s, MB/s, peak RSS GiB "
         "| export: s, MB/s written, peak RSS GiB | GGUF, GB | start to finish, s | the disk alone would take, s |",
         "|---" * 9 + "|",
     ]
@@ -100,19 +75,19 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
         reading, writing, read = r["read_bytes_per_s"], r["write_bytes_per_s"], r["checkpoint_bytes"]
         q, e, written = r["quantize"], r["export"], r["artifact_bytes"]
         lines.append(
-            f"| {r['model']} | {read / 1e9:.1f} | {reading / 1e6:.0f} | {writing / 1e6:.0f} "
+            f"| {r['model']} | {read / 1e9:.1f} | {said(reading)} | {said(writing)} "
             f"| {q['seconds']:.0f}, {read / q['seconds'] / 1e6:.0f}, {q['peak_rss_bytes'] / 2**30:.2f} "
             f"| {e['seconds']:.0f}, {written / e['seconds'] / 1e6:.0f}, {e['peak_rss_bytes'] / 2**30:.2f} "
             f"| {written / 1e9:.2f} | {q['seconds'] + e['seconds']:.0f} | {r['disk_seconds']:.0f} |"
         )
     machine = documents[0]["machine"]
-    said = [
+    generated = [
         f"{d['results']['model']}: loaded in {g['load_seconds']:.1f} s, {len(g['tokens'])} tokens in "
         f"{g['generate_seconds']:.1f} s"
         for d in documents
         if (g := d["results"]["generation"]) is not None
     ]
-    return "\n".join([*lines, "", f"{machine['cpu']['logical_cores']} cores; {machine_name(machine)}.", *said])
+    return "\n".join([*lines, "", f"{machine['cpu']['logical_cores']} cores; {machine_name(machine)}.", *generated])
 
 
 def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
@@ -121,8 +96,8 @@ def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
     nbytes = sum(path.stat().st_size for path in shards)
     run, artifact = out / "run", out / "model.gguf"
     shutil.rmtree(run, ignore_errors=True)  # it would know the checkpoint's hashes
-    reading = read_rate(shards)
-    print(f"reading {reading / 1e6:.0f} MB/s", flush=True)
+    reading = {way: read_rate(shards, direct=direct).rate for way, direct in WAYS}
+    print(f"reading {said(reading)}", flush=True)
     forget(shards)
     words = ("quantize", model, "--out", run, "--method", "rtn", "--scheme", "q4_0", "--restart", "--quiet")
     quantized = child(phi4edge(*words))
@@ -131,7 +106,8 @@ def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
     print(f"export {exported.seconds:.0f} s, peak {exported.peak_rss_bytes / 2**30:.2f} GiB", flush=True)
     written = artifact.stat().st_size
     stored = sum(path.stat().st_size for path in (run / "blocks").iterdir())
-    writing = write_rate(out, written)
+    writing = {way: write_rate(out, written, direct=direct).rate for way, direct in WAYS}
+    print(f"writing {said(writing)}", flush=True)
     generation = None
     if tokens:
         ran = child([sys.executable, str(Path(__file__).resolve()), "--generate", str(artifact), str(tokens)])
@@ -141,13 +117,13 @@ def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
         "checkpoint_bytes": nbytes,
         "run_bytes": stored,
         "artifact_bytes": written,
-        "read_bytes_per_s": reading,
+        "read_bytes_per_s": reading,  # through the cache, and around it
         "write_bytes_per_s": writing,
         "quantize": {k: v for k, v in asdict(quantized).items() if k != "output"},
         "performance": json.loads((run / "performance.json").read_text()),
         "export": {k: v for k, v in asdict(exported).items() if k != "output"},
-        # Twice the checkpoint and once the run are read, the run and the artifact written.
-        "disk_seconds": (2 * nbytes + stored) / reading + (stored + written) / writing,
+        # Twice the checkpoint and once the run are read, the run and the artifact written; whichever way is faster.
+        "disk_seconds": (2 * nbytes + stored) / max(reading.values()) + (stored + written) / max(writing.values()),
         "generation": generation,
     }
 

@@ -16,15 +16,18 @@ from phi4edge.calibration.blockpass import COMPUTED_TOKENS, EMBEDDED_VALUES, sam
 from phi4edge.calibration.judging import CHECKED_WEIGHTS, judged_rows
 from phi4edge.calibration.statistics import SHARD, summed_values, takes_product
 from phi4edge.checkpoint.config import ModelConfig
+from phi4edge.checkpoint.rows_ahead import READ_AHEAD
 from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.model.crossed import packed_bytes, upper_rows
 from phi4edge.model.forward import EMBEDDED_ROWS
-from phi4edge.quant.parallel import row_pieces
+from phi4edge.quant.parallel import read_pieces, row_pieces
 from phi4edge.quant.scheme import parse_scheme
 
 _SHIFT_ROWS = 2048  # at a time, by targets
 _IN_WORK = 13  # bytes a weight that the solver works on: original, errors, codes, and what is searched
 _ROUNDED_WEIGHTS, _ROUNDED = 2**18, 64  # rounded at a time, as they are read; bytes that each of them takes
+_STORED = 4  # bytes a weight in the checkpoint, at most
+_BESIDE = 5 << 22  # bytes in which the checkpoint is hashed, and a block written
 _DEQUANTIZED = 5  # bytes a weight of codes and their values
 
 
@@ -44,7 +47,9 @@ def solving_bytes(config: ModelConfig, recipe: Recipe, *, by_rows: bool = False)
     if by_rows:  # a linear's codes, joined from its pieces'
         largest = max(m * n for m, n in shapes)
         working = (os.cpu_count() or 1) * min(_ROUNDED_WEIGHTS, largest) * _ROUNDED
-        return held + int(largest * max(bits, 4.5) / 8) + working
+        piece = max(int(read_pieces(m, n)[0].stop) * n for m, n in shapes)
+        read = ((os.cpu_count() or 1) + READ_AHEAD) * piece * _STORED
+        return held + int(largest * max(bits, 4.5) / 8) + working + read + _BESIDE
     peak: int = max(_linear_bytes(config, recipe, m, n) for m, n in shapes)
     if recipe.corpus is not None:
         slices = EMBEDDED_ROWS * config.hidden_size * 6

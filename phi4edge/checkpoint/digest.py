@@ -7,15 +7,14 @@ all bits of its exponent are set.
 
 from __future__ import annotations
 
-__all__ = ["digest_file"]
+__all__ = ["Gate", "StoppedError", "check_piece", "digest_file"]
 
 import hashlib
-import os
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import closing
+from itertools import cycle
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 import torch
@@ -24,11 +23,11 @@ from numpy.typing import NDArray
 from phi4edge.checkpoint._exponents import has_exponent
 from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import check_values, stored_dtype
-from phi4edge.core.ahead import ahead
+from phi4edge.core.ahead import IN_RAM, ahead
+from phi4edge.core.direct_io import aligned_buffer, read_range
 from phi4edge.core.errors import InputError
-from phi4edge.core.pagecache import Passing
 
-_PIECE = 1 << 24  # bytes
+_PIECE = 1 << 22  # bytes
 _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
     torch.bfloat16: np.int16(0x7F80),
     torch.float16: np.int16(0x7C00),
@@ -36,62 +35,108 @@ _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
 }
 
 
-def digest_file(path: Path, tensors: Iterable[TensorRef] = (), passing: Passing | None = None) -> str:
+class StoppedError(Exception):
+    """A file is not hashed to its end, as nobody waits for that any more."""
+
+
+def _all(nbytes: int) -> bool:
+    return True
+
+
+class Gate:
+    """Lets those through who read beside other work, so that they are as far with theirs as that is."""
+
+    def __init__(self, share: float = 0.0) -> None:
+        """``share`` of everything may pass at once, 0 … 1; passing is measured in the same."""
+        self._share, self._passed, self._stopped = share, 0.0, False
+        self._changed = threading.Condition()
+
+    def open_to(self, share: float) -> None:
+        """Up to ``share`` of everything may pass from now on."""
+        with self._changed:
+            self._share = max(self._share, share)
+            self._changed.notify_all()
+
+    def stop(self) -> None:
+        """Nothing passes any more."""
+        with self._changed:
+            self._stopped = True
+            self._changed.notify_all()
+
+    def passes(self, part: float) -> bool:
+        """Wait until ``part`` more may pass; False if nothing will."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._passed < self._share or self._share >= 1)
+            self._passed += part
+            return not self._stopped
+
+
+def digest_file(
+    path: Path, tensors: Iterable[TensorRef] = (), *, around_cache: bool = False, passes: Callable[[int], bool] = _all
+) -> str:
     """SHA-256 of ``path``; the values of ``tensors`` that lie in it are looked at on the way.
 
-    ``passing`` says what of the file stays in memory.
+    ``around_cache``: nothing of the file need stay in memory for the next who reads it. ``passes`` is asked with the
+    bytes of every piece before it is looked at; False ends this.
 
     Raises:
         InputError: one of them is NaN or Inf, and where; or the file cannot be read, or ends early.
+        StoppedError: ``passes`` said no.
     """
     digest = hashlib.sha256()
     try:
-        with path.open("rb") as file:
-            ordered = sorted(tensors, key=lambda ref: ref.offset)
-            with closing(ahead(_pieces(file, ordered, passing))) as pieces:
-                for ref, first, piece in pieces:
-                    hashing = threading.Thread(target=digest.update, args=(piece.data,))
-                    hashing.start()
-                    try:
-                        if ref is not None:
-                            _check(ref, first, piece)
-                    finally:
-                        hashing.join()
+        ordered = sorted(tensors, key=lambda ref: ref.offset)
+        with closing(ahead(_pieces(path, ordered, around_cache))) as pieces:
+            for ref, first, piece in pieces:
+                if not passes(len(piece)):
+                    raise StoppedError(path)
+                hashing = threading.Thread(target=digest.update, args=(piece.data,))
+                hashing.start()
+                try:
+                    if ref is not None:
+                        check_piece(ref, first, piece)
+                finally:
+                    hashing.join()
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     return digest.hexdigest()
 
 
 def _pieces(
-    file: BinaryIO, tensors: list[TensorRef], passing: Passing | None
+    path: Path, tensors: list[TensorRef], around_cache: bool
 ) -> Iterator[tuple[TensorRef | None, int, NDArray[np.uint8]]]:
-    """The whole file in order: (the tensor that a piece is of, index of its first value in it, bytes)."""
+    """The whole file in order: (the tensor that a piece is of, index of its first value in it, bytes).
+
+    A piece lies where the third one before it lay, which is done with when the second one behind that is asked for.
+    """
+    size = path.stat().st_size
+    buffers = cycle([aligned_buffer(min(_PIECE, size)) for _ in range(IN_RAM)])
     position = 0
-    for ref in tensors:
-        for start in range(position, ref.offset, _PIECE):  # a header, or what is not looked at
-            yield None, 0, _read(file, start, min(start + _PIECE, ref.offset), passing)
+    for ref in [*tensors, None]:
+        end = size if ref is None else ref.offset
+        for start in range(position, end, _PIECE):  # a header, or what is not looked at
+            yield None, 0, _read(path, start, min(start + _PIECE, end), around_cache, next(buffers))
+        if ref is None:
+            return
         width, position = stored_dtype(ref).itemsize, ref.offset + ref.nbytes
         for start in range(ref.offset, position, _PIECE):
-            yield ref, (start - ref.offset) // width, _read(file, start, min(start + _PIECE, position), passing)
-    size = os.fstat(file.fileno()).st_size
-    for start in range(position, size, _PIECE):
-        yield None, 0, _read(file, start, min(start + _PIECE, size), passing)
+            data = _read(path, start, min(start + _PIECE, position), around_cache, next(buffers))
+            yield ref, (start - ref.offset) // width, data
 
 
-def _read(file: BinaryIO, start: int, stop: int, passing: Passing | None) -> NDArray[np.uint8]:
-    buffer = np.empty(stop - start, dtype=np.uint8)
-    done = 0
-    while done < len(buffer):
-        count = os.preadv(file.fileno(), [buffer.data[done:]], start + done)
-        if count == 0:
-            raise InputError(f"{file.name}: file ends {len(buffer) - done} bytes early")
-        done += count
-    if passing is not None:
-        passing.read(file.fileno(), start, stop - start)
-    return buffer
+def _read(path: Path, start: int, stop: int, around_cache: bool, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    data = read_range(path, start, stop - start, around_cache=around_cache, into=buffer)
+    if len(data) < stop - start:
+        raise InputError(f"{path}: file ends {stop - start - len(data)} bytes early")
+    return data
 
 
-def _check(ref: TensorRef, first: int, piece: NDArray[np.uint8]) -> None:
+def check_piece(ref: TensorRef, first: int, piece: NDArray[np.uint8]) -> None:
+    """Hold bytes of the tensor that ``ref`` points at, from its ``first`` value on, to be finite.
+
+    Raises:
+        InputError: a value is NaN or Inf.
+    """
     values = torch.from_numpy(piece).view(stored_dtype(ref))
     exponent = _EXPONENTS.get(values.dtype)
     if exponent is None:

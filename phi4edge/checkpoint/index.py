@@ -6,7 +6,7 @@ that span against dtype × shape. Starts without torch and reads no weight.
 
 from __future__ import annotations
 
-__all__ = ["DTYPE_BYTES", "FLOATS", "CheckpointIndex", "TensorRef", "open_index"]
+__all__ = ["DTYPE_BYTES", "FLOATS", "CheckpointIndex", "TensorRef", "open_index", "read_header"]
 
 import json
 import math

@@ -6,24 +6,31 @@ and peak RSS is a promise here.
 
 from __future__ import annotations
 
-__all__ = ["CheckpointReader", "check_values", "open_checkpoint", "read_tensor", "stored_dtype"]
+__all__ = [
+    "CheckpointReader",
+    "check_values",
+    "finite_values",
+    "open_checkpoint",
+    "read_tensor",
+    "stored_dtype",
+]
 
 import math
-import os
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.hub import resolve_model
 from phi4edge.checkpoint.index import CheckpointIndex, TensorRef, open_index
+from phi4edge.core.direct_io import read_range
 from phi4edge.core.errors import InputError
 from phi4edge.core.pagecache import let_go, outgrows_memory, will_need
 
@@ -39,32 +46,33 @@ def stored_dtype(ref: TensorRef) -> torch.dtype:
     return _TORCH[ref.dtype]
 
 
-def read_tensor(ref: TensorRef, rows: slice | None = None) -> Tensor:
+def read_tensor(
+    ref: TensorRef,
+    rows: slice | None = None,
+    *,
+    around_cache: bool = False,
+    into: NDArray[np.uint8] | None = None,
+) -> Tensor:
     """The tensor (or the rows ``start:stop`` of it) that ``ref`` points at, in its stored dtype.
+
+    ``around_cache`` and ``into`` are :func:`phi4edge.core.direct_io.read_range`'s.
 
     Raises:
         InputError: the file ends early or cannot be read.
     """
-    offset, shape = ref.offset, ref.shape
+    offset, shape, nbytes = ref.offset, ref.shape, ref.nbytes
     if rows is not None:
         start, stop, _ = rows.indices(shape[0])
         row_bytes = ref.nbytes // max(shape[0], 1)
         offset, shape = offset + start * row_bytes, (max(stop - start, 0), *shape[1:])
         nbytes = shape[0] * row_bytes
-    else:
-        nbytes = ref.nbytes
-    buffer: np.ndarray[Any, np.dtype[np.uint8]] = np.empty(nbytes, dtype=np.uint8)
     try:
-        with open(ref.path, "rb", buffering=0) as file:
-            view, done = buffer.data, 0
-            while done < nbytes:
-                count = os.preadv(file.fileno(), [view[done:]], offset + done)
-                if count == 0:
-                    raise InputError(f"{ref.path}: {ref.name}: file ends {nbytes - done} bytes early")
-                done += count
+        data = read_range(ref.path, offset, nbytes, around_cache=around_cache, into=into)
     except OSError as error:
         raise InputError(f"{ref.path}: cannot be read ({error.strerror})") from error
-    return torch.from_numpy(buffer).view(_TORCH[ref.dtype]).reshape(shape)
+    if len(data) < nbytes:
+        raise InputError(f"{ref.path}: {ref.name}: file ends {nbytes - len(data)} bytes early")
+    return torch.from_numpy(data).view(_TORCH[ref.dtype]).reshape(shape)
 
 
 def check_values(ref: TensorRef, values: Tensor, first: int = 0) -> None:
@@ -81,6 +89,19 @@ def check_values(ref: TensorRef, values: Tensor, first: int = 0) -> None:
         f"{ref.path.name}: {ref.name} holds {int(bad.sum())} value(s) that are NaN or Inf, the first at {place}",
         "the weights are damaged; download the shard again",
     )
+
+
+def finite_values(ref: TensorRef, stored: Tensor, first_row: int = 0, out: Tensor | None = None) -> Tensor:
+    """``stored``, rows of the tensor that ``ref`` points at from ``first_row`` on, in float32; ``out`` is room for it.
+
+    Raises:
+        InputError: a value is NaN or Inf.
+    """
+    values = stored.float() if out is None else out.copy_(stored)
+    # A sum is finite only if all terms are (overflow of a float32 sum is re-examined).
+    if not torch.isfinite(values.sum()):
+        check_values(ref, values, first_row * math.prod(ref.shape[1:]))
+    return values
 
 
 @dataclass(frozen=True)
@@ -109,7 +130,7 @@ class CheckpointReader:
 
     def done_with(self, name: str) -> None:
         """Tensor ``name`` was read: where the checkpoint is larger than the memory, it makes room for others."""
-        if self._outgrows_memory:
+        if self.outgrows_memory:
             self._advise(let_go, name)
 
     def _advise(self, advice: Callable[[int, int, int], None], name: str) -> None:
@@ -119,7 +140,8 @@ class CheckpointReader:
                 advice(file.fileno(), ref.offset, ref.nbytes)
 
     @cached_property
-    def _outgrows_memory(self) -> bool:
+    def outgrows_memory(self) -> bool:
+        """Whether the checkpoint would not stay in memory as it is read."""
         return outgrows_memory(self.index.nbytes)
 
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
@@ -128,14 +150,20 @@ class CheckpointReader:
         Raises:
             InputError: no such tensor, or a value in it that is not finite.
         """
+        ref = self.place(name)
+        stored = read_tensor(ref, rows, around_cache=self.outgrows_memory)
+        return finite_values(ref, stored, 0 if rows is None else rows.start or 0)
+
+    def place(self, name: str) -> TensorRef:
+        """Where tensor ``name`` lies.
+
+        Raises:
+            InputError: no such tensor.
+        """
         ref = self.index.tensors.get(name)
         if ref is None:
             raise InputError(f"{self.index.folder}: tensor {name} is missing")
-        values = read_tensor(ref, rows).float()
-        # A sum is finite only if all terms are (overflow of a float32 sum is re-examined).
-        if not torch.isfinite(values.sum()):
-            check_values(ref, values, 0 if rows is None else (rows.start or 0) * math.prod(ref.shape[1:]))
-        return values
+        return ref
 
 
 def open_checkpoint(model: str | Path) -> CheckpointReader:

@@ -1,12 +1,12 @@
 """One step ahead: what an iterator gives next is made in a thread while this one uses what it gave last.
 
 For work that leaves Python's lock alone most of the time (tensor arithmetic, reading, writing, hashing). The thread is
-at most one item ahead, so two are in RAM, and a third while it waits to hand one over.
+at most one item ahead, so two are in RAM, and a third (:data:`IN_RAM`) while it waits to hand one over.
 """
 
 from __future__ import annotations
 
-__all__ = ["ahead"]
+__all__ = ["IN_RAM", "ahead"]
 
 import threading
 from collections.abc import Generator, Iterable
@@ -14,6 +14,7 @@ from queue import Empty, Full, Queue
 from typing import TypeVar
 
 T = TypeVar("T")
+IN_RAM = 3  # items that are in use, wait, or are being made; the fourth is begun when the first is done with
 _PATIENCE_S = 0.1  # between two looks at whether the other side gave up
 
 

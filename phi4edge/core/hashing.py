@@ -6,13 +6,11 @@ __all__ = ["HashedFile", "sha256_bytes", "sha256_file", "sha256_json"]
 
 import hashlib
 import json
-import threading
 from pathlib import Path
+from types import TracebackType
 from typing import Any, BinaryIO
 
-from phi4edge.core.pagecache import let_go
-
-_LARGE = 1 << 20  # bytes
+from phi4edge.core.direct_io import DirectWriter
 
 
 def sha256_bytes(data: bytes | memoryview) -> str:
@@ -35,36 +33,43 @@ def sha256_json(document: Any) -> str:
 class HashedFile:
     """A file that is written from its start to its end, and hashed on the way: nothing need be read again.
 
-    Large pieces are hashed in a thread while they are written, and are on their way to the disk from then on, where the
-    system can be told so: it would keep them back, and the fsync at the end would wait for all of them.
+    A context manager: at its end all is written, or, after an error, what was on its way is waited for. Large files go
+    to the disk around the page cache (:mod:`phi4edge.core.direct_io`), one piece while the next is put together.
     """
 
     def __init__(self, file: BinaryIO) -> None:
-        self._file, self._hash, self._position = file, hashlib.sha256(), file.tell()
-        assert self._position == 0, "the beginning would be missing from the hash"
+        """``file`` is open for writing and empty; nothing else writes to it meanwhile."""
+        assert file.tell() == 0, "the beginning would be missing from the hash"
+        self._hash, self._position, self._ended = hashlib.sha256(), 0, False
+        self._writer = DirectWriter(file.fileno(), self._hash.update)
+
+    def __enter__(self) -> HashedFile:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: TracebackType | None) -> None:
+        if kind is None:
+            self._writer.finish()
+            self._ended = True
+        else:
+            self._writer.close()
 
     def write(self, data: bytes | memoryview) -> None:
-        """Append ``data``."""
-        nbytes = data.nbytes if isinstance(data, memoryview) else len(data)
-        if nbytes < _LARGE:
-            self._hash.update(data)
-            self._file.write(data)
-        else:
-            hashing = threading.Thread(target=self._hash.update, args=(data,))
-            hashing.start()
-            try:
-                self._file.write(data)
-            finally:
-                hashing.join()
-            let_go(self._file.fileno(), self._position, nbytes)
-        self._position += nbytes
+        """Append ``data``, which may change afterwards.
+
+        Raises:
+            OSError: this or what was appended before could not be written.
+        """
+        piece = memoryview(data).cast("B")
+        self._writer.write(piece)
+        self._position += len(piece)
 
     @property
     def position(self) -> int:
-        """Bytes written."""
+        """Bytes appended."""
         return self._position
 
     @property
     def sha256(self) -> str:
-        """Hex digest of all that was written."""
+        """Hex digest of all that was written; known at the end."""
+        assert self._ended, "not all is written yet"
         return self._hash.hexdigest()

@@ -126,6 +126,14 @@ class Workdir:
             raise
         self.records.append(whole)
 
+    def settle(self, inputs: Mapping[str, Any]) -> None:
+        """``inputs`` take the place of those that the run was begun with: what was not known of them then is now.
+
+        Raises:
+            TargetError: the disk is full.
+        """
+        _write_inputs(self.path, dict(inputs))
+
     def drop_after(self, count: int, reason: str) -> None:
         """Keep the first ``count`` steps only; the rest will be done again."""
         self.records = self.records[:count]
@@ -160,7 +168,7 @@ def _clear(path: Path) -> None:
 def _begin(path: Path, inputs: dict[str, Any]) -> None:
     marker = path / RUN_FILE
     if not marker.exists():
-        write_json(marker, {"schema": "phi4edge/run-directory/1", "key": sha256_json(inputs), "inputs": inputs})
+        _write_inputs(path, inputs)
         return
     try:
         found = json.loads(marker.read_text(encoding="utf-8"))["inputs"]
@@ -173,6 +181,11 @@ def _begin(path: Path, inputs: dict[str, Any]) -> None:
             f"{path} was begun with other inputs: {'; '.join(changed[:4])}{more}",
             "give the same inputs to go on, --restart to begin anew, or another --out",
         )
+
+
+def _write_inputs(path: Path, inputs: dict[str, Any]) -> None:
+    document = {"schema": "phi4edge/run-directory/1", "key": sha256_json(inputs), "inputs": inputs}
+    write_json(path / RUN_FILE, document)
 
 
 def _replay(path: Path) -> tuple[list[dict[str, Any]], str | None]:

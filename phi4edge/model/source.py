@@ -76,6 +76,7 @@ class QuantizedModel:
     exceptions: Mapping[str, Scheme] = field(default_factory=dict)  # linears on another scheme
     tables: Mapping[str, str] = field(default_factory=dict)  # types of "head" and "embedding" that a GGUF is to have
     base: WeightSource | None = None  # what the codes were solved for, where that is not the checkpoint: rotated
+    load_rows: Callable[[str, slice], QuantizedLinear] | None = None  # reads some rows of one, where that can be done
 
     @property
     def config(self) -> ModelConfig:

@@ -41,6 +41,7 @@ def round_groups(
 def _round(x, a, b, h, low, high, idle, packed, out, lost):
     size = x.shape[1]
     found = np.empty(size, np.uint8)
+    pairs, squares = found.view(np.uint16), np.empty(size, np.float32)
     for group in range(x.shape[0]):
         step, least = a[group], b[group]
         safe = _ONE if step == _ZERO else step
@@ -49,10 +50,12 @@ def _round(x, a, b, h, low, high, idle, packed, out, lost):
             code = min(max((x[group, i] - least) / safe, low), high) + _ROUND - _ROUND
             code = idle if step == _ZERO else code
             error = x[group, i] - (code * step + least)
-            lost[i] += error * error if h is None else error * h[counts, i] * error
+            squares[i] = error * error if h is None else error * h[counts, i] * error
             found[i] = np.uint8(np.int32(code))
+        for i in range(size):
+            lost[i] += squares[i]
         if packed:
             for i in range(size // 2):
-                out[group, i] = found[2 * i] | (found[2 * i + 1] << np.uint8(4))
+                out[group, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
         else:
             out[group] = found

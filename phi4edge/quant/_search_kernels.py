@@ -19,11 +19,12 @@ from phi4edge.core.compiled import compiled
 Array = npt.NDArray[np.float32]
 
 _VALUES = 1 << 12  # of groups side by side, twice as many where nothing lies beside them: they stay in a near cache
-_FEWEST_LANES = 64
+_VECTOR, _FEWEST_VECTORS = 16, 5  # lanes; an odd number of such vectors, or a group's values would share a cache's sets
 _ROUND = np.float32(1.5 * 2**23)  # added and taken away again, it leaves the nearest whole number, of ties the even one
 _ROUND_SMALL = np.float32(1.5 / 2)  # the same for multiples of 2⁻²⁴, as float16 has them below 2⁻¹⁴
 _ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 _LEAST = np.float32(1e-38)
+_SPARE = np.float32(2.0**-10)  # far more than products are rounded by
 _NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal float16; from here on it is infinite
 _INFINITE = np.float32(np.inf)
 
@@ -67,7 +68,8 @@ def _padded(x: Array, h: Array | None) -> tuple[Array, Array | None]:
 
 @compiled
 def _lanes(size, h):
-    return max(_FEWEST_LANES, (2 * _VALUES if h is None else _VALUES) // size)
+    vectors = (2 * _VALUES if h is None else _VALUES) // (size * _VECTOR)
+    return max(_FEWEST_VECTORS, (vectors - 1) | 1) * _VECTOR
 
 
 @compiled
@@ -116,34 +118,47 @@ def _rounded(value, low, high):
 
 @compiled
 def _fit_about(x, hx, h, inverse, point, low, high, along, square):
-    """Σ h·x·q and Σ h·q² of a candidate's codes, which count from ``point``, by lanes."""
+    """Σ h·x·q and Σ h·q² of a candidate's codes, which count from ``point`` (None: zero), by lanes."""
     along[:], square[:] = _ZERO, _ZERO
     for i in range(0, x.shape[0], 4):
         for k in range(x.shape[1]):
-            z = point[k]
-            q0 = _rounded(x[i, k] * inverse[k] + z, low, high) - z
-            q1 = _rounded(x[i + 1, k] * inverse[k] + z, low, high) - z
-            q2 = _rounded(x[i + 2, k] * inverse[k] + z, low, high) - z
-            q3 = _rounded(x[i + 3, k] * inverse[k] + z, low, high) - z
+            p, z = inverse[k], None if point is None else point[k]
+            q0, q1 = _about(x[i, k] * p, z, low, high), _about(x[i + 1, k] * p, z, low, high)
+            q2, q3 = _about(x[i + 2, k] * p, z, low, high), _about(x[i + 3, k] * p, z, low, high)
             along[k] += (hx[i, k] * q0 + hx[i + 1, k] * q1) + (hx[i + 2, k] * q2 + hx[i + 3, k] * q3)
             h0, h1, h2, h3 = _times(h, i, k, q0, q1, q2, q3)
             square[k] += (h0 * q0 + h1 * q1) + (h2 * q2 + h3 * q3)
+
+
+@compiled
+def _about(value, point, low, high):
+    return _rounded(value, low, high) if point is None else _rounded(value + point, low, high) - point
 
 
 # --- symmetric --------------------------------------------------------------------------------------------------
 
 
 @compiled
-def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_other):
+def _within(value, low, high):
+    """The same, where a bound that is None is never exceeded."""
+    if low is not None:
+        value = max(value, low)
+    if high is not None:
+        value = min(value, high)
+    return value + _ROUND - _ROUND
+
+
+@compiled
+def _fit(x, hx, h, one, other, low, high, low_other, high_other, along, square, along_other, square_other):
     """Σ h·x·q and Σ h·q² of the codes that two candidates give, by lanes."""
     along[:], square[:], along_other[:], square_other[:] = _ZERO, _ZERO, _ZERO, _ZERO
     for i in range(0, x.shape[0], 4):
         for k in range(x.shape[1]):
             p, q = one[k], other[k]
-            p0, q0 = _rounded(x[i, k] * p, low, high), _rounded(x[i, k] * q, low, high)
-            p1, q1 = _rounded(x[i + 1, k] * p, low, high), _rounded(x[i + 1, k] * q, low, high)
-            p2, q2 = _rounded(x[i + 2, k] * p, low, high), _rounded(x[i + 2, k] * q, low, high)
-            p3, q3 = _rounded(x[i + 3, k] * p, low, high), _rounded(x[i + 3, k] * q, low, high)
+            p0, q0 = _within(x[i, k] * p, low, high), _within(x[i, k] * q, low_other, high_other)
+            p1, q1 = _within(x[i + 1, k] * p, low, high), _within(x[i + 1, k] * q, low_other, high_other)
+            p2, q2 = _within(x[i + 2, k] * p, low, high), _within(x[i + 2, k] * q, low_other, high_other)
+            p3, q3 = _within(x[i + 3, k] * p, low, high), _within(x[i + 3, k] * q, low_other, high_other)
             t0, t1, t2, t3 = hx[i, k], hx[i + 1, k], hx[i + 2, k], hx[i + 3, k]
             along[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
             along_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
@@ -151,6 +166,20 @@ def _fit(x, hx, h, one, other, low, high, along, square, along_other, square_oth
             square[k] += (t0 * p0 + t1 * p1) + (t2 * p2 + t3 * p3)
             t0, t1, t2, t3 = _times(h, i, k, q0, q1, q2, q3)
             square_other[k] += (t0 * q0 + t1 * q1) + (t2 * q2 + t3 * q3)
+
+
+@compiled
+def _fit_pair(x, hx, h, one, other, furthest, low, high, along, square, along_other, square_other):
+    """The same, bounds left out that no value goes beyond; ``furthest`` from zero are the candidates' extremes."""
+    reached, reached_other = furthest[0] + _SPARE, furthest[1] + _SPARE
+    if max(reached, reached_other) < high + _HALF:
+        _fit(x, hx, h, one, other, None, None, None, None, along, square, along_other, square_other)
+    elif reached < _HALF - low and reached_other < high + _HALF:
+        _fit(x, hx, h, one, other, None, high, None, None, along, square, along_other, square_other)
+    elif reached_other < _HALF - low:
+        _fit(x, hx, h, one, other, low, high, None, high, along, square, along_other, square_other)
+    else:
+        _fit(x, hx, h, one, other, low, high, low, high, along, square, along_other, square_other)
 
 
 @compiled
@@ -191,14 +220,14 @@ def _symmetric(x, h, factors, low, high, refinements, out):
         for c in range(0, factors.shape[0], 2):
             for k in range(lanes):
                 one[k], other[k] = factors[c] * inverse[k], factors[c + 1] * inverse[k]
-            _fit(at, products, counts, one, other, low, high, along, square, along_other, square_other)
+            far = (abs(factors[c]), abs(factors[c + 1]))
+            _fit_pair(at, products, counts, one, other, far, low, high, along, square, along_other, square_other)
             _better(along, square, best, scale)
             _better(along_other, square_other, best, scale)
-        other[:] = _ZERO  # what codes count from
         for _ in range(refinements):
             for k in range(lanes):
                 one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
-            _fit_about(at, products, counts, one, other, low, high, along, square)
+            _fit_about(at, products, counts, one, None, low, high, along, square)
             _better(along, square, best, scale)
         for k in range(min(lanes, x.shape[0] - start)):
             out[start + k] = scale[k]

@@ -15,10 +15,12 @@ __all__ = ["quantize_q6_k", "quantize_q8_0", "store_float"]
 
 from collections.abc import Callable
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from phi4edge.core.errors import InputError
+from phi4edge.quant._q8_kernels import round_q8_0
 from phi4edge.quant.ggml_blocks import BLOCK_TYPES, pack_blocks
 from phi4edge.quant.parallel import run_parallel
 
@@ -68,21 +70,11 @@ def quantize_q8_0(values: Tensor, where: str = "weight") -> Tensor:
 
 def _q8_0(values: Tensor, where: str) -> Tensor:
     rows = values.shape[0]
-    x = values.reshape(rows, -1, 32)
-    scaled = x.abs()  # the buffer of what follows too: large allocations cost more than the arithmetic
-    d = scaled.amax(dim=2) / 127
-    inverse = 1 / d
-    inverse.masked_fill_(torch.isinf(inverse), 0)  # d is zero, or so small that float16 makes it zero
-    torch.mul(x, inverse[:, :, None], out=scaled)
-    codes = scaled.round()  # halves to even
-    off = scaled.sub_(codes)
-    least, most = off.aminmax()
-    if float(least) == -0.5 or float(most) == 0.5:  # of which some are to be rounded away from zero
-        above = codes + off > 0
-        codes += (off == 0.5) & above
-        codes -= ((off == -0.5) & ~above).float()
-    half = store_float(d, torch.float16, f"{where}: scale").reshape(rows, -1, 2)
-    return torch.cat((half, codes.to(torch.int8).view(torch.uint8)), dim=2).reshape(rows, -1)
+    x = values.reshape(-1, 32).numpy()
+    out = np.empty((len(x), 34), np.uint8)
+    d = torch.from_numpy(round_q8_0(x, out)).reshape(rows, -1)
+    out[:, :2] = store_float(d, torch.float16, f"{where}: scale").reshape(-1, 2).numpy()
+    return torch.from_numpy(out).reshape(rows, -1)
 
 
 def quantize_q6_k(values: Tensor, where: str = "weight") -> Tensor:

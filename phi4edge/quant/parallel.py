@@ -7,11 +7,12 @@ computes on one core. What comes out does not depend on how many there are.
 
 from __future__ import annotations
 
-__all__ = ["SMALL_PIECE", "RunPieces", "row_pieces", "run_parallel"]
+__all__ = ["SMALL_PIECE", "RunPieces", "read_pieces", "row_pieces", "run_ahead", "run_parallel"]
 
 import os
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from collections import deque
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from functools import cache, partial
 from typing import Any, TypeVar
 
@@ -21,6 +22,7 @@ T = TypeVar("T")
 # Something that computes pieces: here, or elsewhere. They are functions of their arguments, found by name.
 RunPieces = Callable[[Sequence[partial[Any]]], list[Any]]
 _MOST_ROWS, _FEWEST_ROWS, _WEIGHTS = 4096, 512, 2**22  # in a piece
+_READ = 2**21  # weights read at a time
 _UNDIVIDED = 1024  # rows that stay one piece
 SMALL_PIECE = 2**20  # weights of a piece of work that needs several values for each of them
 
@@ -39,6 +41,11 @@ def row_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
         pairs = -(-rows // (2 * most))
         most = -(-rows // (2 * pairs))
     return [slice(start, min(start + most, rows)) for start in range(0, rows, most)]
+
+
+def read_pieces(rows: int, columns: int, most: int | None = None) -> list[slice]:
+    """Rows of a weight that is rounded as it is read: what a disk gives in one go, or ``most`` in each piece."""
+    return row_pieces(rows, columns, most or max(1, _READ // columns))
 
 
 def run_parallel(pieces: Sequence[Callable[[], T]]) -> list[T]:
@@ -63,6 +70,31 @@ def run_parallel(pieces: Sequence[Callable[[], T]]) -> list[T]:
             wait(futures)
     finally:
         torch.set_num_threads(threads)
+
+
+def run_ahead(pieces: Iterable[Callable[[], T]]) -> Generator[T, None, None]:
+    """The same, as they are asked for: one more than there are cores is made meanwhile, and no more are in RAM.
+
+    An error in a piece is raised where its result would have come. Closed early, no piece is being computed any more.
+    """
+    threads, inference = torch.get_num_threads(), torch.is_inference_mode_enabled()
+    pool, coming = _pool(os.getpid(), threads), deque[Future[T]]()
+
+    def run(piece: Callable[[], T]) -> T:
+        with torch.inference_mode(inference):
+            return piece()
+
+    try:
+        for piece in pieces:
+            coming.append(pool.submit(run, piece))
+            if len(coming) > threads:
+                yield coming.popleft().result()
+        while coming:
+            yield coming.popleft().result()
+    finally:
+        for future in coming:
+            future.cancel()
+        wait(coming)
 
 
 @cache

@@ -33,7 +33,7 @@ from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 20  # weights searched at a time, where no compiled search does it
 _REFINEMENTS = 2
-_ALIKE = ((32, 10), (128, 13))  # values of a group that count alike, and how many of the spans are tried
+_ALIKE = ((32, 8), (64, 11), (128, 13))  # values of a group that count alike, and how many of the spans are tried
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 _REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since

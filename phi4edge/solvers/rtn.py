@@ -11,6 +11,7 @@ from __future__ import annotations
 __all__ = ["NEEDS_HESSIAN", "solve", "solve_rows"]
 
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from functools import partial
 
@@ -19,7 +20,7 @@ from torch import Tensor
 
 from phi4edge.quant.grid import Grid, grid_for
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import row_pieces
+from phi4edge.quant.parallel import read_pieces, row_pieces
 from phi4edge.quant.rounding import round_to
 from phi4edge.quant.scheme import Scheme
 from phi4edge.quant.search import search
@@ -30,6 +31,7 @@ NEEDS_HESSIAN = False
 _TOGETHER = 1 << 18  # weights rounded at a time
 
 Rows = Callable[[slice], Tensor]  # some rows of a weight, float32
+Pieces = Callable[[slice], AbstractContextManager[Rows]]  # the same, open for as long as rows are asked for
 
 
 def solve(problem: Problem, options: SolverOptions) -> Solution:
@@ -40,34 +42,36 @@ def solve(problem: Problem, options: SolverOptions) -> Solution:
     """
     W = problem.weight
     rows, columns = W.shape
-    pieces = [(partial(_some, W[piece]), slice(0, len(W[piece]))) for piece in row_pieces(rows, columns, options.rows)]
+    parts = [W[piece] for piece in row_pieces(rows, columns, options.rows)]
+    pieces = [(partial(_all_of, part), slice(0, len(part))) for part in parts]
     found = _rounded(problem.name, problem.scheme, columns, pieces, problem.importance, options)
     return found if problem.hessian is None else replace(found, loss=layer_loss(problem, found.linear))
 
 
 def solve_rows(
-    name: str, shape: tuple[int, int], rows: Rows, scheme: Scheme, importance: Tensor | None, options: SolverOptions
+    name: str, shape: tuple[int, int], opened: Pieces, scheme: Scheme, importance: Tensor | None, options: SolverOptions
 ) -> Solution:
-    """The same of a weight of which ``rows`` gives a few at a time: all of it is never in RAM.
+    """The same of a weight of which ``opened`` gives a few rows at a time: all of it is never in RAM.
 
-    ``shape`` is [out_features, in_features]; ``importance`` [in_features] is diag H, or None.
+    ``shape`` is [out_features, in_features]; ``opened`` is asked for :func:`read_pieces`, and within one for a few
+    rows at a time; ``importance`` [in_features] is diag H, or None.
 
     Raises:
-        InputError: the group size does not divide in_features; what ``rows`` raises.
+        InputError: the group size does not divide in_features; what ``opened`` raises.
     """
-    pieces = [(rows, piece) for piece in row_pieces(*shape, options.rows)]
+    pieces = [(opened, piece) for piece in read_pieces(*shape, options.rows)]
     return _rounded(name, scheme, shape[1], pieces, importance, options)
 
 
-def _some(W: Tensor, rows: slice) -> Tensor:
-    return W[rows]
+def _all_of(W: Tensor, piece: slice) -> AbstractContextManager[Rows]:
+    return nullcontext(W.__getitem__)
 
 
 def _rounded(
     name: str,
     scheme: Scheme,
     columns: int,
-    pieces: Sequence[tuple[Rows, slice]],
+    pieces: Sequence[tuple[Pieces, slice]],
     importance: Tensor | None,
     options: SolverOptions,
 ) -> Solution:
@@ -80,19 +84,20 @@ def _rounded(
 
 
 def _solve_piece(
-    grid: Grid, rows: Rows, piece: slice, columns: int, groups: int, importance: Tensor | None
+    grid: Grid, opened: Pieces, piece: slice, columns: int, groups: int, importance: Tensor | None
 ) -> tuple[dict[str, list[Tensor]], float]:
     """Codes as a run stores them and parameters of some rows, a few at a time; what they lose with diag H, summed."""
     step = max(1, _TOGETHER // columns)
     loss, found = 0.0, dict[str, list[Tensor]]()
-    for start in range(piece.start, piece.stop, step):
-        W = rows(slice(start, min(start + step, piece.stop)))
-        grouped = W.reshape(len(W), groups, -1)
-        params = search(grid, grouped, importance)
-        codes, lost = round_to(grid, grouped, params, importance)
-        loss += lost
-        for field, values in {"codes": codes, **params}.items():
-            found.setdefault(field, []).append(values)
+    with opened(piece) as rows:
+        for start in range(piece.start, piece.stop, step):
+            W = rows(slice(start, min(start + step, piece.stop)))
+            grouped = W.reshape(len(W), groups, -1)
+            params = search(grid, grouped, importance)
+            codes, lost = round_to(grid, grouped, params, importance)
+            loss += lost
+            for field, values in {"codes": codes, **params}.items():
+                found.setdefault(field, []).append(values)
     return found, loss
 
 

@@ -8,7 +8,7 @@ a time; the system reads the next one into its page cache meanwhile.
 
 from __future__ import annotations
 
-__all__ = ["BlockSolver", "SolvedBlock", "committed_behind"]
+__all__ = ["BlockSolver", "SolvedBlock", "committed_behind", "rows_in_order"]
 
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
@@ -21,6 +21,7 @@ from torch import Tensor
 
 from phi4edge.calibration.judging import judged_rows
 from phi4edge.calibration.statistics import LayerStats
+from phi4edge.checkpoint.rows_ahead import RowsAhead
 from phi4edge.core.events import Event, Progress
 from phi4edge.core.memory import format_bytes, release_memory, rss_bytes
 from phi4edge.core.parts import PartTimes
@@ -29,7 +30,7 @@ from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.rounding import resting_places
 from phi4edge.model.block import LINEARS, linear_name, load_norms
 from phi4edge.quant.linear import QuantizedLinear
-from phi4edge.quant.parallel import RunPieces, run_parallel
+from phi4edge.quant.parallel import RunPieces, read_pieces, run_parallel
 from phi4edge.solvers import gptq, rtn
 from phi4edge.solvers._api import Problem, Solution, SolverOptions
 from phi4edge.solvers._coupled import solve_coupled
@@ -76,12 +77,15 @@ class BlockSolver:
         parts: PartTimes,
         curvatures: Curvatures | None = None,
         run: RunPieces = run_parallel,
+        rows: RowsAhead | None = None,
     ) -> None:
+        """``rows``: of all weights, as :func:`rows_in_order` names them, where the job rounds by rows."""
+        assert (rows is not None) == job.by_rows
+        self._rows = rows
         self._curvatures, self._parts = curvatures, parts
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
         self._whole = bool(self._solver.NEEDS_HESSIAN) or job.recipe.whole_hessian or job.recipe.scales_inputs
-        self._by_rows = job.by_rows
         self._options = SolverOptions(
             self._recipe.damp_percent,
             self._recipe.act_order,
@@ -110,8 +114,8 @@ class BlockSolver:
         for stage in range(len(LINEARS)):
             name = linear_name(layer, stage)
             self._progress.status(f"block {layer} {LINEARS[stage]} · RSS {format_bytes(rss_bytes())}")
-            if self._by_rows:
-                self._round(name, layer, stage, out)
+            if self._rows is not None:
+                self._round(name, self._rows, out)
                 self._reached(stage, committed)
                 continue
             weight = self._read(layer, stage)
@@ -165,19 +169,16 @@ class BlockSolver:
 
     def _reached(self, stage: int, committed: Future[None] | None) -> None:
         self._progress.advance()
-        if stage == committed_behind(by_rows=self._by_rows) and committed is not None:
+        if stage == committed_behind(by_rows=self._rows is not None) and committed is not None:
             with self._parts.part("write"):
                 committed.result()
 
-    def _round(self, name: str, layer: int, stage: int, out: SolvedBlock) -> None:
+    def _round(self, name: str, rows: RowsAhead, out: SolvedBlock) -> None:
         """Round a linear to nearest as it is read, a few rows at a time."""
-        self._ask_for(layer, stage + 1)
-        mean_square = self._given(name)
+        mean_square, opened = self._given(name), partial(rows.piece, f"{name}.weight")
         shape = self._job.checkpoint.config.linears[name]
-        rows = partial(self._job.source.tensor, f"{name}.weight")
         with self._parts.part("solve"):
-            found = rtn.solve_rows(name, shape, rows, self._job.scheme_of(name), mean_square, self._options)
-            self._job.checkpoint.done_with(f"{name}.weight")
+            found = rtn.solve_rows(name, shape, opened, self._job.scheme_of(name), mean_square, self._options)
         out.tensors |= found.linear.to_tensors()
         if mean_square is not None:
             out.tensors[f"{name}.imatrix"] = mean_square
@@ -314,6 +315,13 @@ class BlockSolver:
             on_units=self._options.on_units,
         )
         return replace(problem, weight=target)
+
+
+def rows_in_order(job: Job, first: int) -> list[tuple[str, slice]]:
+    """What a job that rounds by rows reads from block ``first`` on: weights' names and rows, in that order."""
+    config = job.checkpoint.config
+    names = [linear_name(layer, stage) for layer in range(first, config.num_layers) for stage in range(len(LINEARS))]
+    return [(f"{name}.weight", rows) for name in names for rows in read_pieces(*config.linears[name])]
 
 
 def committed_behind(*, by_rows: bool) -> int:

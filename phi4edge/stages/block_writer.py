@@ -33,8 +33,7 @@ def write_block(path: Path, tensors: Mapping[str, Tensor]) -> str:
         offset += tensors[name].nbytes
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % 8)
-    with atomic_file(path) as opened:
-        file = HashedFile(opened)
+    with atomic_file(path) as opened, HashedFile(opened) as file:
         file.write(struct.pack("<Q", len(text)) + text)
         for name in header:
             if tensors[name].numel():

@@ -36,6 +36,7 @@ from phi4edge.solvers._loss import LOSS_COLUMNS
 from phi4edge.stages.block_solver import committed_behind
 
 PARTS = ("read", "forward", "moments", "solve", "check", "round", "write")  # of a block, as the journal has them
+_HASH = "hash"  # one more, of a block beside which the checkpoint is hashed
 _ROUNDING_EVALUATIONS = 3  # of a block, on held-out samples
 _EVALUATIONS = 6  # of tuning, on held-out samples: four, and one to three of halved changes
 # Of the head's products in a step, which takes both models' logits twice and a gradient through the head: once both.
@@ -99,7 +100,7 @@ class Prediction:
     block: Mapping[str, float]  # of one block, by part
     linears: tuple[float, ...]  # of one block, by linear in order of use, its reading with it; what is written left out
     preparing: float  # tokenizing the corpus, first of all
-    hashing: float  # of the checkpoint
+    hashing: float  # of the checkpoint, where that comes first
     tuning: float
     not_estimated: tuple[str, ...]  # what the recipe asks for beside that
 
@@ -117,8 +118,8 @@ class Prediction:
         """The prediction as a JSON object; every number in it is an estimate and says so."""
         parts = {
             "prepare": self.preparing,
-            "hash": self.hashing,
             **{part: self.blocks * self.block[part] for part in PARTS},
+            _HASH: self.hashing + self.blocks * self.block[_HASH],
         }
         return {
             "seconds_estimated": self.seconds,
@@ -133,7 +134,7 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
     config, recipe = work.config, work.recipe
     shapes = config.linear_shapes
     weights = sum(out * inp for out, inp in shapes.values())
-    block = dict.fromkeys(PARTS, 0.0)
+    block = dict.fromkeys((*PARTS, _HASH), 0.0)
     linears = []
     for name, shape in shapes.items():
         found = _linear(recipe, shape, rates.linears[name], rates.threads)
@@ -155,17 +156,24 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
             linears[-1] += block["round"]
         written += streams * (rates.sync + residual / rates.write)
     computing = sum(block.values())
-    stored = weights * work.stored_bytes
+    stored = float(weights * work.stored_bytes)
     copies = stored / rates.read / (rates.threads if recipe.by_rows else 1)
-    block["read"] = copies + max(0.0, stored / rates.disk - computing)
-    block["write"] = max(0.0, written - sum(linears[: 1 + committed_behind(by_rows=recipe.by_rows)]))
     parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
+    hashed, hashing = parameters * work.stored_bytes, 0.0
+    if recipe.by_rows:  # by the same cores and from the same disk, as far as blocks are rounded
+        block[_HASH] = hashed / config.num_layers / rates.check / rates.threads
+        computing += block[_HASH]
+        stored += hashed / config.num_layers
+    else:
+        hashing = hashed / min(rates.check * work.files, rates.disk)
+    block["read"] = max(copies, stored / rates.disk - computing)
+    block["write"] = max(0.0, written - sum(linears[: 1 + committed_behind(by_rows=recipe.by_rows)]))
     return Prediction(
         config.num_layers,
         block,
         tuple(linears),
         preparing,
-        parameters * work.stored_bytes / min(rates.check * work.files, rates.disk),
+        hashing,
         _tuning(work, recipe.tuning, rates) if recipe.tuning is not None else 0.0,
         _left_out(recipe, rates),
     )

@@ -9,7 +9,9 @@ from __future__ import annotations
 __all__ = ["QuantizeSummary", "finished_manifest", "intact_blocks", "plan", "quantize"]
 
 import time
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -18,22 +20,24 @@ import torch
 from torch import Tensor
 
 from phi4edge.checkpoint.reader import open_checkpoint
+from phi4edge.checkpoint.rows_ahead import RowsAhead
 from phi4edge.core.events import SILENT, Progress
 from phi4edge.core.hashing import sha256_file, sha256_json
 from phi4edge.core.memory import format_bytes, peak_rss_bytes, release_memory
 from phi4edge.core.parts import PartTimes
 from phi4edge.core.recipe import Recipe
-from phi4edge.core.workdir import Workdir
+from phi4edge.core.workdir import RUN_FILE, Workdir
 from phi4edge.model.block import LINEARS
 from phi4edge.model.compute import computing
 from phi4edge.quant.parallel import run_parallel
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.stages.allocate import allocate, check_budget
-from phi4edge.stages.block_solver import BlockSolver
+from phi4edge.stages.block_solver import BlockSolver, rows_in_order
 from phi4edge.stages.block_writer import write_block
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.curvature import Curvatures, measure_curvature
-from phi4edge.stages.inputs import hash_checkpoint, note_location, open_inputs
+from phi4edge.stages.hash_behind import HashBehind, is_unsettled, unsettled
+from phi4edge.stages.inputs import hash_checkpoint, known_hashes, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.pace import Pace, PacedProgress
@@ -82,30 +86,70 @@ def quantize(
     if cluster is not None:
         cluster.check_job(device, job.recipe.compute)
         _note_small_stores(job, cluster, progress)
-    hashes = hash_checkpoint(checkpoint.index, out)
-    shared = open_inputs(recipe.corpus, job.corpus.sha256 if job.corpus else None, hashes)
-    inputs = {"kind": "quantize", "recipe": job.recipe.as_dict(), **shared}
-    with Workdir.open(out, inputs, restart=restart) as work:
-        note_location(checkpoint.index, out, hashes)
+    index, corpus_sha256 = checkpoint.index, job.corpus.sha256 if job.corpus else None
+
+    def inputs(hashes: dict[str, str]) -> dict[str, Any]:
+        return {"kind": "quantize", "recipe": job.recipe.as_dict(), **open_inputs(recipe.corpus, corpus_sha256, hashes)}
+
+    with ExitStack() as opened:
+        behind = None
+        if not _hashed_behind(job, out, restart=restart):
+            hashes = hash_checkpoint(index, out)
+            work = opened.enter_context(Workdir.open(out, inputs(hashes), restart=restart))
+            note_location(index, out, hashes)
+        else:
+            work = opened.enter_context(Workdir.open(out, unsettled(inputs({}), index), restart=restart))
+
+            def settle(hashes: dict[str, str]) -> None:
+                note_location(index, out, hashes)
+                work.settle(inputs(hashes))
+
+            behind = opened.enter_context(HashBehind(index, out, settle))
         manifest = finished_manifest(work, checkpoint.config.num_layers)
         if manifest is None:
-            key = sha256_json(inputs)
-            mix = None
+            manifest = _work_off(job, work, inputs, progress, cluster, behind)
+        return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
+
+
+def _hashed_behind(job: Job, out: Path, *, restart: bool) -> bool:
+    """Whether the checkpoint's hashes are known only in the course of the run: nothing before its end hangs on them."""
+    if not restart and is_unsettled(out):
+        return True
+    begun = (out / RUN_FILE).is_file() and not restart
+    fast = job.by_rows and job.recipe.mix is None
+    return fast and not begun and known_hashes(job.checkpoint.index, out) is None
+
+
+def _work_off(
+    job: Job,
+    work: Workdir,
+    inputs: Callable[[dict[str, str]], dict[str, Any]],
+    progress: Progress,
+    cluster: Cluster | None,
+    behind: HashBehind | None,
+) -> dict[str, Any]:
+    """Everything that is not done yet; the manifest. ``inputs`` makes the run's of the checkpoint's hashes."""
+    recipe, index = job.recipe, job.checkpoint.index
+    mix, curvatures, measured = None, None, None
+    if recipe.mix is not None or recipe.output_curvature:
+        assert behind is None, "they are kept by what the run was begun with"
+        key = sha256_json(inputs(hash_checkpoint(index, work.path)))
+        with torch.no_grad(), computing(recipe.compute):
             if recipe.mix is not None:
-                with torch.no_grad(), computing(job.recipe.compute):
-                    mix = allocate(job, work.path, key, progress)
+                mix = allocate(job, work.path, key, progress)
                 types = {name: parse_scheme(other) for name, other in mix.types.items() if other != mix.base}
                 job = replace(job, scheme=parse_scheme(mix.base), types=types)
-            curvatures, measured = None, None
             if recipe.output_curvature:
-                with torch.no_grad(), computing(job.recipe.compute):
-                    curvatures, measured = measure_curvature(job, work.path, key, progress)
-            with torch.inference_mode():
-                _solve_blocks(job, work, progress, curvatures, cluster)
-            with torch.no_grad(), computing(job.recipe.compute):
-                tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
-            manifest = finish(job, work, key, tuned, mix, measured)
-        return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
+                curvatures, measured = measure_curvature(job, work.path, key, progress)
+    with torch.inference_mode():
+        _solve_blocks(job, work, progress, curvatures, cluster, behind)
+    if behind is not None:
+        progress.status("hashing the checkpoint")
+        behind.wait()
+    key = sha256_json(inputs(hash_checkpoint(index, work.path)))
+    with torch.no_grad(), computing(recipe.compute):
+        tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
+    return finish(job, work, key, tuned, mix, measured)
 
 
 def plan(
@@ -152,7 +196,12 @@ def _note_small_stores(job: Job, cluster: Cluster, progress: Progress) -> None:
 
 
 def _solve_blocks(
-    job: Job, work: Workdir, progress: Progress, curvatures: Curvatures | None, cluster: Cluster | None
+    job: Job,
+    work: Workdir,
+    progress: Progress,
+    curvatures: Curvatures | None,
+    cluster: Cluster | None,
+    hashing: HashBehind | None,
 ) -> None:
     config = job.checkpoint.config
     done = intact_blocks(work)
@@ -163,11 +212,16 @@ def _solve_blocks(
     parts = PartTimes()
     stream = CalibrationStream(job, work, done, progress, parts, cluster) if job.corpus is not None else None
     run = cluster.run_rows if cluster is not None else run_parallel
-    solver = BlockSolver(job, stream, progress, parts, curvatures, run)
-    with ThreadPoolExecutor(1, "commit") as behind:
+    with ThreadPoolExecutor(1, "commit") as behind, ExitStack() as open_rows:
+        rows = None
+        if job.by_rows:
+            rows = open_rows.enter_context(RowsAhead(job.checkpoint, rows_in_order(job, done), torch.get_num_threads()))
+        solver = BlockSolver(job, stream, progress, parts, curvatures, run, rows)
         pending: Future[None] | None = None
         for layer in range(done, config.num_layers):
             started = time.monotonic()
+            if hashing is not None:
+                hashing.reached(layer - done, config.num_layers - done)
             solved = solver.solve(layer, pending)
             if cluster is not None and layer == done:
                 solved.events[:0] = cluster.events

@@ -30,9 +30,11 @@ from phi4edge.calibration.budget import TUNING_PIECE_TOKENS, MemoryPlan, head_ro
 from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
-from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.checkpoint.digest import check_piece
+from phi4edge.checkpoint.reader import CheckpointReader, read_tensor
 from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import InputError
+from phi4edge.core.hashing import HashedFile
 from phi4edge.core.recipe import BFLOAT16, Recipe
 from phi4edge.core.registry import load as load_plugin
 from phi4edge.distillation.loss import Head
@@ -285,15 +287,20 @@ class _Measurement:
         nbytes, fetching, reading, checking = 0, 0.0, 0.0, 0.0
         for _ in range(_READS):
             name = f"model.layers.{draw.randrange(self._config.num_layers)}.{LINEARS[1]}.weight"
-            nbytes += checkpoint.index.tensors[name].nbytes
-            read = partial(source.tensor, name)
-            first, again = self._once(read), self._once(read)
-            reading += again
-            fetching += max(first - again, 0.0)
+            ref = checkpoint.place(name)
+            nbytes += ref.nbytes
             began = self._clock()
-            data = checkpoint.tensor(name).to(checkpoint.stored_dtype(name)).view(torch.uint8).numpy()
-            hashlib.sha256(data.data).digest()
-            checking += self._clock() - began
+            stored = read_tensor(ref, around_cache=checkpoint.outgrows_memory)
+            fetched = self._clock() - began
+            again = self._once(partial(source.tensor, name))
+            if checkpoint.outgrows_memory:  # from the disk this time too
+                again = max(again - fetched, 0.0)
+            else:
+                fetched = max(fetched - self._once(partial(read_tensor, ref)), 0.0)
+            reading, fetching = reading + again, fetching + fetched
+            data = stored.reshape(-1).view(torch.uint8).numpy()
+            checking += self._once(lambda data=data: hashlib.sha256(data.data))  # type: ignore[misc]  # mypy knows no defaults
+            checking += self._once(partial(check_piece, ref, 0, data))
         return nbytes / max(reading, 1e-9), nbytes / max(fetching, 1e-9), nbytes / max(checking, 1e-9)
 
     def _once(self, call: Callable[[], object]) -> float:
@@ -311,9 +318,7 @@ class _Measurement:
             raise InputError(
                 f"{self._folder}: cannot be written to ({error.strerror})", "choose another --out"
             ) from error
-        began = self._clock()
-        hashlib.sha256(data).digest()
-        return len(data) / max(whole - sync + self._clock() - began, 1e-9), sync
+        return len(data) / max(whole - sync, 1e-9), sync
 
     def _room(self) -> int:
         """Bytes to write for a measurement: little beside what is free, so that no run fails for it."""
@@ -322,8 +327,8 @@ class _Measurement:
     def _written(self, data: bytes) -> float:
         began = self._clock()
         with tempfile.TemporaryFile(dir=self._folder) as file:
-            file.write(data)
-            file.flush()
+            with HashedFile(file) as hashed:
+                hashed.write(data)
             os.fsync(file.fileno())
         return self._clock() - began
 

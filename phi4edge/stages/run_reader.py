@@ -21,11 +21,11 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
-from safetensors import safe_open
 from torch import Tensor
 
 from phi4edge import __version__
-from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint
+from phi4edge.checkpoint.index import read_header
+from phi4edge.checkpoint.reader import CheckpointReader, open_checkpoint, read_tensor
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.core.hashing import sha256_json
 from phi4edge.core.jsonfile import read_object
@@ -39,6 +39,7 @@ from phi4edge.transforms.rotation import rotated
 from phi4edge.writers._packed_folder import open_rest
 
 MANIFEST, PERFORMANCE, IMATRIX = "manifest.json", "performance.json", "imatrix.safetensors"
+_LARGE = 1 << 24  # bytes of a tensor that is read once, and need not come into memory for others
 ADOPTED = "adopted"  # the method of a run whose codes another tool decided
 
 
@@ -74,21 +75,23 @@ def tuned_file(layer: int | None) -> str:
     return "tuning/rest.safetensors" if layer is None else f"tuning/{layer:05d}.safetensors"
 
 
-def _tensors(path: Path, wanted: Callable[[str], bool]) -> dict[str, Tensor]:
-    with safe_open(path, "pt") as file:
-        return {key: file.get_tensor(key) for key in file.keys() if wanted(key)}  # noqa: SIM118  not a mapping
+def _tensors(path: Path, wanted: Callable[[str], bool], rows: slice | None = None) -> dict[str, Tensor]:
+    refs = {key: ref for key, ref in read_header(path).items() if wanted(key)}
+    return {key: read_tensor(ref, rows, around_cache=ref.nbytes >= _LARGE) for key, ref in refs.items()}
 
 
-def read_linear(run: Path, name: str, scheme: Scheme, *, tuned: bool = False) -> QuantizedLinear:
-    """One linear of a committed block; ``tuned``: with the parameters that tuning gave it."""
+def read_linear(
+    run: Path, name: str, scheme: Scheme, rows: slice | None = None, *, tuned: bool = False
+) -> QuantizedLinear:
+    """One linear of a committed block, or some ``rows`` of it; ``tuned``: with the parameters that tuning gave it."""
     layer = int(name.split(".")[2])
 
     def belongs(key: str) -> bool:
         return key.startswith(f"{name}.") and not key.endswith(".imatrix")
 
-    tensors = _tensors(run / block_file(layer), belongs)
+    tensors = _tensors(run / block_file(layer), belongs, rows)
     if tuned:
-        tensors |= _tensors(run / tuned_file(layer), belongs)
+        tensors |= _tensors(run / tuned_file(layer), belongs, rows)
     return QuantizedLinear.from_tensors(name, scheme, tensors)
 
 
@@ -138,9 +141,12 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     tuned = manifest.get("tuning") is not None
     names = tuple(config.linears)
 
+    def load_rows(name: str, rows: slice | None = None) -> QuantizedLinear:
+        return read_linear(run, name, exceptions.get(name, scheme), rows, tuned=tuned)
+
     @lru_cache(maxsize=1)
     def load(name: str) -> QuantizedLinear:
-        return read_linear(run, name, exceptions.get(name, scheme), tuned=tuned)
+        return load_rows(name)
 
     exceptions = {name: parse_scheme(other) for name, other in manifest["types"].items()}
     replaced: dict[str, Tensor] = {}
@@ -169,4 +175,6 @@ def open_run(run: Path, model: str | Path | None = None) -> QuantizedModel:
     }
     base = None if rotation == "none" else rotated(checkpoint, rotation, recipe["rotation_seed"])
     tables = manifest["tables"]
-    return QuantizedModel(checkpoint, scheme, names, load, provenance, replaced, exceptions, tables, base)
+    return QuantizedModel(
+        checkpoint, scheme, names, load, provenance, replaced, exceptions, tables, base, load_rows=load_rows
+    )

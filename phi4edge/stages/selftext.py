@@ -17,6 +17,7 @@ import json
 import math
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -295,7 +296,8 @@ def _rounded(checkpoint: CheckpointReader, scheme_name: str) -> QuantizedModel:
 
     def load(name: str) -> QuantizedLinear:
         rows = partial(checkpoint.tensor, f"{name}.weight")
-        return rtn.solve_rows(name, checkpoint.config.linears[name], rows, scheme, None, SolverOptions()).linear
+        shape = checkpoint.config.linears[name]
+        return rtn.solve_rows(name, shape, lambda _: nullcontext(rows), scheme, None, SolverOptions()).linear
 
     provenance = {"version": __version__, "base_model": checkpoint.index.name, "method": "rtn", "calibration": "none"}
     return QuantizedModel(checkpoint, scheme, names, load, provenance)

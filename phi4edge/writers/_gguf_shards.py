@@ -13,22 +13,24 @@ __all__ = ["ALIGNMENT", "Shard", "plan_shards", "shard_path", "shard_paths", "sp
 
 import re
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
+from functools import partial
 from itertools import groupby
 from operator import itemgetter
 from pathlib import Path
+from typing import BinaryIO
 
 import gguf
 import numpy as np
 from torch import Tensor
 
-from phi4edge.core.ahead import ahead
 from phi4edge.core.errors import UsageError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import HashedFile
 from phi4edge.core.memory import format_bytes
+from phi4edge.quant.parallel import run_ahead
 from phi4edge.writers._gguf_names import FACTORS
 from phi4edge.writers._gguf_tensors import PlannedTensor
 
@@ -171,10 +173,10 @@ def _padded(count: int) -> int:
     return int(count + -count % ALIGNMENT)
 
 
-def write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
-    """Write one file, while its next piece is packed; returns its SHA-256."""
-    file.write(shard.header)
-    with closing(ahead(_pieces(shard.tensors))) as pieces:
+def write_shard(opened: BinaryIO, shard: Shard, progress: Progress) -> str:
+    """Write one file, while its next pieces are packed; returns its SHA-256."""
+    with HashedFile(opened) as file, closing(run_ahead(_pieces(shard.tensors))) as pieces:
+        file.write(shard.header)
         for tensor, of_tensor in groupby(pieces, itemgetter(0)):
             progress.status(tensor.name)
             _pad(file)
@@ -184,15 +186,19 @@ def write_shard(file: HashedFile, shard: Shard, progress: Progress) -> str:
             written = file.position - start
             assert written == tensor.nbytes, f"{tensor.name} has {written} bytes, {tensor.nbytes} were planned"
             progress.advance()
-    _pad(file)
-    assert file.position == shard.nbytes
+        _pad(file)
+        assert file.position == shard.nbytes
     return file.sha256
 
 
-def _pieces(tensors: Sequence[PlannedTensor]) -> Iterator[tuple[PlannedTensor, Tensor]]:
+def _pieces(tensors: Sequence[PlannedTensor]) -> Iterator[Callable[[], tuple[PlannedTensor, Tensor]]]:
     for tensor in tensors:
-        for piece in tensor.data():
-            yield tensor, piece.contiguous()
+        for make in tensor.data():
+            yield partial(_made, tensor, make)
+
+
+def _made(tensor: PlannedTensor, make: Callable[[], Tensor]) -> tuple[PlannedTensor, Tensor]:
+    return tensor, make().contiguous()
 
 
 def _pad(file: HashedFile) -> None:

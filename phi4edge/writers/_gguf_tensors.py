@@ -6,6 +6,7 @@ __all__ = ["PLAIN", "PlannedTensor", "plan_tensors"]
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -13,10 +14,14 @@ from torch import Tensor
 from phi4edge.model.source import QuantizedModel, WeightSource
 from phi4edge.quant.ggml import BLOCK_TYPES, BlockType, block_type_of, pack_linear
 from phi4edge.quant.ggml_rounding import quantize_q6_k, quantize_q8_0, store_float
+from phi4edge.quant.linear import QuantizedLinear
 from phi4edge.writers._gguf_names import FACTORS, gguf_name
 
 PLAIN = {"f32": torch.float32, "f16": torch.float16, "bf16": torch.bfloat16}
 _CHUNK = 1 << 22  # weights in RAM at a time, of a tensor that is not read whole
+
+
+Pieces = Callable[[], Iterator[Callable[[], Tensor]]]  # what makes pieces, one after the other, when it is called
 
 
 @dataclass(frozen=True)
@@ -26,7 +31,7 @@ class PlannedTensor:
     name: str  # the GGUF's
     type: BlockType
     shape: tuple[int, ...]
-    data: Callable[[], Iterator[Tensor]]  # its bytes, uint8 [rows, bytes of a row], some rows at a time
+    data: Pieces  # its bytes, uint8 [rows, bytes of a row], some rows at a time; made in any thread
 
     @property
     def nbytes(self) -> int:
@@ -61,26 +66,33 @@ def plan_tensors(
         if model is not None and linear in model.linears:
             packed = block_type_of(model.scheme_of(linear))
             assert packed is not None, f"{linear} was to be refused"
-            plan.append(PlannedTensor(target, packed, shape, _codes(model, linear)))
+            plan.append(PlannedTensor(target, packed, shape, _codes(model, linear, shape)))
         else:
             stored = BLOCK_TYPES["f32"] if len(shape) == 1 else BLOCK_TYPES[tables[name]] if name in tables else kind
             plan.append(PlannedTensor(target, stored, shape, _rounded(source, name, shape, stored)))
     return plan
 
 
-def _codes(model: QuantizedModel, linear: str) -> Callable[[], Iterator[Tensor]]:
-    def pieces() -> Iterator[Tensor]:
-        whole = model.load(linear)
-        step = max(1, _CHUNK // whole.in_features)
-        for start in range(0, whole.out_features, step):
-            yield pack_linear(whole.rows(start, start + step))
+def _codes(model: QuantizedModel, linear: str, shape: tuple[int, ...]) -> Pieces:
+    def pieces() -> Iterator[Callable[[], Tensor]]:
+        some = model.load_rows
+        rows = (lambda part: some(linear, part)) if some is not None else _rows_of(model.load(linear))
+        step = max(1, _CHUNK // shape[1])
+        for start in range(0, shape[0], step):
+            yield partial(_packed, rows, slice(start, min(start + step, shape[0])))
 
     return pieces
 
 
-def _rounded(
-    source: WeightSource, name: str, shape: tuple[int, ...], kind: BlockType
-) -> Callable[[], Iterator[Tensor]]:
+def _rows_of(whole: QuantizedLinear) -> Callable[[slice], QuantizedLinear]:
+    return lambda part: whole.rows(part.start, part.stop)
+
+
+def _packed(rows: Callable[[slice], QuantizedLinear], part: slice) -> Tensor:
+    return pack_linear(rows(part))
+
+
+def _rounded(source: WeightSource, name: str, shape: tuple[int, ...], kind: BlockType) -> Pieces:
     def store(values: Tensor) -> Tensor:
         if kind.name == "q8_0":
             return quantize_q8_0(values, name)
@@ -88,16 +100,19 @@ def _rounded(
             return quantize_q6_k(values, name)
         return store_float(values, PLAIN[kind.name], name)
 
-    def pieces() -> Iterator[Tensor]:
+    def piece(rows: slice | None) -> Tensor:
+        return store(source.tensor(name)[None] if rows is None else source.tensor(name, rows))
+
+    def pieces() -> Iterator[Callable[[], Tensor]]:
         if len(shape) == 1:
-            yield store(source.tensor(name)[None])
+            yield partial(piece, None)
             return
         step = max(1, _CHUNK // shape[1])
         for start in range(0, shape[0], step):
-            yield store(source.tensor(name, slice(start, start + step)))
+            yield partial(piece, slice(start, start + step))
 
     return pieces
 
 
-def _constant(values: tuple[float, ...]) -> Callable[[], Iterator[Tensor]]:
-    return lambda: iter((store_float(torch.tensor([values]), torch.float32, "rope factors"),))
+def _constant(values: tuple[float, ...]) -> Pieces:
+    return lambda: iter([lambda: store_float(torch.tensor([values]), torch.float32, "rope factors")])

@@ -17,7 +17,7 @@ from __future__ import annotations
 __all__ = ["Imatrix", "read_imatrix", "write_imatrix"]
 
 import struct
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +28,6 @@ from torch import Tensor
 from phi4edge.core.atomic import atomic_file
 from phi4edge.core.errors import InputError
 from phi4edge.core.events import SILENT
-from phi4edge.core.hashing import HashedFile
 from phi4edge.quant.ggml import BLOCK_TYPES
 from phi4edge.writers._gguf_file import MAGIC, GgufFile, GgufTensor, read_gguf, read_rows
 from phi4edge.writers._gguf_names import checkpoint_name, gguf_name
@@ -84,7 +83,7 @@ def write_imatrix(path: Path, imatrix: Imatrix) -> str:
         plan.append(_planned(f"{name}{_COUNTS}", torch.full((1, 1), float(imatrix.tokens))))
     (shard,) = plan_shards(writer, plan, None)
     with atomic_file(path) as file:
-        return write_shard(HashedFile(file), shard, SILENT)
+        return write_shard(file, shard, SILENT)
 
 
 def _stored_name(linear: str) -> str:
@@ -94,11 +93,10 @@ def _stored_name(linear: str) -> str:
 
 
 def _planned(name: str, values: Tensor) -> PlannedTensor:
-    def data() -> Iterator[Tensor]:
-        yield values.contiguous().view(torch.uint8)
+    def data() -> Tensor:
+        return values.contiguous().view(torch.uint8)
 
-    made: Callable[[], Iterator[Tensor]] = data
-    return PlannedTensor(name, BLOCK_TYPES["f32"], tuple(values.shape), made)
+    return PlannedTensor(name, BLOCK_TYPES["f32"], tuple(values.shape), lambda: iter([data]))
 
 
 def read_imatrix(path: Path) -> Imatrix:

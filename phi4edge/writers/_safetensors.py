@@ -66,8 +66,7 @@ def write_safetensors(
     digests: dict[str, str] = {}
     for number, shard in enumerate(shards, 1):
         name = "model.safetensors" if len(shards) == 1 else f"model-{number:05d}-of-{len(shards):05d}.safetensors"
-        with (folder / name).open("wb") as opened:
-            file = HashedFile(opened)
+        with (folder / name).open("wb") as opened, HashedFile(opened) as file:
             file.write(_header(shard, metadata))
             for tensor in shard:
                 _copy(file, tensor, pieces)

@@ -26,7 +26,7 @@ from phi4edge.checkpoint.reader import CheckpointReader
 from phi4edge.core.atomic import atomic_files, write_bytes
 from phi4edge.core.disk import require_space
 from phi4edge.core.errors import InputError, UsageError
-from phi4edge.core.hashing import HashedFile, sha256_bytes
+from phi4edge.core.hashing import sha256_bytes
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer, load_tokenizer
 from phi4edge.quant.ggml import BLOCK_TYPES, block_type_of, packing_refusal
@@ -175,7 +175,7 @@ def _write(
     try:
         with atomic_files(paths, replaced=old) as files:
             for shard, file in zip(shards, files, strict=False):  # asking for one more would end the last
-                digests.append(write_shard(HashedFile(file), shard, options.progress))
+                digests.append(write_shard(file, shard, options.progress))
     except OSError as error:
         raise InputError(f"{out}: cannot be written ({error.strerror})", "nothing was left under that name") from error
     options.progress.finish()
