@@ -6,20 +6,21 @@ import json
 import os
 import shutil
 import threading
-import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from support import write_checkpoint
 
-from phi4edge.checkpoint.digest import Gate, StoppedError, digest_file
+from phi4edge.checkpoint import fed_digest
+from phi4edge.checkpoint.fed_digest import FedDigest
 from phi4edge.checkpoint.index import open_index
 from phi4edge.core.errors import InputError, ResumeError
 from phi4edge.core.events import Progress
 from phi4edge.core.hashing import sha256_file
 from phi4edge.core.recipe import Recipe
-from phi4edge.stages import hash_behind, inputs
+from phi4edge.stages import inputs
 from phi4edge.stages.hash_behind import is_unsettled
 from phi4edge.stages.inputs import hash_checkpoint
 from phi4edge.stages.quantize import quantize
@@ -171,58 +172,37 @@ def test_what_no_block_reads_is_looked_at_too(model: Path, tmp_path: Path) -> No
 def test_files_that_change_while_they_are_read_are_refused(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    changed = inputs.digest_file
+    shard, run = sorted(model.glob("*.safetensors"))[1], FedDigest.run
 
-    def digest(path: Path, *arguments: object, **named: object) -> str:
-        os.utime(path, ns=(2, 2))
-        return changed(path, *arguments, **named)  # type: ignore[arg-type]
+    def changing(self: FedDigest) -> Any:
+        found = run(self)
+        os.utime(shard, ns=(2, 2))
+        return found
 
-    monkeypatch.setattr(inputs, "digest_file", digest)
-    with pytest.raises(InputError, match="changed while they were read"):
+    monkeypatch.setattr(FedDigest, "run", changing)
+    with pytest.raises(InputError, match=rf"{shard.name} changed while the checkpoint was read"):
+        quantize(model, RECIPE, tmp_path / "run")
+    assert is_unsettled(tmp_path / "run")
+    with pytest.raises(ResumeError, match=shard.name):
         quantize(model, RECIPE, tmp_path / "run")
 
 
-def test_hashing_is_never_far_ahead_of_the_blocks(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    shares: list[float] = []
-    open_to = Gate.open_to
+def test_nearly_all_is_read_once(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What nobody rounds is read for the hashes alone, and what a file has in another order than blocks come."""
+    linears = open_index(model).config.linear_parameters * 2
+    read: list[int] = []
+    range_of = fed_digest.read_range
 
-    def seen(self: Gate, share: float) -> None:
-        shares.append(share)
-        open_to(self, share)
+    def noted(path: Path, offset: int, nbytes: int, **named: Any) -> Any:
+        if path.suffix == ".safetensors":
+            read.append(nbytes)
+        return range_of(path, offset, nbytes, **named)
 
-    monkeypatch.setattr(hash_behind.Gate, "open_to", seen)
-    quantize(model, RECIPE, tmp_path / "run")
-    assert shares[:3] == [pytest.approx((done + 2) / BLOCKS) for done in range(3)]
-    assert shares[-1] == 1
-
-
-def test_a_gate_holds_back_what_is_too_early_and_lets_go_of_it(tmp_path: Path) -> None:
-    path = tmp_path / "file"
-    path.write_bytes(bytes(10 << 22))
-    gate, found = Gate(), list[object]()
-
-    def digest() -> None:
-        try:
-            found.append(digest_file(path, passes=lambda n: gate.passes(n / (10 << 22))))
-        except StoppedError as error:
-            found.append(error)
-
-    thread = threading.Thread(target=digest)
-    thread.start()
-    gate.open_to(0.35)
-    time.sleep(0.3)
-    assert not found
-    assert 0.35 <= gate._passed <= 0.4 + 1e-9
-    gate.open_to(1.0)
-    thread.join(10)
-    assert found == [sha256_file(path)]
-
-    stopped, found[:] = threading.Thread(target=digest), []
-    gate = Gate()
-    stopped.start()
-    gate.stop()
-    stopped.join(10)
-    assert isinstance(found[0], StoppedError)
+    monkeypatch.setattr(fed_digest, "read_range", noted)
+    single = write_checkpoint(tmp_path / "single", "phi4", num_hidden_layers=BLOCKS)
+    quantize(single, RECIPE, tmp_path / "run")
+    rest = (single / "model.safetensors").stat().st_size - linears
+    assert rest <= sum(read) <= rest + linears / 4
 
 
 def test_known_hashes_are_not_read_again(model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

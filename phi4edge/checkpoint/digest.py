@@ -7,11 +7,11 @@ all bits of its exponent are set.
 
 from __future__ import annotations
 
-__all__ = ["Gate", "StoppedError", "check_piece", "digest_file"]
+__all__ = ["check_piece", "digest_file"]
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import closing
 from itertools import cycle
 from pathlib import Path
@@ -35,61 +35,19 @@ _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
 }
 
 
-class StoppedError(Exception):
-    """A file is not hashed to its end, as nobody waits for that any more."""
-
-
-def _all(nbytes: int) -> bool:
-    return True
-
-
-class Gate:
-    """Lets those through who read beside other work, so that they are as far with theirs as that is."""
-
-    def __init__(self, share: float = 0.0) -> None:
-        """``share`` of everything may pass at once, 0 … 1; passing is measured in the same."""
-        self._share, self._passed, self._stopped = share, 0.0, False
-        self._changed = threading.Condition()
-
-    def open_to(self, share: float) -> None:
-        """Up to ``share`` of everything may pass from now on."""
-        with self._changed:
-            self._share = max(self._share, share)
-            self._changed.notify_all()
-
-    def stop(self) -> None:
-        """Nothing passes any more."""
-        with self._changed:
-            self._stopped = True
-            self._changed.notify_all()
-
-    def passes(self, part: float) -> bool:
-        """Wait until ``part`` more may pass; False if nothing will."""
-        with self._changed:
-            self._changed.wait_for(lambda: self._stopped or self._passed < self._share or self._share >= 1)
-            self._passed += part
-            return not self._stopped
-
-
-def digest_file(
-    path: Path, tensors: Iterable[TensorRef] = (), *, around_cache: bool = False, passes: Callable[[int], bool] = _all
-) -> str:
+def digest_file(path: Path, tensors: Iterable[TensorRef] = (), *, around_cache: bool = False) -> str:
     """SHA-256 of ``path``; the values of ``tensors`` that lie in it are looked at on the way.
 
-    ``around_cache``: nothing of the file need stay in memory for the next who reads it. ``passes`` is asked with the
-    bytes of every piece before it is looked at; False ends this.
+    ``around_cache``: nothing of the file need stay in memory for the next who reads it.
 
     Raises:
         InputError: one of them is NaN or Inf, and where; or the file cannot be read, or ends early.
-        StoppedError: ``passes`` said no.
     """
     digest = hashlib.sha256()
     try:
         ordered = sorted(tensors, key=lambda ref: ref.offset)
         with closing(ahead(_pieces(path, ordered, around_cache))) as pieces:
             for ref, first, piece in pieces:
-                if not passes(len(piece)):
-                    raise StoppedError(path)
                 hashing = threading.Thread(target=digest.update, args=(piece.data,))
                 hashing.start()
                 try:

@@ -7,7 +7,7 @@ checkpoint that does not fit into memory is read around the page cache.
 
 from __future__ import annotations
 
-__all__ = ["READ_AHEAD", "RowsAhead", "SomeRows"]
+__all__ = ["READ_AHEAD", "RowsAhead", "SomeRows", "segment_of"]
 
 import threading
 from collections.abc import Callable, Iterator, Sequence
@@ -21,6 +21,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from phi4edge.checkpoint.fed_digest import FedDigest, Segment
+from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import CheckpointReader, finite_values, read_tensor
 from phi4edge.core.direct_io import aligned_buffer
 
@@ -36,17 +38,34 @@ class _Room:
     values: Tensor
 
 
+def segment_of(ref: TensorRef, rows: slice) -> Segment:
+    """Where rows ``start:stop`` of a tensor lie."""
+    row = ref.nbytes // ref.shape[0]
+    return ref.path, ref.offset + rows.start * row, ref.offset + rows.stop * row
+
+
 class RowsAhead:
     """Pieces of a checkpoint's weights, for ``users`` threads that ask for them about in their order.
 
     A context manager; at its end nothing is being read any more.
     """
 
-    def __init__(self, checkpoint: CheckpointReader, wanted: Sequence[tuple[str, slice]], users: int) -> None:
-        """``wanted`` are tensors' names and rows ``start:stop``, in the order in which they will be asked for."""
+    def __init__(
+        self,
+        checkpoint: CheckpointReader,
+        wanted: Sequence[tuple[str, slice]],
+        users: int,
+        digest: FedDigest | None = None,
+    ) -> None:
+        """``wanted`` are tensors' names and rows ``start:stop``, in the order in which they will be asked for.
+
+        ``digest`` is shown every piece; it knows of them.
+        """
+        self._digest = digest
         self._checkpoint, self._wanted, self._next = checkpoint, wanted, 0
         self._around_cache = checkpoint.outgrows_memory
-        largest = max((self._nbytes(*piece) for piece in wanted), default=0)
+        segments = (segment_of(checkpoint.place(name), rows) for name, rows in wanted)
+        largest = max((stop - start for _, start, stop in segments), default=0)
         self._free = [_Room(aligned_buffer(largest), torch.empty(0)) for _ in range(users + READ_AHEAD)]
         self._coming: dict[tuple[str, int], tuple[_Room, Future[Tensor]]] = {}
         self._lock = threading.Lock()
@@ -73,9 +92,13 @@ class RowsAhead:
                 room.values = torch.empty(asked.numel())
             return finite_values(ref, asked, part.start, room.values[: asked.numel()].view_as(asked))
 
-        yield some
-        with self._lock:
-            self._free.append(room)
+        try:
+            yield some
+        finally:
+            if self._digest is not None:
+                self._digest.release(*segment_of(ref, rows)[:2])
+            with self._lock:
+                self._free.append(room)
         self._ask()
 
     def __enter__(self) -> RowsAhead:
@@ -84,10 +107,6 @@ class RowsAhead:
     def __exit__(self, kind: object, error: object, trace: TracebackType | None) -> None:
         self._readers.shutdown(cancel_futures=True)
 
-    def _nbytes(self, name: str, rows: slice) -> int:
-        ref = self._checkpoint.place(name)
-        return int(ref.nbytes // ref.shape[0] * (rows.stop - rows.start))
-
     def _ask(self) -> None:
         """Have pieces read into all buffers that are free."""
         with self._lock:
@@ -95,7 +114,19 @@ class RowsAhead:
                 name, rows = self._wanted[self._next]
                 self._next += 1
                 room = self._free.pop()
+                if self._digest is not None:
+                    self._digest.coming(*segment_of(self._checkpoint.place(name), rows)[:2])
                 self._coming[name, rows.start] = room, self._readers.submit(self._read, name, rows, room)
 
     def _read(self, name: str, rows: slice, room: _Room) -> Tensor:
-        return read_tensor(self._checkpoint.place(name), rows, around_cache=self._around_cache, into=room.stored)
+        ref = self._checkpoint.place(name)
+        path, start, _ = segment_of(ref, rows)
+        try:
+            stored = read_tensor(ref, rows, around_cache=self._around_cache, into=room.stored)
+        except BaseException:
+            if self._digest is not None:
+                self._digest.release(path, start)  # it would wait for what never comes
+            raise
+        if self._digest is not None:
+            self._digest.show(path, start, stored.reshape(-1).view(torch.uint8).numpy().data)
+        return stored

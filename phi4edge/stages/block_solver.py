@@ -103,6 +103,8 @@ class BlockSolver:
         samples that are stored with it change; where there are none, behind the third. So never much more than a
         block's work can be lost.
         """
+        if self._rows is not None:
+            return self._round_block(self._rows, layer, committed)
         out, stream = SolvedBlock(), self._stream
         ends, samples = self._is_last(layer, len(LINEARS) - 1), None
         if stream is not None:
@@ -114,10 +116,6 @@ class BlockSolver:
         for stage in range(len(LINEARS)):
             name = linear_name(layer, stage)
             self._progress.status(f"block {layer} {LINEARS[stage]} · RSS {format_bytes(rss_bytes())}")
-            if self._rows is not None:
-                self._round(name, self._rows, out)
-                self._reached(stage, committed)
-                continue
             weight = self._read(layer, stage)
             stats = self._moments(stage, weight, samples)
             given, factors, scaling = weight, None, {}
@@ -172,6 +170,17 @@ class BlockSolver:
         if stage == committed_behind(by_rows=self._rows is not None) and committed is not None:
             with self._parts.part("write"):
                 committed.result()
+
+    def _round_block(self, rows: RowsAhead, layer: int, committed: Future[None] | None) -> SolvedBlock:
+        """The same, rounded to nearest as it is read."""
+        out = SolvedBlock()
+        for place, name in enumerate(_as_stored(self._job, layer)):
+            self._progress.status(f"block {layer} {name.split('.', 3)[3]} · RSS {format_bytes(rss_bytes())}")
+            self._round(name, rows, out)
+            self._reached(place, committed)
+        order = [linear_name(layer, stage) for stage in range(len(LINEARS))]
+        out.records.sort(key=lambda record: order.index(record["name"]))
+        return out
 
     def _round(self, name: str, rows: RowsAhead, out: SolvedBlock) -> None:
         """Round a linear to nearest as it is read, a few rows at a time."""
@@ -320,8 +329,17 @@ class BlockSolver:
 def rows_in_order(job: Job, first: int) -> list[tuple[str, slice]]:
     """What a job that rounds by rows reads from block ``first`` on: weights' names and rows, in that order."""
     config = job.checkpoint.config
-    names = [linear_name(layer, stage) for layer in range(first, config.num_layers) for stage in range(len(LINEARS))]
+    names = [name for layer in range(first, config.num_layers) for name in _as_stored(job, layer)]
     return [(f"{name}.weight", rows) for name in names for rows in read_pieces(*config.linears[name])]
+
+
+def _as_stored(job: Job, layer: int) -> list[str]:
+    """A block's linears in the order in which the checkpoint has them: nothing hangs on that of their use."""
+    refs = {
+        name: job.checkpoint.place(f"{name}.weight")
+        for name in (linear_name(layer, stage) for stage in range(len(LINEARS)))
+    }
+    return sorted(refs, key=lambda name: (str(refs[name].path), refs[name].offset))
 
 
 def committed_behind(*, by_rows: bool) -> int:

@@ -6,21 +6,25 @@ __all__ = [
     "FILES_AT_ONCE",
     "LOCATION",
     "check_tokenizer",
+    "check_unchanged",
     "hash_checkpoint",
+    "hashed_weights",
     "known_hashes",
     "note_location",
     "open_inputs",
+    "remembered_hashes",
     "stamps_of",
 ]
 
 import json
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 from phi4edge import __version__
-from phi4edge.checkpoint.digest import Gate, digest_file
-from phi4edge.checkpoint.index import CheckpointIndex
+from phi4edge.checkpoint.digest import digest_file
+from phi4edge.checkpoint.index import CheckpointIndex, TensorRef
 from phi4edge.core.atomic import write_json
 from phi4edge.core.errors import InputError
 from phi4edge.core.pagecache import outgrows_memory
@@ -48,6 +52,20 @@ def stamps_of(index: CheckpointIndex) -> dict[str, list[int]]:
     return {name: [stat.st_size, stat.st_mtime_ns] for name, stat in found}
 
 
+def check_unchanged(index: CheckpointIndex, stamps: dict[str, list[int]]) -> None:
+    """Hold the checkpoint's files to be those that had ``stamps``.
+
+    Raises:
+        InputError: one is not.
+    """
+    changed = [name for name, found in stamps_of(index).items() if found != stamps.get(name)]
+    if changed:
+        raise InputError(
+            f"{index.folder}: {', '.join(changed)} changed while the checkpoint was read",
+            "leave its files alone, and try again",
+        )
+
+
 def known_hashes(index: CheckpointIndex, run: Path) -> dict[str, str] | None:
     """What :func:`hash_checkpoint` gives, where nothing need be read for it."""
     stamps, note = stamps_of(index), run / LOCATION
@@ -67,36 +85,46 @@ def _seen(index: CheckpointIndex, stamps: dict[str, list[int]]) -> str:
     return json.dumps([str(index.folder.resolve()), stamps])
 
 
-def hash_checkpoint(index: CheckpointIndex, run: Path, gate: Gate | None = None) -> dict[str, str]:
+def hash_checkpoint(index: CheckpointIndex, run: Path) -> dict[str, str]:
     """SHA-256 of every file of the checkpoint, whose weights are found to be finite on the way.
 
-    Files are read again only where size or time differ from ``run``'s record. ``gate`` holds the reading back, whose
-    whole is all that is read.
+    Files are read again only where size or time differ from ``run``'s record.
 
     Raises:
         InputError: a file cannot be read, or changes meanwhile; or a weight is NaN or Inf.
-        StoppedError: the gate was stopped.
     """
     known = known_hashes(index, run)
     if known is not None:
         return known
-    stamps, shapes = stamps_of(index), index.config.tensor_shapes()
-    weights = [ref for name, ref in index.tensors.items() if name in shapes]  # packed linears are not
-    around_cache, paths = outgrows_memory(index.nbytes), (*index.side_files, *index.shards)
-    whole = sum(size for size, _ in stamps.values())
+    weights, paths = hashed_weights(index), (*index.side_files, *index.shards)
+    around_cache = outgrows_memory(index.nbytes)
 
     def digest(path: Path) -> str:
-        tensors = (ref for ref in weights if ref.path == path)
-        if gate is None:
-            return digest_file(path, tensors, around_cache=around_cache)
-        return digest_file(path, tensors, around_cache=around_cache, passes=lambda n: gate.passes(n / whole))
+        return digest_file(path, (ref for ref in weights if ref.path == path), around_cache=around_cache)
 
-    # One core comes to a gigabyte or two a second with SHA-256, which a disk may well exceed. Beside other work one
-    # file at a time keeps up with it.
-    with ThreadPoolExecutor(FILES_AT_ONCE if gate is None else 1, "hash") as threads:
-        found = dict(zip((path.name for path in paths), threads.map(digest, paths), strict=True))
-    if stamps_of(index) != stamps:
-        raise InputError(f"{index.folder}: files were changed while they were read", "leave them alone, and try again")
+    def digests() -> dict[Path, str]:
+        # One core comes to a gigabyte or two a second with SHA-256, which a disk may well exceed.
+        with ThreadPoolExecutor(FILES_AT_ONCE, "hash") as threads:
+            return dict(zip(paths, threads.map(digest, paths), strict=True))
+
+    return remembered_hashes(index, digests)
+
+
+def hashed_weights(index: CheckpointIndex) -> list[TensorRef]:
+    """What is to be finite: packed linears are not weights."""
+    shapes = index.config.tensor_shapes()
+    return [ref for name, ref in index.tensors.items() if name in shapes]
+
+
+def remembered_hashes(index: CheckpointIndex, digests: Callable[[], Mapping[Path, str]]) -> dict[str, str]:
+    """What ``digests`` gives for all files of the checkpoint, by their names; this process asks for it once.
+
+    Raises:
+        InputError: a file changed meanwhile; what ``digests`` raises.
+    """
+    stamps = stamps_of(index)
+    found = {path.name: digest for path, digest in digests().items()}
+    check_unchanged(index, stamps)
     _READ[_seen(index, stamps)] = found
     return dict(found)
 

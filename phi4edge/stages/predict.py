@@ -160,10 +160,10 @@ def predict(work: Work, rates: Rates, preparing: float = 0.0) -> Prediction:
     copies = stored / rates.read / (rates.threads if recipe.by_rows else 1)
     parameters = sum(math.prod(shape) for shape in config.tensor_shapes().values())
     hashed, hashing = parameters * work.stored_bytes, 0.0
-    if recipe.by_rows:  # by the same cores and from the same disk, as far as blocks are rounded
-        block[_HASH] = hashed / config.num_layers / rates.check / rates.threads
+    if recipe.by_rows:  # by the same cores, from what is read to be rounded
+        stored = hashed / config.num_layers
+        block[_HASH] = stored / rates.check / rates.threads
         computing += block[_HASH]
-        stored += hashed / config.num_layers
     else:
         hashing = hashed / min(rates.check * work.files, rates.disk)
     block["read"] = max(copies, stored / rates.disk - computing)

@@ -37,7 +37,7 @@ from phi4edge.stages.block_writer import write_block
 from phi4edge.stages.cluster import Cluster
 from phi4edge.stages.curvature import Curvatures, measure_curvature
 from phi4edge.stages.hash_behind import HashBehind, is_unsettled, unsettled
-from phi4edge.stages.inputs import hash_checkpoint, known_hashes, note_location, open_inputs
+from phi4edge.stages.inputs import check_unchanged, hash_checkpoint, known_hashes, note_location, open_inputs
 from phi4edge.stages.job import Job, prepare
 from phi4edge.stages.manifest import finish
 from phi4edge.stages.pace import Pace, PacedProgress
@@ -75,7 +75,8 @@ def quantize(
     of linears; the codes are those of this process alone.
 
     Raises:
-        InputError: the model or the corpus is not usable; nothing is written then.
+        InputError: the model or the corpus is not usable; nothing is written then, but for blocks that were finished
+            without data before a damaged weight was met.
         TargetError: ``ram_budget`` cannot be kept.
         ResumeError: ``out`` was begun with other inputs.
     """
@@ -91,23 +92,20 @@ def quantize(
     def inputs(hashes: dict[str, str]) -> dict[str, Any]:
         return {"kind": "quantize", "recipe": job.recipe.as_dict(), **open_inputs(recipe.corpus, corpus_sha256, hashes)}
 
-    with ExitStack() as opened:
-        behind = None
-        if not _hashed_behind(job, out, restart=restart):
-            hashes = hash_checkpoint(index, out)
-            work = opened.enter_context(Workdir.open(out, inputs(hashes), restart=restart))
+    hashes = None if _hashed_behind(job, out, restart=restart) else hash_checkpoint(index, out)
+    begun = unsettled(inputs({}), index) if hashes is None else inputs(hashes)
+    with Workdir.open(out, begun, restart=restart) as work:
+        if hashes is not None:
             note_location(index, out, hashes)
-        else:
-            work = opened.enter_context(Workdir.open(out, unsettled(inputs({}), index), restart=restart))
 
-            def settle(hashes: dict[str, str]) -> None:
-                note_location(index, out, hashes)
-                work.settle(inputs(hashes))
+        def settle(found: dict[str, str]) -> None:
+            check_unchanged(index, begun["checkpoint_stamps"])
+            note_location(index, out, found)
+            work.settle(inputs(found))
 
-            behind = opened.enter_context(HashBehind(index, out, settle))
         manifest = finished_manifest(work, checkpoint.config.num_layers)
         if manifest is None:
-            manifest = _work_off(job, work, inputs, progress, cluster, behind)
+            manifest = _work_off(job, work, inputs, progress, cluster, settle if hashes is None else None)
         return QuantizeSummary(out, manifest, read_json(out / PERFORMANCE))
 
 
@@ -126,13 +124,16 @@ def _work_off(
     inputs: Callable[[dict[str, str]], dict[str, Any]],
     progress: Progress,
     cluster: Cluster | None,
-    behind: HashBehind | None,
+    settle: Callable[[dict[str, str]], None] | None,
 ) -> dict[str, Any]:
-    """Everything that is not done yet; the manifest. ``inputs`` makes the run's of the checkpoint's hashes."""
+    """Everything that is not done yet; the manifest.
+
+    ``inputs`` makes the run's of the checkpoint's hashes; ``settle`` is told these where they are not known yet.
+    """
     recipe, index = job.recipe, job.checkpoint.index
     mix, curvatures, measured = None, None, None
     if recipe.mix is not None or recipe.output_curvature:
-        assert behind is None, "they are kept by what the run was begun with"
+        assert settle is None, "they are kept by what the run was begun with"
         key = sha256_json(inputs(hash_checkpoint(index, work.path)))
         with torch.no_grad(), computing(recipe.compute):
             if recipe.mix is not None:
@@ -141,11 +142,17 @@ def _work_off(
                 job = replace(job, scheme=parse_scheme(mix.base), types=types)
             if recipe.output_curvature:
                 curvatures, measured = measure_curvature(job, work.path, key, progress)
-    with torch.inference_mode():
-        _solve_blocks(job, work, progress, curvatures, cluster, behind)
-    if behind is not None:
-        progress.status("hashing the checkpoint")
-        behind.wait()
+    done = intact_blocks(work)
+    with ExitStack() as opened:
+        behind = None
+        if settle is not None:
+            wanted = rows_in_order(job, done) if job.by_rows else []
+            behind = opened.enter_context(HashBehind(index, work.path, wanted, settle))
+        with torch.inference_mode():
+            _solve_blocks(job, work, done, progress, curvatures, cluster, behind)
+        if behind is not None:
+            progress.status("hashing the checkpoint")
+            behind.wait()
     key = sha256_json(inputs(hash_checkpoint(index, work.path)))
     with torch.no_grad(), computing(recipe.compute):
         tuned = tune(job, work.path, key, progress) if recipe.tuning is not None else None
@@ -198,13 +205,13 @@ def _note_small_stores(job: Job, cluster: Cluster, progress: Progress) -> None:
 def _solve_blocks(
     job: Job,
     work: Workdir,
+    done: int,
     progress: Progress,
     curvatures: Curvatures | None,
     cluster: Cluster | None,
     hashing: HashBehind | None,
 ) -> None:
     config = job.checkpoint.config
-    done = intact_blocks(work)
     progress = _paced(job, work, done, progress)
     progress.start("quantize", config.num_layers * len(LINEARS), "linear", done * len(LINEARS))
     if work.repaired:
@@ -215,13 +222,14 @@ def _solve_blocks(
     with ThreadPoolExecutor(1, "commit") as behind, ExitStack() as open_rows:
         rows = None
         if job.by_rows:
-            rows = open_rows.enter_context(RowsAhead(job.checkpoint, rows_in_order(job, done), torch.get_num_threads()))
+            wanted, digest = rows_in_order(job, done), None if hashing is None else hashing.digest
+            rows = open_rows.enter_context(RowsAhead(job.checkpoint, wanted, torch.get_num_threads(), digest))
         solver = BlockSolver(job, stream, progress, parts, curvatures, run, rows)
         pending: Future[None] | None = None
         for layer in range(done, config.num_layers):
             started = time.monotonic()
             if hashing is not None:
-                hashing.reached(layer - done, config.num_layers - done)
+                hashing.reached()
             solved = solver.solve(layer, pending)
             if cluster is not None and layer == done:
                 solved.events[:0] = cluster.events
