@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+from killing import killed_at
 from support import write_checkpoint
 
 from phi4edge.checkpoint import fed_digest
@@ -118,6 +119,35 @@ def test_killed_between_the_note_and_the_marker(
             quantize(model, RECIPE, run)
     assert is_unsettled(run)
     assert (run / "location.json").is_file()
+    quantize(model, RECIPE, run)
+    assert digests(run) == hashed_first
+
+
+KILLER = """
+os.fsync = dying(os.fsync)
+Path.replace = dying(Path.replace)
+Path.unlink = dying(Path.unlink)
+from phi4edge.core.recipe import Recipe
+from phi4edge.stages.quantize import quantize
+quantize(sys.argv[2], Recipe(method="rtn", corpus=None, scheme="q4_0"), Path(sys.argv[3]))
+"""
+
+
+@pytest.mark.slow
+def test_killed_at_any_commit_point_a_run_goes_on_to_the_same_bytes(
+    model: Path, hashed_first: dict[str, str], tmp_path: Path
+) -> None:
+    run, done, lives = tmp_path / "run", 0, 0
+    for stop in (2, 3, 4, 3, 5, 4, 6, 3, 5, 6, 7, 9):
+        if not killed_at(stop, KILLER, model, run):
+            break
+        lives += 1
+        journal = run / "journal.jsonl"
+        before, done = done, journal.read_bytes().count(b"\n") if journal.exists() else 0
+        assert done >= before, "a finished block was lost"
+        if (run / "manifest.json").exists():
+            break
+    assert lives >= 4
     quantize(model, RECIPE, run)
     assert digests(run) == hashed_first
 

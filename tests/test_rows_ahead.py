@@ -43,9 +43,10 @@ def test_every_piece_is_what_the_checkpoint_has_there(checkpoint: CheckpointRead
             with rows.piece(name, part) as some:
                 middle = (part.start + part.stop) // 2
                 first, second = (
-                    some(slice(a, b)).clone() for a, b in ((part.start, middle), (middle, part.stop)) if a < b
+                    some.values(slice(a, b)).clone() for a, b in ((part.start, middle), (middle, part.stop)) if a < b
                 )
-                return torch.equal(torch.cat((first, second)), checkpoint.tensor(name, part))
+                whole = checkpoint.tensor(name, part)
+                return torch.equal(torch.cat((first, second)), whole) and torch.equal(some.stored.float(), whole)
 
         assert all(users.map(lambda one: use(*one), wanted))
     assert readers() == 0
@@ -65,7 +66,7 @@ def test_no_more_is_in_ram_than_was_planned(checkpoint: CheckpointReader, monkey
     with RowsAhead(checkpoint, wanted, 1) as rows:
         for name, part in wanted:
             with rows.piece(name, part) as some:
-                assert len(some(part)) == part.stop - part.start
+                assert len(some.values(part)) == part.stop - part.start
     assert len(rooms) == 1 + READ_AHEAD
 
 
@@ -79,7 +80,7 @@ def test_a_damaged_weight_and_a_file_that_ends_are_said(checkpoint: CheckpointRe
 
     def use(part: slice) -> None:
         with RowsAhead(checkpoint, [(name, part)], 1) as rows, rows.piece(name, part) as some:
-            some(part)
+            some.values(part)
 
     with pytest.raises(InputError, match=r"NaN or Inf, the first at \[3, 0\]"):
         use(slice(0, 10))

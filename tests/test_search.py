@@ -8,10 +8,12 @@ import pytest
 import torch
 from torch import Tensor
 
+from phi4edge.core.errors import InputError
 from phi4edge.quant import search as module
 from phi4edge.quant.grid import NestedGrid, grid_for, half
+from phi4edge.quant.rounding import round_to
 from phi4edge.quant.scheme import parse_scheme
-from phi4edge.quant.search import _ratios, _sum, search
+from phi4edge.quant.search import _ratios, _sum, nearest, search
 
 SCHEMES = [
     "q4_0",
@@ -150,3 +152,37 @@ def test_sums_have_one_order(size: int) -> None:
     assert torch.equal(found, by_quads(rows).squeeze(1))
     exact = [math.fsum(row) for row in rows.tolist()]
     assert found.tolist() == pytest.approx(exact, abs=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("scheme", ["q4_0", "w4g64", "w4g128", "w4row", "q5_0", "q8_0", "w8g128", "w8row"])
+@pytest.mark.parametrize("count", [8, 350])
+def test_one_pass_is_a_search_and_a_rounding(scheme: str, dtype: torch.dtype, count: int) -> None:
+    grid = grid_for(parse_scheme(scheme))
+    size = max(grid.scheme.group_size, 0) or 256
+    x = groups(size, max(count, 9), torch.Generator().manual_seed(3))[:count]
+    x[8:9] *= 1e-30  # float16 can say it again
+    x = x.to(dtype).reshape(count // 2, 2, size)
+    found = nearest(grid, x)
+    assert found is not None
+    params = search(grid, x.float(), None)
+    codes, lost = round_to(grid, x.float(), params)
+    assert torch.equal(found[0], codes)
+    assert torch.equal(found[1]["scales"], params["scales"])
+    assert found[2] == pytest.approx(lost, rel=1e-9)
+
+
+def test_one_pass_is_for_symmetric_grids_whose_values_are_finite() -> None:
+    x = torch.randn(4, 2, 32)
+    for scheme in ("q4_1", "w4g32-asym"):
+        assert nearest(grid_for(parse_scheme(scheme)), x) is None
+    grid = grid_for(parse_scheme("q4_0"))
+    assert nearest(grid, x.half()) is None
+    assert nearest(grid, torch.randn(4, 2, 30)) is None
+    for value in (math.nan, math.inf, -math.inf):
+        for dtype in (torch.bfloat16, torch.float32):
+            bad = x.to(dtype)
+            bad[3, 1, 31] = value
+            assert nearest(grid, bad) is None
+    with pytest.raises(InputError, match="beyond float16"):
+        nearest(grid, x * 1e8)

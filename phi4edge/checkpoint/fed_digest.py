@@ -32,7 +32,7 @@ from phi4edge.core.errors import InputError
 Segment = tuple[Path, int, int]  # of a file, bytes from … to
 
 _PIECE = 1 << 22  # bytes read here at a time
-_NEAR = 1 << 28  # bytes before a piece that are hashed while its reader waits
+_NEAR = 3 << 29  # bytes before a piece that are hashed while its reader waits: an embedding, or a few blocks
 
 
 class StoppedError(Exception):
@@ -116,7 +116,7 @@ class FedDigest:
     def _awaited(self, part: _Part) -> bool:
         if part is self._taken:
             return True
-        return not self._stopped and part.state is _State.SHOWN and 0 <= part.start - part.file.at <= _NEAR
+        return not self._stopped and part.state is _State.SHOWN and _is_near(part)
 
     def _set(self, path: Path, start: int, state: _State, data: memoryview | None = None) -> None:
         with self._changed:
@@ -191,7 +191,7 @@ class FedDigest:
                 return part
             if part.state is _State.COMING:
                 return None
-            if part.state is _State.LATER and not any(other.start > file.at for other in file.shown):
+            if part.state is _State.LATER and not any(map(_is_near, file.shown)):
                 return None
         stop = part.stop if part is not None else file.parts[index].start if index < len(file.parts) else file.size
         return file.at, min(stop, file.at + _PIECE, self._boundary(file))
@@ -215,3 +215,7 @@ class FedDigest:
             ref = file.weights[index - 1]
             check_piece(ref, (start - ref.offset) // stored_dtype(ref).itemsize, data)
         return data
+
+
+def _is_near(part: _Part) -> bool:
+    return 0 <= part.start - part.file.at <= _NEAR

@@ -27,7 +27,14 @@ from phi4edge.checkpoint.reader import CheckpointReader, finite_values, read_ten
 from phi4edge.core.direct_io import aligned_buffer
 
 READ_AHEAD = 2  # pieces beside those in use, and as many requests that the disk has before it
-SomeRows = Callable[[slice], Tensor]  # rows of a weight, float32
+
+
+@dataclass(frozen=True)
+class SomeRows:
+    """Rows of a weight, while they are open."""
+
+    values: Callable[[slice], Tensor]  # some of them in float32, by their numbers; until others are asked for
+    stored: Tensor  # all of them as they are stored; may hold what is not finite
 
 
 @dataclass
@@ -74,12 +81,10 @@ class RowsAhead:
 
     @contextmanager
     def piece(self, name: str, rows: slice) -> Iterator[SomeRows]:
-        """Within it, some of these ``rows`` in float32, asked for by their numbers in the weight.
-
-        They stay as they are until others are asked for.
+        """These ``rows`` of a weight.
 
         Raises:
-            InputError: the file ends early or cannot be read, here; a value is NaN or Inf, as its row is asked for.
+            InputError: the file ends early or cannot be read, here; a value is NaN or Inf, as its row's are asked for.
         """
         with self._lock:
             room, future = self._coming.pop((name, rows.start))
@@ -93,7 +98,7 @@ class RowsAhead:
             return finite_values(ref, asked, part.start, room.values[: asked.numel()].view_as(asked))
 
         try:
-            yield some
+            yield SomeRows(some, stored)
         finally:
             if self._digest is not None:
                 self._digest.release(*segment_of(ref, rows)[:2])

@@ -9,7 +9,7 @@ it would multiply is compiled without.
 
 from __future__ import annotations
 
-__all__ = ["minimum_steps", "symmetric_steps", "zero_point_steps"]
+__all__ = ["minimum_steps", "nearest_symmetric", "symmetric_steps", "zero_point_steps"]
 
 import numpy as np
 import numpy.typing as npt
@@ -27,6 +27,7 @@ _LEAST = np.float32(1e-38)
 _SPARE = np.float32(2.0**-10)  # far more than products are rounded by
 _NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal float16; from here on it is infinite
 _INFINITE = np.float32(np.inf)
+_SIZE, _EXPONENT = np.uint32(0x7FFFFFFF), np.uint32(0x7F800000)  # all but the sign; from here on it is not finite
 
 
 def symmetric_steps(x: Array, h: Array | None, factors: Array, low: float, high: float, refinements: int) -> Array:
@@ -39,6 +40,31 @@ def symmetric_steps(x: Array, h: Array | None, factors: Array, low: float, high:
     pairs = np.append(factors, factors[-1:]) if len(factors) % 2 else factors
     _symmetric(*_padded(x, h), pairs, np.float32(low), np.float32(high), refinements, out)
     return out
+
+
+def nearest_symmetric(
+    stored: npt.NDArray[np.uint16] | npt.NDArray[np.uint32],
+    factors: Array,
+    codes: tuple[int, int, int],
+    refinements: int,
+    *,
+    packed: bool,
+) -> tuple[npt.NDArray[np.uint8], Array, float] | None:
+    """Codes, steps [n] as float16 has them, and Σ E² of groups ``stored`` [n, group_size] that all count alike.
+
+    ``stored`` are the bits of bfloat16 or float32, a whole number of quads in each group; None where a value is not
+    finite. The steps are :func:`symmetric_steps`'s, and the codes those of a rounding to them, two to a byte where they
+    are to be ``packed``: :func:`phi4edge.quant._rounding_kernels.round_groups` says how, and what ``codes`` are. All is
+    done in one call, as threads that come back to Python for every few hundred rows wait for each other there.
+    """
+    pairs = np.append(factors, factors[-1:]) if len(factors) % 2 else factors
+    out = np.empty((len(stored), stored.shape[1] // 2 if packed else stored.shape[1]), np.uint8)
+    scales, lost = np.empty(len(stored), np.float32), np.zeros(stored.shape[1], np.float64)
+    shift = np.uint32(0 if stored.dtype == np.uint32 else 16)
+    first, last, middle = (np.float32(code) for code in codes)
+    if not _nearest(stored, shift, pairs, (first, last, middle), refinements, packed, out, scales, lost):
+        return None
+    return out, scales, float(lost.sum())
 
 
 def zero_point_steps(x: Array, h: Array | None, factors: Array, shifts: Array, top: float, refinements: int) -> Array:
@@ -191,46 +217,98 @@ def _better(along, square, best, scale):
 
 
 @compiled
+def _search(x, hx, h, factors, low, high, refinements, room, scale):
+    """The steps of groups that are lanes; ``room`` [8, lanes] is overwritten."""
+    along, square, along_other, square_other = room[0], room[1], room[2], room[3]
+    inverse, one, other, best = room[4], room[5], room[6], room[7]
+    inverse[:] = x[0]
+    for i in range(1, x.shape[0]):
+        for k in range(x.shape[1]):
+            inverse[k] = x[i, k] if abs(x[i, k]) > abs(inverse[k]) else inverse[k]
+    for k in range(x.shape[1]):
+        inverse[k] = _ONE / (_ONE if inverse[k] == _ZERO else inverse[k])
+    best[:], scale[:] = -_ONE, _ZERO
+    for c in range(0, factors.shape[0], 2):
+        for k in range(x.shape[1]):
+            one[k], other[k] = factors[c] * inverse[k], factors[c + 1] * inverse[k]
+        far = (abs(factors[c]), abs(factors[c + 1]))
+        _fit_pair(x, hx, h, one, other, far, low, high, along, square, along_other, square_other)
+        _better(along, square, best, scale)
+        _better(along_other, square_other, best, scale)
+    for _ in range(refinements):
+        for k in range(x.shape[1]):
+            one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
+        _fit_about(x, hx, h, one, None, low, high, along, square)
+        _better(along, square, best, scale)
+
+
+@compiled
 def _symmetric(x, h, factors, low, high, refinements, out):
     size = x.shape[1]
     lanes = _lanes(size, h)
     at, weight, weighted = _groups(size, lanes)
     counts = None if h is None else weight
     products = at if h is None else weighted
-    along, square, along_other, square_other, inverse, one, other, best, scale = (
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-        _lane(lanes),
-    )
+    room, scale = np.empty((8, lanes), np.float32), _lane(lanes)
     for start in range(0, x.shape[0], lanes):
         _load(x, h, start, at, weight, weighted)
-        inverse[:] = at[0]
-        for i in range(1, size):
-            for k in range(lanes):
-                inverse[k] = at[i, k] if abs(at[i, k]) > abs(inverse[k]) else inverse[k]
-        for k in range(lanes):
-            inverse[k] = _ONE / (_ONE if inverse[k] == _ZERO else inverse[k])
-        best[:], scale[:] = -_ONE, _ZERO
-        for c in range(0, factors.shape[0], 2):
-            for k in range(lanes):
-                one[k], other[k] = factors[c] * inverse[k], factors[c + 1] * inverse[k]
-            far = (abs(factors[c]), abs(factors[c + 1]))
-            _fit_pair(at, products, counts, one, other, far, low, high, along, square, along_other, square_other)
-            _better(along, square, best, scale)
-            _better(along_other, square_other, best, scale)
-        for _ in range(refinements):
-            for k in range(lanes):
-                one[k] = _ratio(_ONE, abs(scale[k])) * np.sign(scale[k])
-            _fit_about(at, products, counts, one, None, low, high, along, square)
-            _better(along, square, best, scale)
+        _search(at, products, counts, factors, low, high, refinements, room, scale)
         for k in range(min(lanes, x.shape[0] - start)):
             out[start + k] = scale[k]
+
+
+@compiled
+def _widen(stored, shift, bits):
+    """Bits of ``stored`` [count, size] as float32, the last group again behind them; whether all are finite."""
+    there, flat, largest = stored.reshape(-1), bits.reshape(-1), np.uint32(0)
+    for i in range(there.shape[0]):
+        flat[i] = np.uint32(there[i]) << shift
+    for i in range(there.shape[0]):
+        largest = max(largest, flat[i] & _SIZE)
+    for lane in range(stored.shape[0], bits.shape[0]):
+        bits[lane] = bits[stored.shape[0] - 1]
+    return largest < _EXPONENT
+
+
+@compiled
+def _encode(row, step, first, last, middle, found, squares):
+    """Codes of a group, and the squares of what they lose."""
+    least, safe = step * -middle, _ONE if step == _ZERO else step
+    for i in range(row.shape[0]):
+        code = min(max((row[i] - least) / safe, first), last) + _ROUND - _ROUND
+        code = middle if step == _ZERO else code
+        error = row[i] - (code * step + least)
+        squares[i] = error * error
+        found[i] = np.uint8(np.int32(code))
+
+
+@compiled
+def _nearest(stored, shift, factors, codes, refinements, packed, out, scales, lost):
+    first, last, middle = codes
+    size, lanes = stored.shape[1], _lanes(stored.shape[1], None)
+    at, room, scale = np.empty((size, lanes), np.float32), np.empty((8, lanes), np.float32), _lane(lanes)
+    bits, found, squares = np.empty((lanes, size), np.uint32), np.empty(size, np.uint8), np.empty(size, np.float32)
+    rows, pairs, finite = bits.view(np.float32), found.view(np.uint16), True
+    for start in range(0, stored.shape[0], lanes):
+        count = min(lanes, stored.shape[0] - start)
+        finite &= _widen(stored[start : start + count], shift, bits)
+        for lane in range(0, lanes, _VECTOR):
+            for i in range(size):
+                for k in range(_VECTOR):
+                    at[i, lane + k] = rows[lane + k, i]
+        _search(at, at, None, factors, first - middle, last - middle, refinements, room, scale)
+        _to_float16(scale, scale.view(np.int32))
+        for lane in range(count):
+            scales[start + lane] = scale[lane]
+            _encode(rows[lane], scale[lane], first, last, middle, found, squares)
+            for i in range(size):
+                lost[i] += squares[i]
+            if packed:
+                for i in range(size // 2):
+                    out[start + lane, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
+            else:
+                out[start + lane] = found
+    return finite
 
 
 # --- zero points ------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ must be tried on the weights.
 
 from __future__ import annotations
 
-__all__ = ["minimum_steps", "search", "search_again", "symmetric_steps", "zero_point_steps"]
+__all__ = ["minimum_steps", "nearest", "search", "search_again", "symmetric_steps", "zero_point_steps"]
 
 from collections.abc import Callable, Iterator
 from typing import Any
@@ -109,12 +109,42 @@ def _search(grid: Grid, x: Tensor, h: Tensor | None) -> Params:
 def _symmetric(grid: Grid, x: Tensor, h: Tensor | None) -> Tensor:
     """Steps of the groups [n]."""
     low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
-    ends = (low,) if low == -high else (low, high)
-    ratios = _ratios(grid.scheme, x.shape[1], alike=h is None)
-    factors = torch.tensor([end * ratio for ratio in ratios for end in ends], device=x.device)
+    factors = _symmetric_factors(grid, x.shape[1], alike=h is None).to(x.device)
     if x.device.type == "cpu":
         return _compiled(kernels.symmetric_steps, x, h, factors.numpy(), low, high, _REFINEMENTS)
     return torch.cat([symmetric_steps(*part, factors, low, high) for part in _parts(x, h)])
+
+
+def _symmetric_factors(grid: Grid, size: int, *, alike: bool) -> Tensor:
+    """Where candidates put the extreme of a group of ``size`` values."""
+    low, high = float(grid.low - grid.middle), float(grid.high - grid.middle)
+    ends = (low,) if low == -high else (low, high)
+    return torch.tensor([end * ratio for ratio in _ratios(grid.scheme, size, alike=alike) for end in ends])
+
+
+def nearest(grid: Grid, stored: Tensor) -> tuple[Tensor, Params, float] | None:
+    """:func:`search`, then :func:`phi4edge.quant.rounding.round_to`, of weights that all count alike, in one pass.
+
+    ``stored`` [rows, groups, group_size], bfloat16 or float32. Returns codes as a run stores them, what the grid
+    stores, and the squared error. None where that is not done in one pass, or a value is not finite.
+
+    Raises:
+        InputError: a scale exceeds float16.
+    """
+    rows, _, size = stored.shape
+    whole = isinstance(grid, NestedGrid) or not grid.scheme.symmetric or size % 4
+    if whole or stored.device.type != "cpu" or stored.dtype not in (torch.bfloat16, torch.float32):
+        return None
+    factors = _symmetric_factors(grid, size, alike=True).numpy()
+    bits = stored.contiguous().view(torch.uint16 if stored.dtype == torch.bfloat16 else torch.uint32)
+    codes = (grid.low, grid.high, grid.middle)
+    found = kernels.nearest_symmetric(
+        bits.reshape(-1, size).numpy(), factors, codes, _REFINEMENTS, packed=grid.scheme.bits == 4
+    )
+    if found is None:
+        return None
+    scales = half(torch.from_numpy(found[1])).reshape(rows, -1)
+    return torch.from_numpy(found[0]).reshape(rows, -1), {"scales": scales}, found[2]
 
 
 def symmetric_steps(x: Tensor, h: Tensor, factors: Tensor, low: float, high: float) -> Tensor:

@@ -82,6 +82,7 @@ class BlockSolver:
         """``rows``: of all weights, as :func:`rows_in_order` names them, where the job rounds by rows."""
         assert (rows is not None) == job.by_rows
         self._rows = rows
+        self._rooms: tuple[dict[str, rtn.Room], ...] = ({}, {})  # of the block in work, and of the one on its way
         self._curvatures, self._parts = curvatures, parts
         self._job, self._recipe, self._stream, self._progress = job, job.recipe, stream, progress
         self._solver: ModuleType = load_plugin("phi4edge.solvers", job.recipe.method)
@@ -176,18 +177,18 @@ class BlockSolver:
         out = SolvedBlock()
         for place, name in enumerate(_as_stored(self._job, layer)):
             self._progress.status(f"block {layer} {name.split('.', 3)[3]} · RSS {format_bytes(rss_bytes())}")
-            self._round(name, rows, out)
+            self._round(name, rows, self._rooms[layer % 2].setdefault(name.split(".", 3)[3], rtn.Room()), out)
             self._reached(place, committed)
         order = [linear_name(layer, stage) for stage in range(len(LINEARS))]
         out.records.sort(key=lambda record: order.index(record["name"]))
         return out
 
-    def _round(self, name: str, rows: RowsAhead, out: SolvedBlock) -> None:
+    def _round(self, name: str, rows: RowsAhead, room: rtn.Room, out: SolvedBlock) -> None:
         """Round a linear to nearest as it is read, a few rows at a time."""
         mean_square, opened = self._given(name), partial(rows.piece, f"{name}.weight")
         shape = self._job.checkpoint.config.linears[name]
         with self._parts.part("solve"):
-            found = rtn.solve_rows(name, shape, opened, self._job.scheme_of(name), mean_square, self._options)
+            found = rtn.solve_rows(name, shape, opened, self._job.scheme_of(name), mean_square, self._options, room)
         out.tensors |= found.linear.to_tensors()
         if mean_square is not None:
             out.tensors[f"{name}.imatrix"] = mean_square

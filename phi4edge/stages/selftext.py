@@ -17,7 +17,6 @@ import json
 import math
 import sys
 from collections.abc import Sequence
-from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -25,6 +24,7 @@ from types import TracebackType
 from typing import Any
 
 import psutil
+import torch
 
 from phi4edge import __version__
 from phi4edge.calibration.corpus import Corpus, load_corpus, look_into, whole_samples
@@ -32,6 +32,7 @@ from phi4edge.calibration.parts import SELF, read_parts, share_of_self
 from phi4edge.calibration.seeds import Seed, SeedDomain, load_seeds, seeds_of
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.reader import CheckpointReader
+from phi4edge.checkpoint.rows_ahead import RowsAhead
 from phi4edge.core.atomic import write_bytes
 from phi4edge.core.errors import MissingToolError, TargetError
 from phi4edge.core.events import SILENT, Progress
@@ -43,6 +44,7 @@ from phi4edge.measurement.reference import cache_folder
 from phi4edge.model.source import QuantizedModel
 from phi4edge.model.tokenizer import Tokenizer
 from phi4edge.quant.linear import QuantizedLinear
+from phi4edge.quant.parallel import read_pieces
 from phi4edge.quant.scheme import parse_scheme
 from phi4edge.runtimes import llama_cpp
 from phi4edge.runtimes._api import Settings
@@ -295,9 +297,11 @@ def _rounded(checkpoint: CheckpointReader, scheme_name: str) -> QuantizedModel:
     names = tuple(checkpoint.config.linears)
 
     def load(name: str) -> QuantizedLinear:
-        rows = partial(checkpoint.tensor, f"{name}.weight")
         shape = checkpoint.config.linears[name]
-        return rtn.solve_rows(name, shape, lambda _: nullcontext(rows), scheme, None, SolverOptions()).linear
+        wanted = [(f"{name}.weight", rows) for rows in read_pieces(*shape)]
+        with RowsAhead(checkpoint, wanted, torch.get_num_threads()) as rows:
+            opened = partial(rows.piece, f"{name}.weight")
+            return rtn.solve_rows(name, shape, opened, scheme, None, SolverOptions()).linear
 
     provenance = {"version": __version__, "base_model": checkpoint.index.name, "method": "rtn", "calibration": "none"}
     return QuantizedModel(checkpoint, scheme, names, load, provenance)
