@@ -181,7 +181,7 @@ def test_one_pass_is_for_symmetric_grids_whose_values_are_finite() -> None:
     assert nearest(grid, torch.randn(4, 2, 30)) is None
     for value in (math.nan, math.inf, -math.inf):
         for dtype in (torch.bfloat16, torch.float32):
-            bad = x.to(dtype)
+            bad = x.to(dtype, copy=True)
             bad[3, 1, 31] = value
             assert nearest(grid, bad) is None
     with pytest.raises(InputError, match="beyond float16"):
