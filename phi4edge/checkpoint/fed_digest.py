@@ -93,8 +93,10 @@ class FedDigest:
             file.parts.append(part)
         for file in self._files:
             file.parts.sort(key=lambda part: part.start)
-        self._around_cache, self._changed, self._stopped = around_cache, threading.Condition(), False
+        self._around_cache, self._stopped = around_cache, False
         self._taken: _Part | None = None
+        self._lock = threading.Lock()
+        self._offered, self._advanced = threading.Condition(self._lock), threading.Condition(self._lock)
 
     # --- who reads -------------------------------------------------------------------------------------------
 
@@ -109,8 +111,8 @@ class FedDigest:
     def release(self, path: Path, start: int) -> None:
         """The piece is used up; waits while it is being hashed, or soon will be."""
         part = self._parts[path, start]
-        with self._changed:
-            self._changed.wait_for(lambda: not self._awaited(part))
+        with self._lock:
+            self._advanced.wait_for(lambda: not self._awaited(part))
         self._set(path, start, _State.PAST)
 
     def _awaited(self, part: _Part) -> bool:
@@ -119,14 +121,15 @@ class FedDigest:
         return not self._stopped and part.state is _State.SHOWN and _is_near(part)
 
     def _set(self, path: Path, start: int, state: _State, data: memoryview | None = None) -> None:
-        with self._changed:
+        with self._lock:
             part = self._parts[path, start]
             if part.state is _State.SHOWN:
                 part.file.shown.remove(part)
             if state is _State.SHOWN:
                 part.file.shown.append(part)
             part.state, part.data = state, data
-            self._changed.notify_all()
+            if state is not _State.COMING:
+                self._offered.notify()
 
     # --- who hashes ------------------------------------------------------------------------------------------
 
@@ -140,11 +143,11 @@ class FedDigest:
         room = aligned_buffer(_PIECE)
         try:
             while True:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopped or self._next() is not None or self._ended())
+                with self._lock:
+                    while (found := self._next()) is None and not self._stopped and not self._ended():
+                        self._offered.wait()
                     if self._stopped:
                         raise StoppedError
-                    found = self._next()
                     if found is None:
                         return {file.path: file.digest.hexdigest() for file in self._files}
                     file, job = found
@@ -156,30 +159,34 @@ class FedDigest:
                 else:
                     start, stop = job
                     file.digest.update(self._read(file, start, stop, room).data)
-                with self._changed:
+                with self._lock:
                     file.at, self._taken = stop, None
-                    self._changed.notify_all()
+                    self._advanced.notify_all()
         finally:
-            with self._changed:
+            with self._lock:
                 self._taken = None
             self.stop()  # nobody waits for a thread that is no more
 
     def stop(self) -> None:
         """Hash no further."""
-        with self._changed:
+        with self._lock:
             self._stopped = True
-            self._changed.notify_all()
+            self._offered.notify_all()
+            self._advanced.notify_all()
 
     def _ended(self) -> bool:
         return all(file.at == file.size for file in self._files)
 
     def _next(self) -> tuple[_File, _Part | _Read] | None:
-        """What can be hashed now: a piece that is shown, or some bytes to be read."""
+        """What can be hashed now: a piece that is shown, or bytes to be read, first those before one that is awaited."""
+        found: tuple[_File, _Part | _Read] | None = None
         for file in self._files:
             job = self._next_of(file)
-            if job is not None:
+            if isinstance(job, _Part):
                 return file, job
-        return None
+            if job is not None and (found is None or any(map(_is_near, file.shown))):
+                found = file, job
+        return found
 
     def _next_of(self, file: _File) -> _Part | _Read | None:
         if file.at == file.size:
