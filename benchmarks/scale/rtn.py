@@ -2,11 +2,11 @@
 
 In this order, each command in a process of its own:
 
-- read: the checkpoint's files from their start to their end, through the system's cache, which is told to forget them
-  before, and around it (as ``dd`` does, without and with ``iflag=direct``);
-- write: as many bytes as the artifact has, on the same disk, fsynced; through the cache and around it;
-- `phi4edge quantize --method rtn --scheme q4_0`: rounds the checkpoint (one reading), hashes it meanwhile (another),
-  and writes the run; the cache is told to forget the checkpoint before;
+- read as ``dd`` does: the checkpoint's files from their start to their end, through the system's cache, which is told to
+  forget them before, and around it (``iflag=direct``);
+- written as ``dd`` does: as many bytes as the artifact has, on the same disk, fsynced; through the cache and around it;
+- `phi4edge quantize --method rtn --scheme q4_0`: reads the checkpoint, rounds and hashes it, and writes the run; the
+  cache is told to forget the checkpoint before;
 - `phi4edge export --format gguf`;
 - llama.cpp (llama-cpp-python) maps the file and generates a few tokens.
 
@@ -65,9 +65,9 @@ def generate(path: str, count: int) -> None:
 def table(documents: Sequence[dict[str, Any]]) -> str:
     """The README's table over all result files."""
     lines = [
-        "| model | checkpoint, GB | reading alone, cached / direct, MB/s | writing alone "
+        "| model | checkpoint, GB | dd reads, cached / direct, MB/s | dd writes "
         "| quantize: s, MB/s, peak RSS GiB "
-        "| export: s, MB/s written, peak RSS GiB | GGUF, GB | start to finish, s | the disk alone would take, s |",
+        "| export: s, MB/s written, peak RSS GiB | GGUF, GB | start to finish, s | dd would take, s |",
         "|---" * 9 + "|",
     ]
     for document in documents:
@@ -78,7 +78,8 @@ def table(documents: Sequence[dict[str, Any]]) -> str:
             f"| {r['model']} | {read / 1e9:.1f} | {said(reading)} | {said(writing)} "
             f"| {q['seconds']:.0f}, {read / q['seconds'] / 1e6:.0f}, {q['peak_rss_bytes'] / 2**30:.2f} "
             f"| {e['seconds']:.0f}, {written / e['seconds'] / 1e6:.0f}, {e['peak_rss_bytes'] / 2**30:.2f} "
-            f"| {written / 1e9:.2f} | {q['seconds'] + e['seconds']:.0f} | {r['disk_seconds']:.0f} |"
+            f"| {written / 1e9:.2f} | {q['seconds'] + e['seconds']:.0f} "
+            f"| {' / '.join(f'{seconds:.0f}' for seconds in r['disk_seconds'].values())} |"
         )
     machine = documents[0]["machine"]
     generated = [
@@ -122,8 +123,8 @@ def measure(model: Path, out: Path, tokens: int) -> dict[str, Any]:
         "quantize": {k: v for k, v in asdict(quantized).items() if k != "output"},
         "performance": json.loads((run / "performance.json").read_text()),
         "export": {k: v for k, v in asdict(exported).items() if k != "output"},
-        # Twice the checkpoint and once the run are read, the run and the artifact written; whichever way is faster.
-        "disk_seconds": (2 * nbytes + stored) / max(reading.values()) + (stored + written) / max(writing.values()),
+        # The checkpoint and the run are read, the run and the artifact written.
+        "disk_seconds": {way: (nbytes + stored) / reading[way] + (stored + written) / writing[way] for way in reading},
         "generation": generation,
     }
 

@@ -178,7 +178,7 @@ class FedDigest:
         return all(file.at == file.size for file in self._files)
 
     def _next(self) -> tuple[_File, _Part | _Read] | None:
-        """What can be hashed now: a piece that is shown, or bytes to be read, first those before one that is awaited."""
+        """What can be hashed now: a piece that is shown, or bytes to be read, first those before one that waits."""
         found: tuple[_File, _Part | _Read] | None = None
         for file in self._files:
             job = self._next_of(file)
