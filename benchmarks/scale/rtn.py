@@ -2,8 +2,8 @@
 
 In this order, each command in a process of its own:
 
-- read as ``dd`` does: the checkpoint's files from their start to their end, through the system's cache, which is told to
-  forget them before, and around it (``iflag=direct``);
+- read as ``dd`` does: the checkpoint's files from their start to their end, through the system's cache, which is told
+  to forget them before, and around it (``iflag=direct``);
 - written as ``dd`` does: as many bytes as the artifact has, on the same disk, fsynced; through the cache and around it;
 - `phi4edge quantize --method rtn --scheme q4_0`: reads the checkpoint, rounds and hashes it, and writes the run; the
   cache is told to forget the checkpoint before;
