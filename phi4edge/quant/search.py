@@ -33,7 +33,8 @@ from phi4edge.quant.scheme import Scheme
 
 _CHUNK = 1 << 20  # weights searched at a time, where no compiled search does it
 _REFINEMENTS = 2
-_ALIKE = ((32, 8), (64, 11), (128, 13))  # values of a group that count alike, and how many of the spans are tried
+# Values of a group that count alike, and how many of the spans are tried: on a symmetric grid, and on others.
+_ALIKE: tuple[tuple[int, int, int], ...] = ((32, 8, 10), (64, 11, 13), (128, 13, 13))
 # In a super-block, how far from the whole numbers found others are tried, (scales, minima), turn by turn.
 _REACHES = {"symmetric": ((8, 0), (0, 0)), "with minimum": ((2, 2), (0, 0))}
 _REACH_AGAIN = {"symmetric": (8, 0), "with minimum": (4, 2)}  # where weights have changed since
@@ -43,13 +44,14 @@ def _ratios(scheme: Scheme, size: int, *, alike: bool) -> list[float]:
     """Candidate spans of the codes over the absmax span of ``size`` values: above 1 the extremes are clipped.
 
     Where all values count alike, nothing is gained by clipping one of a few by much: of hundreds of thousands of drawn
-    groups none came out otherwise for the spans that are left out (benchmarks/kernels/spans.py).
+    groups one or none came out otherwise for the spans that are left out (benchmarks/kernels/spans.py).
     """
     if scheme.bits >= 8:
         return [0.98, 1.0, 1.02, 1.05]
     if not scheme.symmetric and (scheme.bits == 5 or scheme.nested):
         return [0.9 + 0.025 * i for i in range(13)]
-    count = next((count for most, count in _ALIKE if size <= most), 17) if alike else 17
+    counts = next((counts for most, *counts in _ALIKE if size <= most), (17, 17)) if alike else (17, 17)
+    count = counts[0 if scheme.symmetric else 1]
     return [0.85 + 0.05 * i for i in range(count)]
 
 
