@@ -102,34 +102,34 @@ class FedDigest:
 
     def coming(self, path: Path, start: int) -> None:
         """The piece that begins there is being read, and will be shown."""
-        self._set(path, start, _State.COMING)
+        with self._lock:
+            self._set(self._parts[path, start], _State.COMING)
 
     def show(self, path: Path, start: int, data: memoryview) -> None:
         """The piece that begins there has been read: ``data``, which stays as it is until :meth:`release` returns."""
-        self._set(path, start, _State.SHOWN, data)
+        with self._lock:
+            self._set(self._parts[path, start], _State.SHOWN, data)
 
     def release(self, path: Path, start: int) -> None:
         """The piece is used up; waits while it is being hashed, or soon will be."""
         part = self._parts[path, start]
-        with self._lock:
+        with self._lock:  # until it is past: it must not be taken in between
             self._advanced.wait_for(lambda: not self._awaited(part))
-        self._set(path, start, _State.PAST)
+            self._set(part, _State.PAST)
 
     def _awaited(self, part: _Part) -> bool:
         if part is self._taken:
             return True
         return not self._stopped and part.state is _State.SHOWN and _is_near(part)
 
-    def _set(self, path: Path, start: int, state: _State, data: memoryview | None = None) -> None:
-        with self._lock:
-            part = self._parts[path, start]
-            if part.state is _State.SHOWN:
-                part.file.shown.remove(part)
-            if state is _State.SHOWN:
-                part.file.shown.append(part)
-            part.state, part.data = state, data
-            if state is not _State.COMING:
-                self._offered.notify()
+    def _set(self, part: _Part, state: _State, data: memoryview | None = None) -> None:
+        if part.state is _State.SHOWN:
+            part.file.shown.remove(part)
+        if state is _State.SHOWN:
+            part.file.shown.append(part)
+        part.state, part.data = state, data
+        if state is not _State.COMING:
+            self._offered.notify()
 
     # --- who hashes ------------------------------------------------------------------------------------------
 
