@@ -34,13 +34,13 @@ def expected(files: Sequence[Path]) -> dict[Path, str]:
 def read_here(monkeypatch: pytest.MonkeyPatch) -> list[Segment]:
     """What a digest reads itself."""
     found: list[Segment] = []
-    read = fed_digest.read_range
+    read = fed_digest.read_piece
 
-    def noted(path: Path, offset: int, nbytes: int, **named: Any) -> Any:
-        found.append((path, offset, offset + nbytes))
-        return read(path, offset, nbytes, **named)
+    def noted(path: Path, start: int, stop: int, *rest: Any) -> Any:
+        found.append((path, start, stop))
+        return read(path, start, stop, *rest)
 
-    monkeypatch.setattr(fed_digest, "read_range", noted)
+    monkeypatch.setattr(fed_digest, "read_piece", noted)
     return found
 
 
@@ -99,7 +99,7 @@ def test_any_order_gives_the_hash_and_ends(
 ) -> None:
     draw = random.Random(seed)
     monkeypatch.setattr(fed_digest, "_NEAR", draw.choice([0, 3_000, 1 << 28]))
-    monkeypatch.setattr(fed_digest, "_PIECE", 700)
+    monkeypatch.setattr(fed_digest, "PIECE", 700)
     files = [written(tmp_path / str(i), draw.randrange(30_000)) for i in range(3)]
     wanted = [piece for path in files for piece in cut(path, 0, path.stat().st_size) if draw.random() < 0.8]
     if seed % 3:

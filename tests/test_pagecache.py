@@ -7,10 +7,13 @@ import os
 import sys
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
+import torch
 from cache_support import in_memory
 
+from phi4edge.checkpoint import reader as reader_module
 from phi4edge.checkpoint.digest import digest_file
 from phi4edge.checkpoint.reader import open_checkpoint
 from phi4edge.core import pagecache
@@ -68,6 +71,26 @@ def test_a_checkpoint_outgrows_what_memory_is_available(
 ) -> None:
     monkeypatch.setattr(pagecache, "available_bytes", lambda: available)
     assert outgrows_memory(SIZE) is outgrown
+
+
+@pytest.mark.parametrize("fits", [True, False])
+def test_a_reader_goes_around_the_cache_for_rows_only_where_the_checkpoint_is_too_large(
+    phi4_checkpoint: Path, monkeypatch: pytest.MonkeyPatch, fits: bool
+) -> None:
+    """A whole weight was asked for ahead: from the disk again, it would be read twice."""
+    small_memory(monkeypatch, (1 << 40) if fits else 1)
+    around: list[bool] = []
+    read = reader_module.read_range
+
+    def noted(*arguments: Any, around_cache: bool, **named: Any) -> Any:
+        around.append(around_cache)
+        return read(*arguments, around_cache=around_cache, **named)
+
+    monkeypatch.setattr(reader_module, "read_range", noted)
+    reader = open_checkpoint(phi4_checkpoint)
+    name = "model.layers.0.mlp.down_proj.weight"
+    assert torch.equal(reader.tensor(name)[3:9], reader.tensor(name, slice(3, 9)))
+    assert around == [False, not fits]
 
 
 @pytest.mark.parametrize("fits", [True, False])

@@ -60,6 +60,14 @@ def test_one_pass_finds_the_codes_and_the_loss_that_tensors_do(scheme: str, weig
     assert lost == pytest.approx(float((E.double().square() * h).sum()), rel=1e-5)
 
 
+def test_a_group_may_have_an_odd_number_of_values() -> None:
+    grid = grid_for(parse_scheme("w8row"))
+    grouped = weights(40, 51).reshape(40, 1, 51)
+    params = search(grid, grouped)
+    a, b = (each[:, :, None] for each in grid.steps(params))
+    assert torch.equal(round_to(grid, grouped, params)[0], grid.encode(grouped, a, b).to(torch.uint8).reshape(40, 51))
+
+
 def test_codes_are_the_same_where_nothing_is_compiled(monkeypatch: pytest.MonkeyPatch) -> None:
     class Elsewhere:
         """A tensor that says it is on another device."""

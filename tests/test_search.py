@@ -172,6 +172,24 @@ def test_one_pass_is_a_search_and_a_rounding(scheme: str, dtype: torch.dtype, co
     assert found[2] == pytest.approx(lost, rel=1e-9)
 
 
+@pytest.mark.parametrize("counts", [None, 5])
+@pytest.mark.parametrize("scheme", ["q4_0", "q8_0"])
+def test_groups_of_next_to_nothing_have_no_scale(scheme: str, counts: int | None) -> None:
+    """Extremes whose inverse, or a span's over it, is infinite."""
+    grid, generator = grid_for(parse_scheme(scheme)), torch.Generator().manual_seed(4)
+    x = torch.randn(6, 32, generator=generator) * torch.tensor([1e-45, 1e-40, 1e-38, 1e-35, -1e-39, 1e-31])[:, None]
+    h = None if counts is None else torch.rand(counts, 32, generator=generator) + 0.1
+    compiled, with_tensors = (both(grid, place, x, h) for place in (True, False))
+    assert torch.equal(compiled.view(torch.int32), with_tensors.view(torch.int32))
+    assert not half(compiled).any()
+    if h is None:
+        found = nearest(grid, x[:, None])
+        assert found is not None
+        codes, lost = round_to(grid, x[:, None], search(grid, x[:, None], None))
+        assert torch.equal(found[0], codes)
+        assert found[2] == pytest.approx(lost, rel=1e-9)
+
+
 def test_one_pass_is_for_symmetric_grids_whose_values_are_finite() -> None:
     x = torch.randn(4, 2, 32)
     for scheme in ("q4_1", "w4g32-asym"):

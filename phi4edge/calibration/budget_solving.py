@@ -44,12 +44,12 @@ def solving_bytes(config: ModelConfig, recipe: Recipe, *, by_rows: bool = False)
         bits = max(parse_scheme(name).bits_per_weight for name in recipe.mix.candidates)
     codes = int(sum(m * n for m, n in shapes) * max(bits, 4.5) / 8)
     held = 2 * codes  # of the block in work, and of the one before as it is written
-    if by_rows:  # a linear's codes, joined from its pieces'
+    if by_rows:
         largest = max(m * n for m, n in shapes)
         working = (os.cpu_count() or 1) * min(_ROUNDED_WEIGHTS, largest) * _ROUNDED
         piece = max(int(read_pieces(m, n)[0].stop) * n for m, n in shapes)
         read = ((os.cpu_count() or 1) + READ_AHEAD) * piece * _STORED
-        return held + int(largest * max(bits, 4.5) / 8) + working + read + _BESIDE
+        return held + working + read + _BESIDE
     peak: int = max(_linear_bytes(config, recipe, m, n) for m, n in shapes)
     if recipe.corpus is not None:
         slices = EMBEDDED_ROWS * config.hidden_size * 6

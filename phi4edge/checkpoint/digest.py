@@ -7,7 +7,7 @@ all bits of its exponent are set.
 
 from __future__ import annotations
 
-__all__ = ["check_piece", "digest_file"]
+__all__ = ["PIECE", "check_piece", "digest_file", "read_piece"]
 
 import hashlib
 import threading
@@ -27,7 +27,7 @@ from phi4edge.core.ahead import IN_RAM, ahead
 from phi4edge.core.direct_io import aligned_buffer, read_range
 from phi4edge.core.errors import InputError
 
-_PIECE = 1 << 22  # bytes
+PIECE = 1 << 22  # bytes read at a time
 _EXPONENTS: dict[torch.dtype, np.int16 | np.int32] = {
     torch.bfloat16: np.int16(0x7F80),
     torch.float16: np.int16(0x7C00),
@@ -43,20 +43,16 @@ def digest_file(path: Path, tensors: Iterable[TensorRef] = (), *, around_cache: 
     Raises:
         InputError: one of them is NaN or Inf, and where; or the file cannot be read, or ends early.
     """
-    digest = hashlib.sha256()
-    try:
-        ordered = sorted(tensors, key=lambda ref: ref.offset)
-        with closing(ahead(_pieces(path, ordered, around_cache))) as pieces:
-            for ref, first, piece in pieces:
-                hashing = threading.Thread(target=digest.update, args=(piece.data,))
-                hashing.start()
-                try:
-                    if ref is not None:
-                        check_piece(ref, first, piece)
-                finally:
-                    hashing.join()
-    except OSError as error:
-        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    digest, ordered = hashlib.sha256(), sorted(tensors, key=lambda ref: ref.offset)
+    with closing(ahead(_pieces(path, ordered, around_cache))) as pieces:
+        for ref, first, piece in pieces:
+            hashing = threading.Thread(target=digest.update, args=(piece.data,))
+            hashing.start()
+            try:
+                if ref is not None:
+                    check_piece(ref, first, piece)
+            finally:
+                hashing.join()
     return digest.hexdigest()
 
 
@@ -67,23 +63,34 @@ def _pieces(
 
     A piece lies where the third one before it lay, which is done with when the second one behind that is asked for.
     """
-    size = path.stat().st_size
-    buffers = cycle([aligned_buffer(min(_PIECE, size)) for _ in range(IN_RAM)])
+    try:
+        size = path.stat().st_size
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
+    buffers = cycle([aligned_buffer(min(PIECE, size)) for _ in range(IN_RAM)])
     position = 0
     for ref in [*tensors, None]:
         end = size if ref is None else ref.offset
-        for start in range(position, end, _PIECE):  # a header, or what is not looked at
-            yield None, 0, _read(path, start, min(start + _PIECE, end), around_cache, next(buffers))
+        for start in range(position, end, PIECE):  # a header, or what is not looked at
+            yield None, 0, read_piece(path, start, min(start + PIECE, end), around_cache, next(buffers))
         if ref is None:
             return
         width, position = stored_dtype(ref).itemsize, ref.offset + ref.nbytes
-        for start in range(ref.offset, position, _PIECE):
-            data = _read(path, start, min(start + _PIECE, position), around_cache, next(buffers))
+        for start in range(ref.offset, position, PIECE):
+            data = read_piece(path, start, min(start + PIECE, position), around_cache, next(buffers))
             yield ref, (start - ref.offset) // width, data
 
 
-def _read(path: Path, start: int, stop: int, around_cache: bool, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
-    data = read_range(path, start, stop - start, around_cache=around_cache, into=buffer)
+def read_piece(path: Path, start: int, stop: int, around_cache: bool, buffer: NDArray[np.uint8]) -> NDArray[np.uint8]:
+    """Bytes ``start`` … ``stop`` of a file, in ``buffer``.
+
+    Raises:
+        InputError: the file cannot be read, or ends early.
+    """
+    try:
+        data = read_range(path, start, stop - start, around_cache=around_cache, into=buffer)
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from error
     if len(data) < stop - start:
         raise InputError(f"{path}: file ends {stop - start - len(data)} bytes early")
     return data

@@ -23,15 +23,13 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from phi4edge.checkpoint.digest import check_piece
+from phi4edge.checkpoint.digest import PIECE, check_piece, read_piece
 from phi4edge.checkpoint.index import TensorRef
 from phi4edge.checkpoint.reader import stored_dtype
-from phi4edge.core.direct_io import aligned_buffer, read_range
-from phi4edge.core.errors import InputError
+from phi4edge.core.direct_io import aligned_buffer
 
 Segment = tuple[Path, int, int]  # of a file, bytes from … to
 
-_PIECE = 1 << 22  # bytes read here at a time
 _NEAR = 3 << 29  # bytes before a piece that are hashed while its reader waits: an embedding, or a few blocks
 
 
@@ -140,7 +138,7 @@ class FedDigest:
             InputError: a file cannot be read, or ends early; or a value read here is NaN or Inf.
             StoppedError: :meth:`stop` was called.
         """
-        room = aligned_buffer(_PIECE)
+        room = aligned_buffer(PIECE)
         try:
             while True:
                 with self._lock:
@@ -201,7 +199,7 @@ class FedDigest:
             if part.state is _State.LATER and not any(map(_is_near, file.shown)):
                 return None
         stop = part.stop if part is not None else file.parts[index].start if index < len(file.parts) else file.size
-        return file.at, min(stop, file.at + _PIECE, self._boundary(file))
+        return file.at, min(stop, file.at + PIECE, self._boundary(file))
 
     def _boundary(self, file: _File) -> int:
         """Where the next tensor begins or this one ends: a read is of one tensor, or of none."""
@@ -211,12 +209,7 @@ class FedDigest:
         return file.weights[index].offset if index < len(file.weights) else file.size
 
     def _read(self, file: _File, start: int, stop: int, room: NDArray[np.uint8]) -> NDArray[np.uint8]:
-        try:
-            data = read_range(file.path, start, stop - start, around_cache=self._around_cache, into=room)
-        except OSError as error:
-            raise InputError(f"{file.path}: cannot be read ({error.strerror})") from error
-        if len(data) < stop - start:
-            raise InputError(f"{file.path}: file ends {stop - start - len(data)} bytes early")
+        data = read_piece(file.path, start, stop, self._around_cache, room)
         index = bisect_right(file.weights, start, key=lambda ref: ref.offset)
         if index and start < file.weights[index - 1].offset + file.weights[index - 1].nbytes:
             ref = file.weights[index - 1]

@@ -147,11 +147,14 @@ class CheckpointReader:
     def tensor(self, name: str, rows: slice | None = None) -> Tensor:
         """Tensor ``name`` (or rows of it) in float32.
 
+        A whole one is read through the page cache, into which it may have been asked for (:meth:`will_need`); rows,
+        for which nobody asked, around it where the checkpoint outgrows the memory.
+
         Raises:
             InputError: no such tensor, or a value in it that is not finite.
         """
         ref = self.place(name)
-        stored = read_tensor(ref, rows, around_cache=self.outgrows_memory)
+        stored = read_tensor(ref, rows, around_cache=rows is not None and self.outgrows_memory)
         return finite_values(ref, stored, 0 if rows is None else rows.start or 0)
 
     def place(self, name: str) -> TensorRef:

@@ -40,7 +40,7 @@ def round_groups(
 @compiled
 def _round(x, a, b, h, low, high, idle, packed, out, lost):
     size = x.shape[1]
-    found = np.empty(size, np.uint8)
+    found = np.empty(size + size % 2, np.uint8)
     pairs, squares = found.view(np.uint16), np.empty(size, np.float32)
     for group in range(x.shape[0]):
         step, least = a[group], b[group]
@@ -58,4 +58,4 @@ def _round(x, a, b, h, low, high, idle, packed, out, lost):
             for i in range(size // 2):
                 out[group, i] = np.uint8(pairs[i] | (pairs[i] >> np.uint16(4)))
         else:
-            out[group] = found
+            out[group] = found[:size]

@@ -31,7 +31,7 @@ from phi4edge.calibration.statistics import InputMoments
 from phi4edge.calibration.store import ActivationStore
 from phi4edge.checkpoint.config import ModelConfig
 from phi4edge.checkpoint.digest import check_piece
-from phi4edge.checkpoint.reader import CheckpointReader, read_tensor
+from phi4edge.checkpoint.reader import CheckpointReader, finite_values, read_tensor
 from phi4edge.core.atomic import PARTIAL
 from phi4edge.core.errors import InputError
 from phi4edge.core.hashing import HashedFile
@@ -289,15 +289,16 @@ class _Measurement:
             name = f"model.layers.{draw.randrange(self._config.num_layers)}.{LINEARS[1]}.weight"
             ref = checkpoint.place(name)
             nbytes += ref.nbytes
+            around_cache = self._recipe.by_rows and checkpoint.outgrows_memory
             began = self._clock()
-            stored = read_tensor(ref, around_cache=checkpoint.outgrows_memory)
+            stored = read_tensor(ref, around_cache=around_cache)
             fetched = self._clock() - began
-            again = self._once(partial(source.tensor, name))
-            if checkpoint.outgrows_memory:  # from the disk this time too
-                again = max(again - fetched, 0.0)
+            if around_cache:  # what is left is to widen what is there
+                reading += self._once(partial(finite_values, ref, stored))
             else:
                 fetched = max(fetched - self._once(partial(read_tensor, ref)), 0.0)
-            reading, fetching = reading + again, fetching + fetched
+                reading += self._once(partial(source.tensor, name))
+            fetching += fetched
             data = stored.reshape(-1).view(torch.uint8).numpy()
             checking += self._once(lambda data=data: hashlib.sha256(data.data))  # type: ignore[misc]  # mypy knows no defaults
             checking += self._once(partial(check_piece, ref, 0, data))
