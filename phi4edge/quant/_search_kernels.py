@@ -9,7 +9,7 @@ it would multiply is compiled without.
 
 from __future__ import annotations
 
-__all__ = ["NOTHING", "minimum_steps", "nearest_symmetric", "symmetric_steps", "zero_point_steps"]
+__all__ = ["minimum_steps", "nearest_symmetric", "symmetric_steps", "zero_point_steps"]
 
 import numpy as np
 import numpy.typing as npt
@@ -24,7 +24,6 @@ _ROUND = np.float32(1.5 * 2**23)  # added and taken away again, it leaves the ne
 _ROUND_SMALL = np.float32(1.5 / 2)  # the same for multiples of 2⁻²⁴, as float16 has them below 2⁻¹⁴
 _ZERO, _ONE, _TWO, _HALF = np.float32(0), np.float32(1), np.float32(2), np.float32(0.5)
 _LEAST = np.float32(1e-38)
-NOTHING = np.float32(2.0**-100)  # an extreme below it is no extreme: its inverse would be infinite
 _SPARE = np.float32(2.0**-10)  # far more than products are rounded by
 _NORMAL16, _BEYOND16 = np.float32(2.0**-14), np.float32(65520)  # least normal float16; from here on it is infinite
 _INFINITE = np.float32(np.inf)
@@ -227,7 +226,7 @@ def _search(x, hx, h, factors, low, high, refinements, room, scale):
         for k in range(x.shape[1]):
             inverse[k] = x[i, k] if abs(x[i, k]) > abs(inverse[k]) else inverse[k]
     for k in range(x.shape[1]):
-        inverse[k] = _ONE / (_ONE if abs(inverse[k]) < NOTHING else inverse[k])
+        inverse[k] = _ONE / (_ONE if inverse[k] == _ZERO else inverse[k])
     best[:], scale[:] = -_ONE, _ZERO
     for c in range(0, factors.shape[0], 2):
         for k in range(x.shape[1]):

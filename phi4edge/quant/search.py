@@ -152,7 +152,7 @@ def nearest(grid: Grid, stored: Tensor) -> tuple[Tensor, Params, float] | None:
 def symmetric_steps(x: Tensor, h: Tensor, factors: Tensor, low: float, high: float) -> Tensor:
     """Steps [n] of groups that are columns, ``x`` and ``h`` [group_size, n]; ``factors`` are spans over the extreme."""
     extreme = _extreme(x)
-    inverse = torch.where(extreme.abs() < float(kernels.NOTHING), torch.ones_like(extreme), extreme).reciprocal()
+    inverse = _nonzero(extreme).reciprocal()
     hx = h * x
     best, scale = torch.full_like(extreme, -1.0), torch.zeros_like(extreme)
 
