@@ -166,6 +166,19 @@ def test_a_checkpoint_that_changed_before_it_was_hashed_is_refused_and_restarted
     assert digests(run) == hashed_first
 
 
+def test_another_model_with_the_same_sizes_and_times_is_refused(
+    model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    interrupted(model, tmp_path / "run")
+    forget(monkeypatch)
+    other = write_checkpoint(tmp_path / "other" / "model", "phi4", num_hidden_layers=BLOCKS, shards=4, seed=1)
+    for path in model.iterdir():
+        shutil.copystat(path, other / path.name)
+        assert (other / path.name).stat().st_mtime_ns == path.stat().st_mtime_ns
+    with pytest.raises(ResumeError, match="checkpoint_folder"):
+        quantize(other, RECIPE, tmp_path / "run")
+
+
 def test_a_settled_run_is_refused_where_a_weight_changed(
     model: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

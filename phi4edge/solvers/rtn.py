@@ -71,7 +71,7 @@ def solve_rows(
 
 
 class Room:
-    """Memory for codes and parameters of one weight at a time.
+    """Memory for codes and parameters of one weight at a time, where its pieces are rounded in this process.
 
     Codes of a weight are large, and memory that is new takes longer to come by than they to write.
     """

@@ -1,9 +1,9 @@
 """The checkpoint's hashes, taken while its weights are rounded, from what is read for that.
 
 Without data a run takes little longer than reading the checkpoint. So it begins with what is known of the files at
-once, their sizes and times, and goes from block to block as ever; the files are hashed meanwhile, as far as the blocks
-are, and their hashes take the place of sizes and times when all are known. A process that is killed before leaves a run
-that the next one goes on with if sizes and times are the same, and whose files it hashes from their start.
+once, their folder, sizes and times, and goes from block to block as ever; the files are hashed meanwhile, as far as the
+blocks are, and their hashes take the place of all that when they are known. A process that is killed before leaves a
+run that the next one goes on with if nothing of it has changed, and whose files it hashes from their start.
 """
 
 from __future__ import annotations
@@ -27,8 +27,12 @@ from phi4edge.stages.inputs import hashed_weights, known_hashes, remembered_hash
 
 
 def unsettled(inputs: Mapping[str, Any], index: CheckpointIndex) -> dict[str, Any]:
-    """``inputs`` of a run whose checkpoint is not hashed yet."""
-    return {**inputs, "checkpoint": None, "checkpoint_stamps": stamps_of(index)}
+    """``inputs`` of a run whose checkpoint is not hashed yet.
+
+    The folder is one of them: an archive may give all files of two models the same sizes and times.
+    """
+    folder = str(index.folder.resolve())
+    return {**inputs, "checkpoint": None, "checkpoint_folder": folder, "checkpoint_stamps": stamps_of(index)}
 
 
 def is_unsettled(run: Path) -> bool:
